@@ -55,6 +55,33 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def fail_together(process) -> Iterator[None]:
+    """Let a UserError in any process end all of them, told once, instead of leaving the others to wait for ever.
+
+    Every process must enter the block, and nothing inside it may communicate with other processes.
+
+    Args:
+        process: an `accelerate.PartialState`.
+    """
+    from accelerate.utils import gather_object
+
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages = [text for text in gather_object([message]) if text]
+    if messages and process.num_processes == 1:
+        raise UserError(messages[0])
+    if messages:
+        if process.is_main_process:
+            print(f"error: {messages[0]}", file=sys.stderr, flush=True)
+        process.wait_for_everyone()  # a launcher stops everybody once one has left: first let the message out
+        process.destroy_process_group()
+        sys.exit(1)
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
