@@ -319,6 +319,20 @@ def load_config(model: str, trust_remote_code: bool = False):
     return config
 
 
+def check_lengths(config, lengths: dict[str, int]) -> None:
+    """Check that token counts, named by their options, together stay within the model's positions.
+
+    Raises:
+        UserError: they do not. A model without a bound (e.g. ALiBi) passes.
+    """
+    text_config = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        positions = getattr(text_config, key, None)
+        if isinstance(positions, int) and sum(lengths.values()) > positions:
+            asked = " plus ".join(f"{name} {value}" for name, value in lengths.items())
+            raise UserError(f"{asked} is more than the model's {positions} positions; choose a smaller value")
+
+
 def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False):
     """Load a causal LM on the CPU in eval mode; `dtype` "auto" keeps the checkpoint's own.
 
@@ -424,17 +438,32 @@ def sparse_masks(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, tor
             yield weight_name, state_dict[weight_name], mask
 
 
-def perplexity(model, blocks: torch.Tensor, device: torch.device, batch_size: int = 4) -> float:
-    """exp of the mean next-token negative log-likelihood (nats) over blocks [N, T] of token ids, T-1 per block."""
+def perplexity(
+    model, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
+) -> float:
+    """exp of the mean next-token negative log-likelihood, in nats, over blocks of token ids.
+
+    Args:
+        blocks: int64 tensor [N, T]; T - 1 tokens of each are scored.
+        stride: tokens from the start of one block to the next, where blocks overlap. Blocks after the first are then
+            scored on their last `stride` tokens only, so that no token counts twice.
+    """
     from tqdm import tqdm
 
     total, count = 0.0, 0
+    length = blocks.shape[1]
+    fresh = length - 1 if stride is None else min(stride, length - 1)
     with torch.inference_mode():
-        for batch in tqdm(blocks.split(batch_size), desc="perplexity", leave=False, disable=None):
-            batch = batch.to(device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-            ).item()
-            count += batch[:, 1:].numel()
-    return math.exp(total / count) if total / count < 700 else float("inf")
+        for start in tqdm(range(0, len(blocks), batch_size), desc="perplexity", leave=False, disable=None):
+            batch = blocks[start : start + batch_size].to(device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            # Row by row: 32-bit logits of a whole batch would take gigabytes for a large vocabulary.
+            for row, (tokens, scores) in enumerate(zip(batch, logits, strict=True), start=start):
+                scored = fresh if row else length - 1
+                losses = torch.nn.functional.cross_entropy(
+                    scores[-1 - scored : -1].float(), tokens[-scored:], reduction="sum"
+                )
+                total += losses.item()
+                count += scored
+    mean = total / count
+    return math.inf if mean > 700 else math.exp(mean)
