@@ -1,0 +1,194 @@
+"""Step 0: write the summarization data for fine-tuning and evaluation.
+
+    python data_prep.py --save_path data                                # CNN/DailyMail 3.0.0 from the hub
+    python data_prep.py --save_path data --source aclsum                # ACLSum, from its wheel; no hub needed
+    python data_prep.py --save_path data --source my.csv --input_column body --output_column abstract
+
+Writes SAVE_PATH/cnn_train.json and SAVE_PATH/cnn_eval.json, JSON lists of {"instruction", "input", "output"}. With
+--source aclsum also calib.jsonl (bodies of training papers) and heldout.jsonl (bodies of test papers), {"text"} a line.
+An article of the evaluation set is left out of the training set, so that no score is measured on seen text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+import sources
+from utils import UserError, atomic_path, prepare_output_dir, run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save_path", required=True, help="folder for cnn_train.json and cnn_eval.json")
+
+    source = parser.add_argument_group("source")
+    source.add_argument(
+        "--source",
+        metavar="hub|aclsum|PATH",
+        default="hub",
+        help="hub: cnn_dailymail 3.0.0; aclsum: the data in the wheel aclsum==0.1.2; else a .json, .jsonl, .csv or "
+        ".parquet file or a folder of them, where test, eval, val and dev files are for evaluation",
+    )
+    source.add_argument("--eval_source", metavar="PATH", help="local files for the evaluation set, read like --source")
+    source.add_argument(
+        "--eval_fraction",
+        type=float,
+        default=0.05,
+        help="share of a local source set aside for evaluation if it has no evaluation files (default: 0.05)",
+    )
+    source.add_argument(
+        "--eval_split",
+        choices=("test", "validation"),
+        default="test",
+        help="hub split to evaluate on; papers report test (default)",
+    )
+
+    record = parser.add_argument_group("records")
+    record.add_argument(
+        "--input_column", help=f"article column of local files (default: {', '.join(sources.INPUT_COLUMNS)})"
+    )
+    record.add_argument(
+        "--output_column", help=f"summary column of local files (default: {', '.join(sources.OUTPUT_COLUMNS)})"
+    )
+    record.add_argument("--instruction", help="the task as the model reads it (default: fits the source)")
+    record.add_argument("--max_train", type=int, help="write at most so many training records")
+    record.add_argument("--max_eval", type=int, help="write at most so many evaluation records")
+    arguments = parser.parse_args()
+
+    if not 0 < arguments.eval_fraction < 1:
+        raise UserError(f"--eval_fraction must lie between 0 and 1, found {arguments.eval_fraction}")
+    for name in ("max_train", "max_eval"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, found {value}")
+    if arguments.eval_source and arguments.source in ("hub", "aclsum"):
+        raise UserError(
+            f"--eval_source goes with local files; --source {arguments.source} has its own evaluation split"
+        )
+    return arguments
+
+
+# --------------------------------------------------------------------------------------------- splitting
+
+
+def open_splits(arguments: argparse.Namespace) -> tuple[Iterator[sources.Triple], Iterator[sources.Triple]]:
+    """The (training, evaluation) triples of the chosen source, both lazy."""
+    instruction = arguments.instruction
+    if arguments.source == "hub":
+        return sources.hub_triples("train", instruction), sources.hub_triples(arguments.eval_split, instruction)
+    if arguments.source == "aclsum":
+        return sources.aclsum_triples(("train", "val"), instruction), sources.aclsum_triples(("test",), instruction)
+
+    def read(files: list[Path]) -> Iterator[sources.Triple]:
+        return sources.file_triples(files, arguments.input_column, arguments.output_column, instruction)
+
+    train_files, eval_files = sources.list_files(arguments.source)
+    if not train_files:
+        raise UserError(
+            f"source {arguments.source} holds evaluation files only ({eval_files[0].name}, …); add training files"
+        )
+    if arguments.eval_source:
+        held_out, named_eval = sources.list_files(arguments.eval_source)
+        return read(train_files), read(held_out + named_eval)
+    if eval_files:
+        return read(train_files), read(eval_files)
+
+    def share(wanted: bool) -> Iterator[sources.Triple]:
+        """The evaluation part takes the first record and then every further (1/fraction)-th, the same in every run."""
+        for index, triple in enumerate(read(train_files)):
+            is_eval = index == 0 or int(index * arguments.eval_fraction) != int((index - 1) * arguments.eval_fraction)
+            if is_eval == wanted:
+                yield triple
+
+    return share(False), share(True)
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+def fingerprint(article: str) -> bytes:
+    """16-byte digest of the article, blind to case and white space."""
+    return hashlib.blake2b(" ".join(article.lower().split()).encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def to_json(value: dict[str, str]) -> str:
+    """One line of JSON; half surrogate pairs, which broken scrapers leave and UTF-8 cannot hold, become "?"."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+
+
+def write_records(
+    triples: Iterable[sources.Triple], stream: TextIO, what: str, limit: int | None, excluded: set[bytes]
+) -> set[bytes]:
+    """Stream `triples` into a JSON array, skipping empty ones and articles among `excluded`.
+
+    Returns:
+        The fingerprints of the written articles.
+
+    Raises:
+        UserError: nothing was left to write.
+    """
+    written: set[bytes] = set()
+    count = empty = seen = 0
+    for article, summary, instruction in tqdm(triples, f"{what} records", unit="", disable=None):
+        if not article.strip() or not summary.strip():
+            empty += 1
+            continue
+        key = fingerprint(article)
+        if key in excluded:
+            seen += 1
+            continue
+        record = {"instruction": instruction, "input": article.strip(), "output": summary.strip()}
+        stream.write(("[\n" if count == 0 else ",\n") + to_json(record))
+        written.add(key)
+        count += 1
+        if count == limit:
+            break
+    if count == 0:
+        raise UserError(
+            f"the {what} set is empty: {empty} records of the source lack text, {seen} stand in the evaluation set"
+        )
+    stream.write("\n]\n")
+    skipped = [f"{empty} without text"] * bool(empty) + [f"{seen} that stand in the evaluation set"] * bool(seen)
+    print(f"{what}: {count} records" + (f" (left out: {', '.join(skipped)})" if skipped else ""))
+    return written
+
+
+def write_lines(items: Iterable[dict[str, str]], stream: TextIO, what: str) -> None:
+    """Write one JSON object per line."""
+    count = 0
+    for item in tqdm(items, what, unit="", disable=None):
+        stream.write(to_json(item) + "\n")
+        count += 1
+    print(f"{what}: {count} papers")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    train, held_out = open_splits(arguments)
+    folder = prepare_output_dir(arguments.save_path)
+    names = ["cnn_train.json", "cnn_eval.json"]
+    if arguments.source == "aclsum":
+        names += ["calib.jsonl", "heldout.jsonl"]
+    # The files replace older ones together, at the end: training and evaluation sets never come from two runs.
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(atomic_path(folder / name)) for name in names]
+        with ExitStack() as open_files:
+            streams = [open_files.enter_context(open(path, "w", encoding="utf-8")) for path in temporaries]
+            evaluation = write_records(held_out, streams[1], "evaluation", arguments.max_eval, set())
+            write_records(train, streams[0], "training", arguments.max_train, evaluation)
+            if arguments.source == "aclsum":
+                write_lines(sources.aclsum_bodies("train", "test"), streams[2], "calibration text")
+                write_lines(sources.aclsum_bodies("test", "train"), streams[3], "held-out text")
+    print("wrote " + ", ".join(str(folder / name) for name in names))
+
+
+if __name__ == "__main__":
+    run_cli(main)
