@@ -185,8 +185,8 @@ def main() -> None:
             evaluation = write_records(held_out, streams[1], "evaluation", arguments.max_eval, set())
             write_records(train, streams[0], "training", arguments.max_train, evaluation)
             if arguments.source == "aclsum":
-                write_lines(sources.aclsum_bodies("train", "test"), streams[2], "calibration text")
-                write_lines(sources.aclsum_bodies("test", "train"), streams[3], "held-out text")
+                write_lines(sources.aclsum_bodies("train", without="test"), streams[2], "calibration text")
+                write_lines(sources.aclsum_bodies("test"), streams[3], "held-out text")
     print("wrote " + ", ".join(str(folder / name) for name in names))
 
 

@@ -200,9 +200,9 @@ def aclsum_triples(splits: Iterable[str], instruction: str | None = None) -> Ite
             yield article, summary, instruction or ACLSUM_INSTRUCTION
 
 
-def aclsum_bodies(split: str, other: str) -> Iterator[dict[str, str]]:
-    """{"id", "text"} of the papers' bodies in `split`; papers that also stand in the split `other` are left out."""
-    excluded = {paper["id"] for paper in aclsum_papers(other)}
+def aclsum_bodies(split: str, without: str | None = None) -> Iterator[dict[str, str]]:
+    """{"id", "text"} of the bodies of the papers in `split`, save those that stand in the split `without` as well."""
+    excluded = {paper["id"] for paper in aclsum_papers(without)} if without else set()
     for paper in aclsum_papers(split):
         file = aclsum_folder() / "paper_jsons" / f"{paper['id']}.json"
         if paper["id"] not in excluded and file.is_file():
