@@ -1,0 +1,233 @@
+"""Post-training sparsification: prune a causal language model to 2:4 on a small calibration set.
+
+    python hf_pts.py --model_name_or_path meta-llama/Llama-2-7b-hf --device cuda --model_max_length 1024 --dtype fp16 \\
+        --sparsity_fmt sparsegpt --calib_size 128 --output_dir saved_models_Llama-2-7b-hf_sparsegpt_tp1_pp1
+
+Writes OUTPUT_DIR/pts_modelopt_state.pth, which modelopt.torch.opt.restore() applies to the dense model, and
+OUTPUT_DIR/pts_layers.jsonl with error, sparsity, time and memory of every pruned weight. A run that was interrupted
+goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import pts_report
+import utils
+from checkpoint import LayerStore
+from layerwise import QUALITY, Recipe, choose_linears, decoder_layers, peak_memory_mib, prune_model
+from sparsegpt import Pattern
+from utils import DTYPES, UserError
+
+METHODS = {"sparsegpt": "sparsegpt", "sparse_magnitude": "magnitude", "wanda": "wanda"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_name_or_path", required=True, help="hub id or folder of a decoder-only model")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="fp16", help="dtype of the weights (statistics are always fp32)"
+    )
+    group.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto: CUDA where there is one")
+    group.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calib_data", help=".txt, .json or .jsonl of plain text; default: cnn_dailymail's training articles"
+    )
+    group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
+    group.add_argument(
+        "--model_max_length", type=int, default=1024, help="tokens per sequence; texts are joined, never padded"
+    )
+    group.add_argument(
+        "--batch_size", type=int, default=1, help="sequences per forward pass; more is faster and takes more memory"
+    )
+    group.add_argument("--seed", type=int, default=0, help="order in which calibration texts are drawn")
+    group = parser.add_argument_group("pruning")
+    group.add_argument(
+        "--sparsity_fmt", choices=METHODS, default="sparsegpt", help="wanda and sparse_magnitude only choose masks"
+    )
+    group.add_argument(
+        "--quality", choices=QUALITY, default="balanced", help="effort of sparsegpt: time against perplexity"
+    )
+    group.add_argument("--pattern", default="2:4", help="2:4, 4:8 or unstructured:FRACTION; GPUs accelerate 2:4")
+    group.add_argument(
+        "--percdamp", type=float, default=0.01, help="damping of the Hessian, as a share of its mean diagonal"
+    )
+    group.add_argument(
+        "--ignore", nargs="*", default=[], metavar="GLOB", help="layers to leave dense, e.g. '*.down_proj'"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, help="folder for the state; created if missing")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print layers, shapes, estimated time and memory, then stop"
+    )
+    group = parser.add_argument_group(
+        "inherited", "Options of the reference scripts; only the value 1 is meaningful here."
+    )
+    group.add_argument(
+        "--inference_tensor_parallel", type=int, default=1, help="the state is whole, not sharded for serving"
+    )
+    group.add_argument("--inference_pipeline_parallel", type=int, default=1, help="the same for pipeline stages")
+    return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    for name in ("inference_tensor_parallel", "inference_pipeline_parallel"):
+        if getattr(args, name) != 1:
+            raise UserError(
+                f"--{name} {getattr(args, name)}: the state is saved whole, give 1; servers shard it when they load it"
+            )
+    for name in ("calib_size", "model_max_length", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.model_max_length < 2:
+        raise UserError("--model_max_length must be at least 2")
+    if not 0 < args.percdamp <= 1:
+        raise UserError(f"--percdamp must be above 0 and at most 1, got {args.percdamp}")
+
+
+def calibration_texts(args: argparse.Namespace) -> list[str]:
+    """The user's texts in random order, or cnn_dailymail's training articles (evaluation uses its test split)."""
+    if args.calib_data:
+        texts = utils.read_texts(args.calib_data)
+        random.Random(args.seed).shuffle(texts)
+        return texts
+    from datasets import load_dataset
+
+    try:
+        articles = load_dataset("abisee/cnn_dailymail", "3.0.0", split="train", streaming=True)
+        articles = articles.shuffle(seed=args.seed, buffer_size=1000)
+        # An article has some 800 tokens; a share to spare costs nothing because token_blocks stops when it has enough.
+        wanted = 2 + 2 * args.calib_size * args.model_max_length // 800
+        return [row["article"] for row in articles.take(wanted)]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot load cnn_dailymail from the hub ({utils.first_line(error)}); give --calib_data FILE instead"
+        ) from error
+
+
+def load_calibration(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+    """Batches {"input_ids": [batch_size, model_max_length]} of full sequences."""
+    tokenizer = utils.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    blocks = utils.token_blocks(tokenizer, calibration_texts(args), args.model_max_length, args.calib_size)
+    if len(blocks) < args.calib_size:
+        print(f"warning: the text gives {len(blocks)} sequences of {args.model_max_length}, not {args.calib_size}")
+    return [{"input_ids": batch} for batch in blocks.split(args.batch_size)]
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    pattern = Pattern.parse(args.pattern)
+    if args.sparsity_fmt == "sparsegpt":
+        return replace(QUALITY[args.quality], pattern=pattern, percdamp=args.percdamp)
+    return Recipe(method=METHODS[args.sparsity_fmt], pattern=pattern)
+
+
+def fingerprint(args: argparse.Namespace, recipe: Recipe, batches: list[dict[str, torch.Tensor]], model) -> str:
+    """A hash of all that decides the result, so that a resumed run never mixes two settings."""
+    digest = hashlib.sha256(
+        json.dumps([asdict(recipe), args.ignore, args.dtype, args.batch_size], sort_keys=True).encode()
+    )
+    for batch in batches:
+        digest.update(batch["input_ids"].numpy().tobytes())
+    for name, tensor in model.state_dict().items():
+        # A few values of every weight tell one checkpoint from another without reading all of it.
+        digest.update(name.encode() + repr(tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()).encode())
+    return digest.hexdigest()
+
+
+def save_state(model, masks: dict[str, torch.Tensor], path: Path) -> None:
+    """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads."""
+    import modelopt.torch.opt as mto
+    from modelopt.torch.opt.conversion import apply_mode
+    from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
+
+    # A rule of None leaves a layer dense; restore() would otherwise expect a mask for it.
+    dense = {
+        name: None
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in masks
+    }
+    rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
+    model = apply_mode(model, [("sparsegpt", rules)], registry=SparsityModeRegistry)
+    for name, mask in masks.items():
+        model.get_submodule(name).set_mask(mask)
+    with utils.atomic_path(path) as temporary:
+        mto.save(model, temporary)
+
+
+def verify(
+    args: argparse.Namespace, path: Path, pattern: Pattern, input_ids: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """Restore the file into a freshly loaded dense model and compare logits and masks with what was pruned."""
+    model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+    model = utils.restore_sparse(model, path)
+    logits = pts_report.logits_of(model, input_ids)
+    if not torch.equal(logits, expected):
+        raise UserError(
+            f"{path} does not restore to the pruned model: logits differ by {(logits - expected).abs().max():.3g}"
+        )
+    for name, weight, mask in utils.sparse_masks(model.state_dict()):
+        if pattern.m and bool((mask.view(-1, pattern.m).sum(1) != pattern.n).any()):
+            raise UserError(f"{path}: the mask of {name} is not {pattern}")
+        if bool(weight[~mask].any()):
+            raise UserError(f"{path}: {name} has pruned weights that are not 0")
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_arguments(args)
+    recipe = make_recipe(args)
+    device = utils.resolve_device(args.device)
+    output_dir = utils.prepare_output_dir(args.output_dir)
+    started = time.perf_counter()
+
+    model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+    chosen, left_dense = choose_linears(model, recipe.pattern, args.ignore)
+    print(f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}")
+    if left_dense:
+        print(pts_report.describe_dense(left_dense))
+    if args.dry_run:
+        calibration = (args.calib_size, args.model_max_length, args.batch_size)
+        print(pts_report.estimate(model, recipe, args.ignore, calibration, device.type))
+        return
+
+    batches = load_calibration(args)
+    torch.manual_seed(args.seed)
+    store = LayerStore(output_dir / "pts_resume", fingerprint(args, recipe, batches, model))
+    rows: list[dict] = []
+
+    def on_rows(new: list[dict]) -> None:
+        rows[:] = new
+        with utils.atomic_path(output_dir / "pts_layers.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    masks = prune_model(model, batches, recipe, device, store, args.ignore, on_rows)
+    seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
+
+    path = output_dir / "pts_modelopt_state.pth"
+    probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
+    expected = pts_report.logits_of(model, probe)
+    if not torch.isfinite(expected).all():
+        raise UserError(f"the pruned model's logits are not finite in {args.dtype}; try --dtype bf16 or fp32")
+    print(pts_report.error_table(rows))
+    print(pts_report.sparsity_line(masks, model))
+    save_state(model, masks, path)
+    del model, masks
+    verify(args, path, recipe.pattern, probe, expected)
+    store.remove()
+    print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")
+    print(f"saved {path}; restored into a fresh model it gives identical logits")
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)

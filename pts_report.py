@@ -1,0 +1,106 @@
+"""What a pruning run will cost, and what it did: the texts that hf_pts.py prints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from layerwise import Recipe, choose_linears, decoder_layers, shared_inputs
+
+MIB = 2**20
+# Sustained float32 multiply-adds of hardware in this class, doubled: a laptop's cores, a data-centre GPU.
+FLOPS = {"cpu": 1.5e11, "cuda": 3e13}
+
+
+def error_table(rows: list[dict]) -> str:
+    """A line per kind of linear layer (q_proj, …): how many, sparsity, relative error, seconds."""
+    kinds: dict[str, list[dict]] = {}
+    for row in rows:
+        kinds.setdefault(row["name"].rsplit(".", 1)[-1], []).append(row)
+    header = ("layer", "count", "shape", "sparsity", "mean error", "max error", "seconds")
+    lines = ["{:<16}{:>6}{:>14}{:>10}{:>12}{:>11}{:>9}".format(*header)]
+    for kind, group in kinds.items():
+        errors = [row["relative_error"] for row in group]
+        lines.append(
+            f"{kind:<16}{len(group):>6}{'x'.join(map(str, group[0]['shape'])):>14}"
+            f"{sum(row['sparsity'] for row in group) / len(group):>10.4f}"
+            f"{sum(errors) / len(errors):>12.5f}{max(errors):>11.5f}{sum(row['seconds'] for row in group):>9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
+    """How many weights are zero, of the pruned layers and of the whole model."""
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    pruned = sum(mask.numel() for mask in masks.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{zeros:,} of {pruned:,} weights in {len(masks)} linear layers are zero ({zeros / pruned:.2%}); "
+        f"{zeros / total:.2%} of all weights (embeddings, norms and the output head stay dense)"
+    )
+
+
+def estimate(model: nn.Module, recipe: Recipe, ignore: list[str], calibration: tuple[int, int, int], kind: str) -> str:
+    """Layers, shapes and a computed estimate of time and peak device memory; nothing is run but eight tokens.
+
+    Args:
+        calibration: sequences, tokens per sequence, sequences per batch.  kind: "cpu" or "cuda".
+
+    Memory on the device is the largest decoder layer, plus the larger of (a) one batch's activations with one float32
+    Hessian and (b) the working set of the largest group: about four matrices of the Hessian's size (Hessian, damped
+    copy, factor, workspace) and six float32 copies of the weights that share it.
+    """
+    sequences, length, batch_size = calibration
+    prefix, layers = decoder_layers(model)
+    chosen, left_dense = choose_linears(model, recipe.pattern, ignore)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen}
+    plan = shared_inputs(model, chosen)
+    tokens, batch_tokens = sequences * length, batch_size * length
+    lines, flops, working = [], 0.0, 0.0
+    for name in plan[0]:
+        rows, cols = sum(shapes[linear][0] for linear in name), shapes[name[0]][1]
+        lines.append(
+            f"  input of {cols:>6} columns: " + ", ".join(f"{n.removeprefix(prefix + '.0.')} {shapes[n]}" for n in name)
+        )
+    for groups in plan:
+        for group in groups:
+            rows, cols = sum(shapes[linear][0] for linear in group), shapes[group[0]][1]
+            forward = (
+                2 * tokens * rows * cols * (2.5 + 1.5 * (recipe.reconstruct_epochs > 0) + 3 * recipe.reconstruct_epochs)
+            )
+            search = 2 * rows * cols * cols * (2 + recipe.refit_iterations + 2 * recipe.admm_iterations)
+            flops += forward + 2 * tokens * cols * cols + search + (20 * cols**3 if recipe.admm_iterations else cols**3)
+            working = max(working, 4 * cols * cols * 4 + 6 * rows * cols * 4 + 2 * batch_tokens * cols * 4)
+    layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
+    if recipe.reconstruct_epochs:  # float32 weights, gradients and two Adam moments
+        working = max(working, 4 * 4 * max(sum(p.numel() for p in layer.parameters()) for layer in layers))
+    width = model.get_input_embeddings().weight.shape[1]
+    element = next(model.parameters()).element_size()
+    streams = tokens * width * element * (2 if recipe.reconstruct_epochs else 1)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return "\n".join(
+        [
+            f"each of {len(layers)} decoder layers ({layer / MIB:.0f} MiB), groups that share a Hessian:",
+            *lines,
+            f"{len(chosen)} linear layers are pruned to {recipe.pattern}, {len(left_dense)} beside them stay dense",
+            f"calibration: {sequences} sequences of {length} tokens, {batch_size} at a time",
+            f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
+            f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB hidden states "
+            f"+ {sum(r * c for r, c in shapes.values()) / MIB:,.0f} MiB masks",
+            f"computed time: about {flops / FLOPS[kind]:,.0f} s for {flops:.1e} operations at {FLOPS[kind]:.1e} per second",
+        ]
+    )
+
+
+def describe_dense(left_dense: dict[str, str]) -> str:
+    """Names of the weights that stay dense inside the decoder layers, a line per reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_dense.items():
+        reasons.setdefault(reason, []).append(name)
+    return "\n".join(f"left dense ({reason}): {', '.join(names)}" for reason, names in reasons.items())
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] without a cache."""
+    with torch.inference_mode():
+        return model(input_ids=input_ids, use_cache=False).logits

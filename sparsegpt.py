@@ -1,0 +1,261 @@
+"""One-shot pruning of a weight matrix with second-order information: the mathematics, without any model around it.
+
+Notation, as in Frantar & Alistarh, "SparseGPT" (2023): a linear layer has the weight W [rows, cols] and saw the
+calibration inputs X [cols, tokens]; H = X Xᵀ [cols, cols] is its Hessian (up to a factor). Pruned to S, its error is
+tr((S - W) H (S - W)ᵀ) = ‖S X - W X‖². All of it is 32-bit float arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern: keep `n` of every `m` consecutive inputs, or (m == 0) prune a `fraction` of all weights."""
+
+    n: int = 2
+    m: int = 4
+    fraction: float = 0.5
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "N:M" or "unstructured:FRACTION"; UserError for anything else."""
+        if match := re.fullmatch(r"(\d+):(\d+)", text):
+            n, m = int(match[1]), int(match[2])
+            if 0 < n < m <= 8:
+                return cls(n, m, 1 - n / m)
+        if match := re.fullmatch(r"unstructured:(0?\.\d+)", text):
+            return cls(0, 0, float(match[1]))
+        raise UserError(f"--pattern '{text}' is not known; use 2:4, 4:8 (N:M with M up to 8) or unstructured:0.5")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else f"unstructured:{self.fraction}"
+
+
+# ----------------------------------------------------------------------------------------------- masks
+
+
+def score_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Bool mask [rows, cols] that keeps the highest scores, per group of m or (unstructured) per row."""
+    rows, cols = scores.shape
+    if pattern.m:
+        grouped = scores.view(rows, cols // pattern.m, pattern.m)
+        kept = grouped.topk(pattern.n, dim=-1).indices
+        return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, kept, True).view(rows, cols)
+    kept = scores.topk(cols - round(pattern.fraction * cols), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+
+
+def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the largest absolute weights."""
+    return score_mask(weight.float().abs(), pattern)
+
+
+def wanda_mask(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the largest |weight| · ‖input‖₂ (Sun et al., "Wanda", 2023, section 3)."""
+    return score_mask(weight.float().abs() * hessian.diagonal().clamp(min=0).sqrt(), pattern)
+
+
+# --------------------------------------------------------------------------------------------- Hessian
+
+
+def damp(hessian: Tensor, percdamp: float, most: float = 10.0) -> tuple[Tensor, Tensor, float]:
+    """Add percdamp · mean(diagonal) to the diagonal, ten times more at each failure, until H is positive definite.
+
+    An input that never fires has a zero row in H; its diagonal entry becomes 1 so that its weights cost nothing.
+
+    Returns:
+        damped Hessian [cols, cols]; U [cols, cols], upper triangular with Uᵀ U = H⁻¹; the percdamp that worked.
+
+    Raises:
+        UserError: even percdamp = `most` does not make it positive definite (non-finite activations).
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    mean = diagonal.mean()
+    added = 0.0
+    while percdamp <= most:
+        diagonal += (percdamp - added) * mean
+        added = percdamp
+        # H reversed = L Lᵀ gives H = M Mᵀ with M upper triangular, hence H⁻¹ = M⁻ᵀ M⁻¹ and U = M⁻¹:
+        # one Cholesky and one triangular inverse where the textbook does Cholesky, inverse, Cholesky.
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            identity = torch.eye(len(hessian), device=hessian.device)
+            return hessian, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), percdamp
+        percdamp = max(percdamp * 10, 1e-4)
+    raise UserError("the Hessian is not positive definite at any damping: the calibration activations are not finite")
+
+
+def layer_error(delta: Tensor, hessian: Tensor) -> Tensor:
+    """tr(Δ H Δᵀ) per row, shape [rows], for a weight change Δ [rows, cols]."""
+    return (delta @ hessian).mul_(delta).sum(1)
+
+
+# ------------------------------------------------------------------------------------------- SparseGPT
+
+
+def group_costs(inverse_factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """For each group of m columns and each way P of pruning m - n of them: what it costs, in closed form.
+
+    With S = (H_F)⁻¹ over the columns F from the group on (those still free to compensate), the cheapest update that
+    zeroes w_P costs w_Pᵀ (S_PP)⁻¹ w_P and needs the multipliers c = (S_PP)⁻¹ w_P (Hassibi & Stork, "Optimal Brain
+    Surgeon", 1993, for several weights at once). SparseGPT scores weights one by one; all patterns exactly is better
+    and still cheap for m ≤ 8.
+
+    Returns:
+        quadratic forms [groups, patterns, m, m] that are zero outside P; bool kept [patterns, m].
+    """
+    m = pattern.m
+    cols = len(inverse_factor)
+    tiles = inverse_factor.view(cols // m, m, cols // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    inverse = tiles.transpose(1, 2) @ tiles  # [groups, m, m], the leading block of S
+    pruned = list(itertools.combinations(range(m), m - pattern.n))
+    forms = torch.zeros(cols // m, len(pruned), m, m, device=inverse.device)
+    kept = torch.ones(len(pruned), m, dtype=torch.bool, device=inverse.device)
+    for index, columns in enumerate(pruned):
+        where = torch.tensor(columns, device=inverse.device)
+        kept[index, where] = False
+        forms[:, index, where[:, None], where] = torch.linalg.inv(inverse[:, where[:, None], where])
+    return forms, kept
+
+
+def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Prune group by group from left to right, each time letting all later columns make up for the loss.
+
+    The loop of SparseGPT (Algorithm 1) with the whole group of m as its step. Columns are worked through in blocks:
+    inside a block updates are applied at once, to the columns behind it once per block.
+
+    Args:
+        weight: [rows, cols] float32, left as it is.
+        inverse_factor: U of `damp`, [cols, cols].
+
+    Returns:
+        pruned and updated weight [rows, cols], mask [rows, cols] (True is kept).
+    """
+    if not pattern.m:
+        return sparsegpt_unstructured(weight, inverse_factor, pattern.fraction, block_size)
+    m, cols = pattern.m, weight.shape[1]
+    forms, kept = group_costs(inverse_factor, pattern)
+    w = weight.t().contiguous()  # [cols, rows]: a group is then a contiguous slab
+    mask = torch.empty_like(w, dtype=torch.bool)
+    block_size = max(m, block_size // m * m)
+    for start in range(0, cols, block_size):
+        end = min(start + block_size, cols)
+        errors = torch.empty_like(w[start:end])
+        for i in range(start, end, m):
+            group, form = w[i : i + m], forms[i // m]
+            products = (group[:, None] * group[None]).flatten(0, 1)  # w wᵀ per row: [m·m, rows]
+            best = (form.flatten(1) @ products).argmin(0)  # [rows]
+            multipliers = (form[best] * group.t()[:, None]).sum(-1).t()  # c: [m, rows]
+            error = inverse_factor[i : i + m, i : i + m] @ multipliers
+            w[i:end].addmm_(inverse_factor[i : i + m, i:end].t(), error, alpha=-1)
+            errors[i - start : i - start + m] = error
+            mask[i : i + m] = kept[best].t()
+        w[end:].addmm_(inverse_factor[start:end, end:].t(), errors, alpha=-1)
+    mask = mask.t().contiguous()
+    return w.t().contiguous().masked_fill_(~mask, 0.0), mask
+
+
+def sparsegpt_unstructured(
+    weight: Tensor, inverse_factor: Tensor, fraction: float, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT's own column loop, with the weights to prune chosen per block by w² / U_jj² (section 3.3)."""
+    w = weight.t().contiguous()
+    mask = torch.empty_like(w, dtype=torch.bool)
+    scale = inverse_factor.diagonal()
+    for start in range(0, len(w), block_size):
+        end = min(start + block_size, len(w))
+        saliency = (w[start:end] / scale[start:end, None]) ** 2
+        count = max(1, round(saliency.numel() * fraction))
+        mask[start:end] = saliency > saliency.flatten().kthvalue(count).values
+        errors = torch.empty_like(w[start:end])
+        for j in range(start, end):
+            errors[j - start] = w[j].masked_fill(mask[j], 0.0) / scale[j]
+            w[j:end].addr_(inverse_factor[j, j:end], errors[j - start], alpha=-1)
+        w[end:].addmm_(inverse_factor[start:end, end:].t(), errors, alpha=-1)
+    mask = mask.t().contiguous()
+    return w.t().contiguous().masked_fill_(~mask, 0.0), mask
+
+
+# ----------------------------------------------------------------------------------- mask search, refit
+
+
+def admm(
+    weight: Tensor, hessian: Tensor, start: Tensor, pattern: Pattern, iterations: int, rho_scale: float = 0.1
+) -> Tensor:
+    """Search a better mask by the alternating direction method of multipliers (ALPS, Meng et al. 2024, section 3).
+
+    Minimizes ‖W X - S X‖² + ∞·[D breaks the pattern] + ρ/2 ‖S - D‖² by turns in S (ridge regression, through the
+    eigenvectors of H) and D (projection onto the pattern), with ρ growing until the mask stands still.
+
+    Args:
+        weight: dense W [rows, cols] float32.  hessian: damped H.  start: first D, a pruned weight [rows, cols].
+
+    Returns:
+        mask [rows, cols] bool.
+    """
+    # Working in the metric of diag(H) makes the projection weigh each weight by its input's energy.
+    scale = hessian.diagonal().sqrt()
+    target = weight * scale
+    values, vectors = torch.linalg.eigh(hessian / scale / scale[:, None])
+    values = values.clamp(min=0)
+    rotated_target = (target @ vectors) * values  # W H in the eigenbasis
+    d, v = start * scale, torch.zeros_like(weight)
+    mask = start != 0
+    rho = rho_scale
+    for step in range(iterations):
+        s = ((rotated_target + (rho * d - v) @ vectors) / (values + rho)) @ vectors.t()
+        candidate = s + v / rho
+        mask = score_mask(candidate.abs(), pattern)
+        d = candidate * mask
+        v += rho * (s - d)
+        if step % 3 == 2:
+            rho *= 1.3
+    return mask
+
+
+def refit(
+    weight: Tensor, hessian: Tensor, start: Tensor, mask: Tensor, iterations: int, tolerance: float = 1e-3
+) -> Tensor:
+    """Least squares on the support: the S with zeros off `mask` that minimizes tr((S - W) H (S - W)ᵀ).
+
+    Conjugate gradients with the diagonal of H as preconditioner, all rows at once (each row is a problem of its own
+    with its own step sizes). In exact arithmetic the error falls with every iteration.
+
+    Args:
+        weight: target W [rows, cols] float32.  hessian: damped H [cols, cols].  start: S to begin from, zero off mask.
+
+    Returns:
+        S [rows, cols]; no row has a larger error than it had in `start`.
+    """
+    inverse_diagonal = hessian.diagonal().reciprocal()
+    s = start.clone()
+    residual = ((weight - s) @ hessian).mul_(mask)
+    z = residual * inverse_diagonal
+    direction = z.clone()
+    rz = (residual * z).sum(1, keepdim=True)
+    stop = rz.sum() * tolerance**2
+    for _ in range(iterations):
+        curved = (direction @ hessian).mul_(mask)
+        alpha = rz / (direction * curved).sum(1, keepdim=True).clamp(min=1e-30)
+        s.addcmul_(alpha, direction)
+        residual.addcmul_(alpha, curved, value=-1)
+        torch.mul(residual, inverse_diagonal, out=z)
+        rz_next = (residual * z).sum(1, keepdim=True)
+        if rz_next.sum() <= stop:
+            break
+        direction.mul_(rz_next / rz.clamp(min=1e-30)).add_(z)
+        rz = rz_next
+    worse = layer_error(s - weight, hessian) > layer_error(start - weight, hessian)
+    s[worse] = start[worse]
+    return s
