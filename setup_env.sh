@@ -68,7 +68,7 @@ setup_env() {
     if [[ $file == *-demo.txt ]]; then
       install_once "$file" "$(cat "$file")" --no-deps --requirement "$file" || return 1
     else
-      install_once "$file" "$(cat "$file" ${constraints:+"$constraints"})" "${options[@]}" --requirement "$file" ||
+      install_once "$file" "$(cat "$file" ${constraints:+"$constraints"})" ${options[@]+"${options[@]}"} --requirement "$file" ||
         return 1
     fi
   done

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# The whole pipeline on a small real model: prepare, prune (PTS), fine-tune (SAT), evaluate, report.
+#
+#   bash quickstart.sh [--full]
+#
+# Everything it needs comes from PyPI: no model hub, no account. By default it takes at most 20 minutes on two CPU cores;
+# --full takes longer, on more text and all test examples. A CUDA GPU is used where there is one. A step whose result is
+# there and whose command, script and input files have not changed since is not run again, so a second run only prints
+# the table, and an interrupted one goes on. PYTHON and TORCH_SPEC choose interpreter and torch; see setup_env.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# ------------------------------------------------------------------------------------------------- sizes
+calib_size=64      # calibration samples of PTS
+length=512         # tokens of a calibration sample, a training example, a prompt and a perplexity window
+max_steps=60       # optimizer steps of SAT
+accumulation=4     # training examples to a step
+learning_rate=1e-4 # a model this small and so few steps want more than the 2e-5 of large models
+examples=16        # test papers to summarize for ROUGE
+beams=2            # beam search width
+eval_batch=4       # prompts generated together
+windows=32         # perplexity windows
+name=quickstart
+case ${1:-} in
+  "") ;;
+  --full) calib_size=128 max_steps=400 examples=100 beams=4 windows=200 name=quickstart_full ;;
+  -h | --help)
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+  *)
+    echo "error: unknown argument '$1'; usage: bash quickstart.sh [--full]" >&2
+    exit 2
+    ;;
+esac
+again="bash quickstart.sh${1:+ $1}"
+model=demo/SmolLM2-135M-Instruct
+data=data/aclsum
+out=saved_models_SmolLM2-135M-Instruct_$name
+begin=$SECONDS
+
+# ------------------------------------------------------------------------------------------- environment
+source setup_env.sh
+setup_env .venv "" requirements.txt requirements-demo.txt
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "$out/steps"
+
+# logged FILE COMMAND… : run the command, its output also going to FILE; on a terminal it keeps its progress bars
+logged() {
+  if [[ -t 1 ]]; then
+    python -c '
+import os, pty, sys
+log = open(sys.argv[1], "wb", buffering=0)
+def copy(source):
+    data = os.read(source, 65536)
+    log.write(data)
+    return data
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[2:], copy)))' "$@"
+  else
+    "${@:2}" 2>&1 | tee "$1"
+  fi
+}
+
+# current STAMP RESULT COMMAND… : whether RESULT was made by this very command from the files it names as they are now
+current() {
+  local stamp=$1 word
+  [[ -s $2 && -f $stamp && $(<"$stamp") == "${*:3}" ]] || return 1
+  for word in "${@:3}"; do
+    if [[ -f $word && $word -nt $stamp && $word != "$2" ]]; then
+      return 1
+    fi
+  done
+}
+
+# step NAME RESULT COMMAND… : run the command, which makes the file RESULT, unless that is current
+number=0
+step() {
+  local title=$1 result=$2 start=$SECONDS stamp="$out/steps/$1.done" log="$out/steps/$1.log"
+  shift 2
+  number=$((number + 1))
+  if current "$stamp" "$result" "$@"; then
+    printf '\n[%2d] %s: already done (%s)\n' $number "$title" "$result"
+    return
+  fi
+  printf '\n[%2d] %s: %s\n' $number "$title" "$*"
+  rm -f "$stamp"
+  if ! logged "$log" "$@"; then
+    printf '\nerror: step %s failed; its output is in %s. To go on from here: %s\n' "$title" "$log" "$again" >&2
+    exit 1
+  fi
+  echo "$*" >"$stamp"
+  printf '     %s took %d s\n' "$title" $((SECONDS - start))
+}
+
+# ------------------------------------------------------------------------------------------------- steps
+step model $model/model.safetensors python prepare_demo.py --output_dir $model
+step data $data/cnn_train.json python data_prep.py --save_path $data --source aclsum
+
+pts=$out/pts_modelopt_state.pth
+step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --model_max_length $length --dtype fp32 \
+  --sparsity_fmt sparsegpt --calib_size $calib_size --calib_data $data/calib.jsonl --output_dir "$out"
+
+sat=$out/finetuned/finetuned_modelopt_state.pth
+step SAT "$sat" bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data --max_length $length \
+  --output_dir "$out/finetuned" --max_steps $max_steps --gradient_accumulation_steps $accumulation --train_bs 1
+
+runs=()
+for run in dense PTS SAT; do
+  state=()
+  case $run in
+    PTS) state=(--modelopt_restore_path "$pts") runs+=(--state "PTS=$pts") ;;
+    SAT) state=(--modelopt_restore_path "$sat") runs+=(--state "SAT=$sat") ;;
+  esac
+  results=$out/eval/$run
+  runs+=(--run "$run=$results")
+  step "perplexity-$run" "$results/ppl.json" python eval_ppl.py --model_dir $model ${state[@]+"${state[@]}"} \
+    --text $data/heldout.jsonl --context $length --max_blocks $windows --output_json "$results/ppl.json"
+  step "ROUGE-$run" "$results/rouge.json" python eval.py --model_dir $model ${state[@]+"${state[@]}"} \
+    --data_path $data/cnn_eval.json --limit $examples --batch_size $eval_batch --beam_size $beams \
+    --model_max_length $length --predictions "$results/predictions.jsonl" --output_json "$results/rouge.json"
+done
+
+# ------------------------------------------------------------------------------------------------ report
+echo
+python report.py "${runs[@]}" --model_dir $model --pts_layers "$out/pts_layers.jsonl" \
+  --train_log "$out/finetuned/train_log.jsonl" --output_dir "$out/report" \
+  --title "SmolLM2-135M-Instruct, 2:4 sparse: before and after"
+cat <<END
+
+dense model            $model
+pruned (PTS) state     $pts
+fine-tuned (SAT) state $sat
+predictions, scores    $out/eval/
+page with plots        $out/report/report.html
+took $(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s; the folder holds $(du -sh "$out" | cut -f1)
+END
