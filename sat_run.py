@@ -1,0 +1,93 @@
+"""A training run's place on disk and its ends: what a resumed run must share, and what failures mean."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import sat_checkpoints
+from utils import UserError, save_json
+
+# Arguments that shape the course of training: a resumed run must have the same.
+COURSE = [
+    "model",
+    "restore_path",
+    "data_path",
+    "max_length",
+    "text_path",
+    "text_ratio",
+    "text_length",
+    "packing",
+    "group_by_length",
+    "num_epochs",
+    "max_steps",
+    "train_bs",
+    "gradient_accumulation_steps",
+    "lr",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta2",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "distill",
+    "distill_kl",
+    "distill_hidden",
+    "distill_temperature",
+    "mixed_precision",
+]
+
+
+def open_run(arguments: argparse.Namespace, output_dir: Path, is_main: bool) -> Path | None:
+    """Prepare a new run, or find where an earlier one stopped.
+
+    Returns:
+        The checkpoint to go on from; None to start at the beginning.
+
+    Raises:
+        UserError: an earlier run is in the way, or was made with other arguments.
+    """
+    course = {name: getattr(arguments, name) for name in COURSE}
+    record, root = output_dir / "run.json", output_dir / "checkpoints"
+    checkpoint = sat_checkpoints.last_complete(root)
+    if checkpoint and not arguments.resume:
+        raise UserError(
+            f"{root} holds checkpoints of an earlier run; add --resume to go on from {checkpoint.name}, or remove the "
+            "folder, or choose another --output_dir"
+        )
+    if checkpoint and record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        for name, value in course.items():
+            if before.get(name, value) != value:
+                raise UserError(
+                    f"--resume needs the arguments of the run it goes on with: --{name} was {before[name]}, now {value}"
+                )
+    if is_main:
+        sat_checkpoints.remove_partial(root)
+        save_json(course, record)
+    return checkpoint
+
+
+@contextlib.contextmanager
+def explain_failures(trainer, advice) -> Iterator[None]:
+    """Turn errors that all processes meet alike into one message, and a GPU out of memory into advice.
+
+    Args:
+        advice: called without arguments for a line on what to change when memory ran out.
+    """
+    try:
+        yield
+    except UserError:
+        if trainer.args.process_index == 0:
+            raise
+        trainer.accelerator.state.destroy_process_group()
+        sys.exit(1)  # the main process tells
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"CUDA ran out of memory at step {trainer.state.global_step + 1}. {advice()}") from error

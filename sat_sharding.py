@@ -1,0 +1,129 @@
+"""Sharded training with FSDP2 through accelerate, and what modelopt's masks need beside sharded weights.
+
+With torch's fully_shard the parameters become DTensors under their own names, while the masks stay whole boolean
+buffers on every process; the model is thus saved by gathering its weights and taking the buffers as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils import UserError
+
+
+def decoder_layer_class(model: nn.Module) -> str:
+    """Class name of the repeated decoder block: the class that fills the longest ModuleList.
+
+    Raises:
+        UserError: the model has no list of like layers to shard by.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    if not lists:
+        raise UserError(f"cannot find the decoder layers of {type(model).__name__}; train without FSDP (--fsdp off)")
+    longest = max(lists, key=len)
+    return Counter(type(layer).__name__ for layer in longest).most_common(1)[0][0]
+
+
+def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
+    """Tell accelerate, by the variables that its own launcher sets, to shard with FSDP2. Call before the Trainer."""
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_TRANSFORMER_CLS_TO_WRAP=layer_class,
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+        FSDP_RESHARD_AFTER_FORWARD="true",
+        FSDP_OFFLOAD_PARAMS=str(cpu_offload).lower(),
+        FSDP_ACTIVATION_CHECKPOINTING=str(activation_checkpointing).lower(),
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+    )
+
+
+def force_fsdp(accelerator) -> None:
+    """Make accelerate shard on CPU processes too.
+
+    accelerate 1.15 looks at ACCELERATE_USE_FSDP only for accelerators and quietly falls back to DDP on CPU processes.
+    Its FSDP2 path itself works over gloo once the state says FSDP, so that the sharded run can be tested without GPUs.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def assert_sharded(model: nn.Module) -> None:
+    """Raises: RuntimeError if any parameter is not a DTensor, i.e. FSDP was asked for but is not at work."""
+    from torch.distributed.tensor import DTensor
+
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if whole:
+        raise RuntimeError(f"FSDP was asked for, but {len(whole)} parameters are not sharded, the first is {whole[0]}")
+
+
+def shard_teacher(teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> nn.Module:
+    """Shard the frozen teacher layer by layer like the student; computes in `dtype`."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
+    for module in teacher.modules():
+        if type(module).__name__ == layer_class:
+            fully_shard(module, **options)
+    return fully_shard(teacher, **options)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield (name, stored weight, bool mask), both as this process's shards, for every pruned layer.
+
+    The stored weight is read past modelopt's dynamic attribute, which would hand out the masked product instead.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for name, module in model.named_modules():
+        mask = getattr(module, "_weight_mask", None)
+        if mask is None:
+            continue
+        weight = module._parameters["weight"]
+        if isinstance(weight, DTensor):
+            if module._weight_mask_dtensor is None:
+                module._weight_mask_dtensor = distribute_tensor(mask, weight.device_mesh, weight.placements)
+            mask = module._weight_mask_dtensor
+        yield f"{name}.weight", local(weight.data), local(mask)
+
+
+def full_state(accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Whole weights and masks on the CPU of the main process (elsewhere possibly empty), pruned weights exactly +0.0.
+
+    All processes must call it. Weights are cast to `dtypes`, the types they had in the restored state.
+    """
+    gathered = accelerator.get_state_dict(model)
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, stored once
+    for name, tensor in gathered.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if key not in seen:
+            seen[key] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype)).clone()
+        state[name] = seen[key]
+    for name, mask in state.items():
+        if name.endswith("._weight_mask"):
+            # masked_fill_ writes +0.0 where a product with the mask would leave -0.0 for negative weights
+            state[name.removesuffix("_weight_mask") + "weight"].masked_fill_(~mask, 0.0)
+    return state
