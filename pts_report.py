@@ -87,7 +87,7 @@ def estimate(model: nn.Module, recipe: Recipe, ignore: list[str], calibration: t
             f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
             f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB hidden states "
             f"+ {sum(r * c for r, c in shapes.values()) / MIB:,.0f} MiB masks",
-            f"computed time: about {flops / FLOPS[kind]:,.0f} s for {flops:.1e} operations at {FLOPS[kind]:.1e} per second",
+            f"computed time: about {flops / FLOPS[kind]:,.0f} s ({flops:.1e} operations, {FLOPS[kind]:.1e} a second)",
         ]
     )
 
