@@ -43,7 +43,7 @@ begin=$SECONDS
 source setup_env.sh
 setup_env .venv "" requirements.txt requirements-demo.txt
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-mkdir -p "$out/steps"
+mkdir -p data/steps "$out/steps"
 
 # logged FILE COMMAND… : run the command, its output also going to FILE; on a terminal it keeps its progress bars
 logged() {
@@ -75,7 +75,7 @@ current() {
 # step NAME RESULT COMMAND… : run the command, which makes the file RESULT, unless that is current
 number=0
 step() {
-  local title=$1 result=$2 start=$SECONDS stamp="$out/steps/$1.done" log="$out/steps/$1.log"
+  local title=$1 result=$2 start=$SECONDS stamp=$steps/$1.done log=$steps/$1.log
   shift 2
   number=$((number + 1))
   if current "$stamp" "$result" "$@"; then
@@ -93,9 +93,11 @@ step() {
 }
 
 # ------------------------------------------------------------------------------------------------- steps
+steps=data/steps # logs and stamps of what --full shares
 step model $model/model.safetensors python prepare_demo.py --output_dir $model
 step data $data/cnn_train.json python data_prep.py --save_path $data --source aclsum
 
+steps=$out/steps
 pts=$out/pts_modelopt_state.pth
 step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --model_max_length $length --dtype fp32 \
   --sparsity_fmt sparsegpt --calib_size $calib_size --calib_data $data/calib.jsonl --output_dir "$out"

@@ -39,14 +39,17 @@ dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; f
 # ------------------------------------------------------------------------------------------------- plots
 
 
-def new_figure(columns: int, width: float = 10.4, height: float = 3.4):
+def new_figure(ratios: tuple[float, ...], height: float = 3.4):
+    """A figure as wide as the page with one panel for each of the relative widths `ratios`; sizes in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(ratios), figsize=(10.4, height), width_ratios=ratios, layout="constrained", squeeze=False
+    )
     for axis in axes[0]:
         axis.grid(axis="y", color="#e3e7ec")
     return figure, axes[0]
@@ -63,7 +66,7 @@ def save_figure(figure, path: Path) -> Path:
 
 def plot_scores(runs, path: Path) -> Path:
     """Bars of perplexity (lower is better) and ROUGE in percent with its 95% intervals (higher is better)."""
-    figure, (left, right) = new_figure(2)
+    figure, (left, right) = new_figure((1, 1.2))
     measured = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.perplexity]
     for place, (run, colour) in enumerate(measured):
         value = run.perplexity["perplexity"]
@@ -95,7 +98,7 @@ def plot_scores(runs, path: Path) -> Path:
 
 def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
     """Relative output error and zero share of every pruned matrix, by depth, one line for each kind of matrix."""
-    figure, (left, right) = new_figure(2, height=3.8)
+    figure, (left, right) = new_figure((2, 1), height=3.8)
     kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for order, layer in enumerate(layers):
         name = layer["name"].removesuffix(".weight")
@@ -119,13 +122,13 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
     right.set_ylim(0, 100)
     for axis in (left, right):
         axis.set_xlabel("decoder layer")
-    right.legend(frameon=False, ncols=2, fontsize=9)
+    left.legend(frameon=False, ncols=len(kinds), fontsize=8.5, loc="lower left")
     return save_figure(figure, path)
 
 
 def plot_loss(curve: list[dict[str, Any]], path: Path) -> Path:
     """Training loss and, where it was measured, evaluation loss (nats per answer token) over optimizer steps."""
-    figure, (axis,) = new_figure(1, width=8.2)
+    figure, (axis,) = new_figure((1,))
     for key, label, colour, marker in (
         ("loss", "training", COLOURS[3], None),
         ("eval_loss", "evaluation", COLOURS[1], "o"),

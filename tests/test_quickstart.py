@@ -1,0 +1,161 @@
+"""quickstart.sh and run_tests.sh without their heavy parts: order of steps, reuse, failure, arguments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+# Stands in for the environment: `python` notes its call and makes the files that the real scripts would make.
+SETUP = """
+setup_env() { mkdir -p .venv/bin; cp fake_python .venv/bin/python; }
+"""
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >> calls
+[[ $1 == "$(cat fail 2>/dev/null)" ]] && { echo "error: made to fail"; exit 1; }
+script=$1
+while (($#)); do
+  case $1 in
+    --output_json) mkdir -p "$(dirname "$2")"; echo {} > "$2" ;;
+    --save_path) mkdir -p "$2"; touch "$2"/{calib,heldout}.jsonl; echo x > "$2/cnn_train.json" ;;
+    --output_dir) mkdir -p "$2"
+      case $script in
+        prepare_demo.py) echo x > "$2/model.safetensors" ;;
+        hf_pts.py) echo x > "$2/pts_modelopt_state.pth" ;;
+        finetune.py) echo x > "$2/finetuned_modelopt_state.pth" ;;
+        report.py) echo "| table |" ;;
+      esac ;;
+  esac
+  shift
+done
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    shutil.copy(ROOT / "quickstart.sh", tmp_path)
+    (tmp_path / "setup_env.sh").write_text(SETUP)
+    (tmp_path / "fake_python").write_text(PYTHON)
+    (tmp_path / "fake_python").chmod(0o755)
+    (tmp_path / "launch_finetune.sh").write_text('python finetune.py "$@"')
+    return tmp_path
+
+
+def quickstart(project, *arguments):
+    (project / "calls").unlink(missing_ok=True)
+    result = subprocess.run(
+        ["bash", project / "quickstart.sh", *arguments], capture_output=True, text=True, cwd="/", timeout=60
+    )
+    calls = (project / "calls").read_text().splitlines() if (project / "calls").exists() else []
+    return result, calls
+
+
+SCRIPTS = ["prepare_demo.py", "data_prep.py", "hf_pts.py", "finetune.py", *["eval_ppl.py", "eval.py"] * 3, "report.py"]
+
+
+def scripts(calls):
+    return [call.split()[0] for call in calls]
+
+
+def test_steps_run_in_order_and_the_second_run_only_reports(project):
+    result, calls = quickstart(project)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert scripts(calls) == SCRIPTS
+    # Dense without a state, then the pruned, then the fine-tuned one.
+    states = [call.partition("--modelopt_restore_path ")[2].partition(" ")[0] for call in calls[4:10]]
+    assert [state.rpartition("/")[2] for state in states] == (
+        ["", ""] + ["pts_modelopt_state.pth"] * 2 + ["finetuned_modelopt_state.pth"] * 2
+    )
+    assert "| table |" in result.stdout and "report.html" in result.stdout
+    result, calls = quickstart(project)
+    assert result.returncode == 0
+    assert scripts(calls) == ["report.py"]
+
+
+def test_calibration_is_from_training_and_perplexity_from_held_out_text(project):
+    _, calls = quickstart(project)
+    by_script = {call.split()[0]: call for call in calls}
+    assert "/calib.jsonl" in by_script["hf_pts.py"]
+    assert "/heldout.jsonl" in by_script["eval_ppl.py"]
+    assert "/cnn_eval.json" in by_script["eval.py"]
+
+
+def test_failed_step_names_itself_and_the_next_run_goes_on_there(project):
+    (project / "fail").write_text("finetune.py")
+    result, calls = quickstart(project)
+    assert result.returncode == 1
+    assert scripts(calls) == SCRIPTS[:4]
+    last = result.stderr.strip().splitlines()[-1]
+    assert "step SAT failed" in last and last.endswith("bash quickstart.sh")
+    log = project / last.partition("output is in ")[2].partition(". To go on")[0]
+    assert "made to fail" in log.read_text()
+    (project / "fail").unlink()
+    result, calls = quickstart(project)
+    assert result.returncode == 0
+    assert scripts(calls) == SCRIPTS[3:]
+
+
+def test_a_changed_input_is_noticed(project):
+    quickstart(project)
+    state = next(project.glob("saved_models*/pts_modelopt_state.pth"))
+    os.utime(state, (state.stat().st_mtime + 5,) * 2)
+    for stamp in project.glob("saved_models*/steps/*.done"):
+        assert stamp.stat().st_mtime < state.stat().st_mtime
+    _, calls = quickstart(project)
+    assert "hf_pts.py" not in scripts(calls)
+    assert scripts(calls)[0] == "finetune.py"
+
+
+def test_full_has_a_folder_of_its_own(project):
+    quickstart(project)
+    _, calls = quickstart(project, "--full")
+    assert scripts(calls) == SCRIPTS[2:]
+    assert len(list(project.glob("saved_models*"))) == 2
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "run_tests.sh"])
+def test_help_explains(script):
+    result = subprocess.run(["bash", ROOT / script, "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert f"bash {script}" in result.stdout and "set -" not in result.stdout
+
+
+def test_unknown_argument_is_refused(project):
+    result, calls = quickstart(project, "--fast")
+    assert result.returncode == 2
+    assert "unknown argument '--fast'" in result.stderr and not calls
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "run_tests.sh", "setup_env.sh", ".ci/run"])
+def test_shell_syntax(name):
+    subprocess.run(["bash", "-n", ROOT / name], check=True, timeout=60)
+
+
+def test_environment_is_not_installed_twice(tmp_path):
+    """With a stand-in for pip: installed once, then only what changed; a failure is reported and tried again."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(
+        '#!/bin/bash\n[[ $2 == pip ]] && { echo "$*" >> pips; grep -q broken a.txt && exit 1; }\nexit 0\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "b-demo.txt").write_text("b\n")
+    command = f"set -o pipefail; source {ROOT}/setup_env.sh; TORCH_SPEC=torch==9 setup_env .venv '' a.txt b-demo.txt"
+
+    def run():
+        (tmp_path / "pips").write_text("")
+        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return result, [call.partition("check ")[2] for call in (tmp_path / "pips").read_text().splitlines()]
+
+    assert run()[1] == ["torch==9", "--requirement a.txt", "--no-deps --requirement b-demo.txt"]
+    assert run()[1] == []
+    (tmp_path / "a.txt").write_text("a\nc\n")
+    assert run()[1] == ["--requirement a.txt"]
+    (tmp_path / "a.txt").write_text("broken\n")
+    result, _ = run()
+    assert result.returncode == 1 and "could not install a.txt" in result.stderr
+    assert run()[1] == ["--requirement a.txt"]
