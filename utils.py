@@ -402,6 +402,22 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def check_state_fits(state_dict: dict[str, torch.Tensor], model, path: str | Path) -> None:
+    """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
+
+    Raises:
+        UserError: names or shapes differ: the state, read from `path`, belongs to another model.
+    """
+    saved = {name: tensor.shape for name, tensor in state_dict.items() if not name.endswith("._weight_mask")}
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in sorted(saved.keys() ^ own.keys()) + sorted(n for n in saved.keys() & own.keys() if saved[n] != own[n]):
+        ours, theirs = own.get(name), saved.get(name)
+        raise UserError(
+            f"state {path} belongs to another model: '{name}' is {list(theirs) if theirs else 'absent'} in the state "
+            f"and {list(ours) if ours else 'absent'} in the model"
+        )
+
+
 def restore_sparse(model, path: str | Path):
     """Apply a saved modelopt state (masks and weights) to a freshly loaded dense `model`, in place.
 
@@ -412,16 +428,7 @@ def restore_sparse(model, path: str | Path):
     import modelopt.torch.sparsity  # noqa: F401  registers the sparsity modes
 
     state = load_state(path)
-    saved = {
-        name: tensor.shape for name, tensor in state["model_state_dict"].items() if not name.endswith("._weight_mask")
-    }
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in sorted(saved.keys() ^ own.keys()) + sorted(n for n in saved.keys() & own.keys() if saved[n] != own[n]):
-        ours, theirs = own.get(name), saved.get(name)
-        raise UserError(
-            f"state {path} belongs to another model: '{name}' is {list(theirs) if theirs else 'absent'} in the state "
-            f"and {list(ours) if ours else 'absent'} in the model"
-        )
+    check_state_fits(state["model_state_dict"], model, path)
     try:
         model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
         model.load_state_dict(state["model_state_dict"])
