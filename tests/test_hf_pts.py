@@ -1,0 +1,266 @@
+"""hf_pts.py as a user runs it: the state it leaves, resume after a kill, wrong inputs; and the layer walk behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TEXTS, assert_clear_error, run_script, tiny_llama
+
+from checkpoint import LayerStore
+from layerwise import QUALITY, Recipe, decoder_layers, prune_model, shared_inputs
+from utils import load_state, sparse_masks
+
+RESTORE = """
+import sys, torch
+import modelopt.torch.opt as mto
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = mto.restore(model, sys.argv[2]).eval()
+torch.save(model(torch.arange(20)[None]).logits.detach(), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calib") / "calib text.txt"
+    path.write_text("\n".join(TEXTS * 12))
+    return path
+
+
+def command(model_dir, calib, output_dir, *more):
+    return [
+        *("hf_pts.py", "--model_name_or_path", model_dir, "--calib_data", calib, "--output_dir", output_dir),
+        *("--device", "cpu", "--dtype", "fp32", "--calib_size", 12, "--model_max_length", 48, "--batch_size", 5, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, model_dir, calib):
+    output = tmp_path_factory.mktemp("pts") / "saved model"
+    return output, run_script(*command(model_dir, calib, output, "--quality", "best"), check=True).stdout
+
+
+def test_plain_modelopt_restores_the_pruned_model_in_a_fresh_process(pruned, model_dir, tmp_path):
+    output, _ = pruned
+    arguments = [str(model_dir), str(output / "pts_modelopt_state.pth"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", RESTORE, *arguments], check=True, cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    model = tiny_llama()
+    weights = {n: t for n, t in load_state(arguments[1])["model_state_dict"].items() if not n.endswith("_weight_mask")}
+    model.load_state_dict(weights)
+    torch.testing.assert_close(logits, model(torch.arange(20)[None]).logits, rtol=0, atol=0)
+
+
+def test_state_is_exactly_two_of_four_and_the_rest_is_dense(pruned):
+    state = load_state(pruned[0] / "pts_modelopt_state.pth")["model_state_dict"]
+    masks = list(sparse_masks(state))
+    assert len(masks) == 14
+    for _, weight, mask in masks:
+        assert bool((mask.view(-1, 4).sum(1) == 2).all())
+        assert bool((weight[~mask] == 0).all())
+        assert not bool(torch.signbit(weight[~mask]).any())
+    dense = tiny_llama().state_dict()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(state[name], dense[name])
+
+
+def test_log_has_a_row_for_every_pruned_weight_and_the_screen_says_what_was_done(pruned):
+    output, stdout = pruned
+    rows = [json.loads(line) for line in (output / "pts_layers.jsonl").read_text().splitlines()]
+    assert len(rows) == 14
+    assert all(row["sparsity"] == 0.5 and 0 < row["relative_error"] < 1 and row["percdamp"] == 0.01 for row in rows)
+    assert "50.00%" in stdout
+    assert "identical logits" in stdout
+    assert sorted(path.name for path in output.iterdir()) == ["pts_layers.jsonl", "pts_modelopt_state.pth"]
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_killed_run_goes_on_and_ends_with_the_same_bits(pruned, model_dir, calib, tmp_path, after):
+    arguments = [str(item) for item in command(model_dir, calib, tmp_path, "--quality", "best")]
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    finished = tmp_path / "pts_resume" / f"layer_{after:04d}.safetensors"
+    while process.poll() is None and not finished.exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert finished.exists()
+    assert not (tmp_path / "pts_modelopt_state.pth").exists()
+    run_script(*arguments, check=True)
+    resumed, whole = (
+        load_state(folder / "pts_modelopt_state.pth")["model_state_dict"] for folder in (tmp_path, pruned[0])
+    )
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, tmp_path):
+    result = run_script(*command(model_dir, calib, tmp_path, "--dry_run"), check=True)
+    assert "mlp.gate_proj (64, 32), mlp.up_proj (64, 32)" in result.stdout
+    assert "computed peak memory" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "needles"),
+    [
+        (["--model_name_or_path", "no/such/model"], ["no/such/model"]),
+        (["--calib_data", "missing.txt"], ["missing.txt"]),
+        (["--device", "cuda"], ["--device cuda", "cpu"]),
+        (["--pattern", "3:3"], ["--pattern", "3:3"]),
+        (["--calib_size", "0"], ["--calib_size", "0"]),
+        (["--model_max_length", "100000"], ["100000", "tokens"]),
+        (["--inference_tensor_parallel", "2"], ["--inference_tensor_parallel"]),
+        (["--ignore", "*.no_such"], ["--ignore", "*.no_such"]),
+        (["--percdamp", "-1"], ["--percdamp", "-1"]),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(model_dir, calib, tmp_path, change, needles):
+    assert_clear_error(run_script(*command(model_dir, calib, tmp_path / "out", *change)), *needles)
+
+
+def test_encoder_and_conv1d_models_are_refused(calib, tmp_path, tokenizer):
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=400, **small)).save_pretrained(tmp_path / "bert")
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    for name, needle in (("bert", "BertForMaskedLM"), ("gpt2", "Conv1D")):
+        tokenizer.save_pretrained(tmp_path / name)
+        assert_clear_error(run_script(*command(tmp_path / name, calib, tmp_path / "out")), needle)
+
+
+def calibration(vocab: int = 400, batches: int = 3):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, vocab, (2, 24), generator=generator)} for _ in range(batches)]
+
+
+REFITTED = Recipe(refit_iterations=5)
+
+
+def prune(model, batches=None, recipe=REFITTED, **more):
+    return prune_model(model, batches or calibration(), recipe, torch.device("cpu"), LayerStore(None, ""), **more)
+
+
+def test_linears_that_read_one_tensor_share_a_hessian():
+    model = tiny_llama(layers=1)
+    names = [
+        f"model.layers.0.{n}"
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    assert [sorted(group) for group in shared_inputs(model, set(names))[0]] == [
+        sorted(names[:2]),
+        sorted(names[2:4]),
+        names[4:],
+    ]
+
+
+def test_padding_does_not_count():
+    plain, padded = tiny_llama(), tiny_llama()
+    batches = calibration()
+    with_pads = []
+    for batch in batches:
+        ids = torch.cat([batch["input_ids"], torch.full((2, 8), 7)], dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, 24:] = 0
+        with_pads.append({"input_ids": ids, "attention_mask": mask})
+    prune(plain, batches)
+    prune(padded, with_pads)
+    for (name, left), right in zip(plain.named_parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(left, right, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_ignored_layers_stay_dense_and_every_other_is_pruned():
+    model, dense = tiny_llama(), tiny_llama()
+    masks = prune(model, ignore=["*.0.mlp.*"])
+    assert len(masks) == 11
+    for name, parameter in model.named_parameters():
+        untouched = torch.equal(parameter, dense.get_parameter(name))
+        assert untouched == (name.removesuffix(".weight") not in masks), name
+
+
+@pytest.mark.parametrize("quality", QUALITY)
+def test_more_effort_brings_the_output_nearer_to_the_dense_model(quality):
+    batches = calibration(batches=12)
+    dense, plain, ours = tiny_llama(), tiny_llama(), tiny_llama()
+    prune(plain, batches, Recipe())
+    prune(ours, batches, QUALITY[quality])
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    with torch.no_grad():
+        target = dense(ids).logits
+        assert (ours(ids).logits - target).square().mean() < (plain(ids).logits - target).square().mean()
+
+
+def test_nan_weight_is_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(Exception, match=r"model\.layers\.1\.mlp\.up_proj"):
+        prune(model)
+
+
+ARCHITECTURES = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8},
+    "phi3": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architecture(architecture):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(architecture, **{**sizes, **heads, **ARCHITECTURES[architecture]})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    masks = prune(model)
+    prefix, layers = decoder_layers(model)
+    linears = [name for name, module in layers.named_modules(prefix=prefix) if isinstance(module, torch.nn.Linear)]
+    assert sorted(masks) == sorted(linears)
+    for name, mask in masks.items():
+        assert bool((mask.view(-1, 4).sum(1) == 2).all())
+        assert bool((model.get_submodule(name).weight[~mask] == 0).all())
+
+
+WORKER = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import torch, torch.distributed as dist
+from conftest import tiny_llama
+from test_hf_pts import calibration, prune
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2] + "/meet", rank=rank, world_size=2)
+model = tiny_llama()
+masks = prune(model, calibration(batches=4)[rank::2])
+if rank == 0:
+    torch.save([model.state_dict(), masks], sys.argv[2] + "/result.pt")
+"""
+
+
+def test_two_processes_with_half_the_calibration_each_prune_as_one_with_all(tmp_path):
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(ROOT), str(tmp_path), str(rank)], env=dict(os.environ))
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    state, masks = torch.load(tmp_path / "result.pt", weights_only=True)
+    alone = tiny_llama()
+    own_masks = prune(alone, calibration(batches=4))
+    same = sum(int((masks[name] == own_masks[name]).sum()) for name in masks) / sum(m.numel() for m in masks.values())
+    assert same > 0.999
+    for name, parameter in alone.named_parameters():
+        assert (parameter - state[name]).abs().mean() < 1e-3, name
