@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -97,17 +96,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def calibration_texts(args: argparse.Namespace) -> list[str]:
-    """The user's texts in random order, or cnn_dailymail's training articles (evaluation uses its test split)."""
+    """The user's texts, or articles of cnn_dailymail's training split (evaluation uses its test split)."""
     if args.calib_data:
-        texts = utils.read_texts(args.calib_data)
-        random.Random(args.seed).shuffle(texts)
-        return texts
+        return utils.read_texts(args.calib_data)
     from datasets import load_dataset
 
     try:
         articles = load_dataset("abisee/cnn_dailymail", "3.0.0", split="train", streaming=True)
         articles = articles.shuffle(seed=args.seed, buffer_size=1000)
-        # An article has some 800 tokens; a share to spare costs nothing because token_blocks stops when it has enough.
+        # An article has some 800 tokens; twice the need lets every article give a part.
         wanted = 2 + 2 * args.calib_size * args.model_max_length // 800
         return [row["article"] for row in articles.take(wanted)]
     except (OSError, ValueError, RuntimeError) as error:
@@ -119,7 +116,8 @@ def calibration_texts(args: argparse.Namespace) -> list[str]:
 def load_calibration(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
     """Batches {"input_ids": [batch_size, model_max_length]} of full sequences."""
     tokenizer = utils.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-    blocks = utils.token_blocks(tokenizer, calibration_texts(args), args.model_max_length, args.calib_size)
+    texts = calibration_texts(args)
+    blocks = utils.sample_blocks(tokenizer, texts, args.model_max_length, args.calib_size, args.seed)
     if len(blocks) < args.calib_size:
         print(f"warning: the text gives {len(blocks)} sequences of {args.model_max_length}, not {args.calib_size}")
     return [{"input_ids": batch} for batch in blocks.split(args.batch_size)]

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -239,6 +240,41 @@ def token_blocks(tokenizer, texts: list[str], block_size: int, limit: int | None
     blocks = len(stream) // block_size
     if limit is not None:
         blocks = min(blocks, limit)
+    if blocks == 0:
+        raise UserError(f"the text has only {len(stream)} tokens, less than one block of {block_size}")
+    return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
+
+
+def sample_blocks(tokenizer, texts: list[str], block_size: int, limit: int, seed: int) -> torch.Tensor:
+    """Like `token_blocks`, but drawn from as many texts as there are: a window at a random place in each.
+
+    Texts that are short give all they have, and the longer ones share the rest evenly.
+
+    Returns:
+        int64 tensor of shape [min(limit, blocks that the texts can fill), block_size].
+
+    Raises:
+        UserError: the texts do not fill one block.
+    """
+    rng = random.Random(seed)
+    texts = rng.sample(texts, len(texts))
+    need, ids = limit * block_size, []
+    for text in texts:
+        ids.append([*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id])
+        # Texts many times the need are diverse enough; reading on would only take time.
+        if len(ids) >= 4 * limit and sum(map(len, ids)) >= 4 * need:
+            break
+    share = need
+    for rank, length in enumerate(sorted(map(len, ids))):
+        share = -(-need // (len(ids) - rank))
+        if length >= share:
+            break
+        need -= length
+    stream: list[int] = []
+    for tokens in ids:
+        start = rng.randrange(max(0, len(tokens) - share) + 1)
+        stream += tokens[start : start + share]
+    blocks = min(limit, len(stream) // block_size)
     if blocks == 0:
         raise UserError(f"the text has only {len(stream)} tokens, less than one block of {block_size}")
     return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
