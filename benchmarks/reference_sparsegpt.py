@@ -1,0 +1,76 @@
+"""SparseGPT as Frantar & Alistarh (2023) describe it, kept plain: the yardstick for pts_benchmark.py.
+
+One forward pass per decoder layer gathers the Hessians of all its linear layers, all are pruned with Algorithm 1
+(percdamp 0.01, blocks of 128 columns, 2:4 by w² / U_jj²), a second pass gives the next layer its inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+
+def prune_weight(weight: Tensor, hessian: Tensor, percdamp: float = 0.01, block_size: int = 128) -> Tensor:
+    """Algorithm 1 for 2:4 on one weight [rows, cols] with its Hessian [cols, cols]; returns the pruned weight."""
+    weight, hessian = weight.float().clone(), hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(percdamp * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, weight.shape[1], block_size):
+        end = min(start + block_size, weight.shape[1])
+        errors = torch.zeros_like(weight[:, start:end])
+        for j in range(start, end):
+            if j % 4 == 0:
+                scores = (weight[:, j : j + 4] / factor.diagonal()[j : j + 4]) ** 2
+                pruned = scores.topk(2, dim=1, largest=False).indices
+                drop = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, pruned, True)
+            kept = weight[:, j].masked_fill(drop[:, j % 4], 0.0)
+            error = (weight[:, j] - kept) / factor[j, j]
+            weight[:, j:end] -= error[:, None] * factor[j, j:end]
+            weight[:, j] = kept
+            errors[:, j - start] = error
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return weight
+
+
+@torch.no_grad()
+def prune_llama(model: nn.Module, batches: list[Tensor]) -> None:
+    """Prune every decoder layer of a Llama-type model in place; batches of token ids [batch, length]."""
+    hidden, arguments = [], {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(module, args, kwargs):
+        hidden.append(args[0] if args else kwargs.pop("hidden_states"))
+        arguments.update(kwargs)
+        raise Caught
+
+    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for batch in batches:
+        with contextlib.suppress(Caught):
+            model(batch, use_cache=False)
+    handle.remove()
+    for layer in model.model.layers:
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        hessians = {linear: torch.zeros(linear.in_features, linear.in_features) for linear in linears}
+
+        def add(linear, args, hessians=hessians):
+            inputs = args[0].flatten(0, 1).float()
+            hessians[linear] += inputs.t() @ inputs
+
+        handles = [linear.register_forward_pre_hook(add) for linear in linears]
+        for states in hidden:
+            layer(states, **arguments)
+        for handle in handles:
+            handle.remove()
+        for linear in linears:
+            linear.weight.copy_(prune_weight(linear.weight, hessians[linear]))
+        for index, states in enumerate(hidden):
+            output = layer(states, **arguments)
+            hidden[index] = output[0] if isinstance(output, tuple) else output
