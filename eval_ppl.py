@@ -117,7 +117,7 @@ def main() -> None:
     if arguments.modelopt_restore_path:
         require_file(arguments.modelopt_restore_path, "modelopt state")
     if arguments.text:
-        texts, source = read_texts(arguments.text), arguments.text
+        texts, source = read_texts(arguments.text), Path(arguments.text).name
     else:
         selection = (arguments.dataset, arguments.dataset_config, arguments.split, arguments.text_column)
         texts, source = read_dataset(*selection), " ".join(filter(None, selection))

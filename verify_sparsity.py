@@ -1,0 +1,90 @@
+"""Report, matrix by matrix, whether saved weights are 2:4 sparse. The model is not built: one matrix is read at a time.
+
+    python verify_sparsity.py exported_model                       # a safetensors file or folder
+    python verify_sparsity.py saved_models/pts_modelopt_state.pth  # a modelopt state
+    python verify_sparsity.py exported_model --require 2:4         # exit code 1 unless every matrix is 2:4
+
+Columns: zeros is the share of zero elements; 2:4 says whether any four consecutive inputs hold at least two zeros; -0.0
+counts negative zeros, which some tools take for values; kernels names the backends of torch's semi-structured sparsity
+(`torch.sparse.to_sparse_semi_structured`) that accept the matrix's dtype and shape, by the rule of the installed torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from sparsity_check import DENSE_BY_DESIGN, MatrixReport, inspect_path
+from utils import UserError, prepare_output_dir, run_cli, save_json
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="model folder, .safetensors file or modelopt state")
+    parser.add_argument("--require", choices=["2:4"], help="fail unless every matrix listed is 2:4")
+    parser.add_argument(
+        "--exclude",
+        metavar="REGEX",
+        default=DENSE_BY_DESIGN,
+        help="weights of a safetensors folder to pass over (default: %(default)s); in a state the masks decide",
+    )
+    parser.add_argument("--output_json", metavar="FILE", help="file for the table")
+    arguments = parser.parse_args()
+    try:
+        re.compile(arguments.exclude)
+    except re.error as error:
+        parser.error(f"--exclude is not a regular expression: {error}")
+    return arguments
+
+
+def print_row(report: MatrixReport, width: int) -> None:
+    size = "x".join(map(str, report.shape))
+    verdict = "yes" if report.is_2_4 else "NO"
+    kernels = ", ".join(report.kernels) or "none"
+    print(
+        f"{report.name:<{width}} {size:>13} {report.dtype:>8} {report.zero_share:7.2%} {verdict:>4} "
+        f"{report.negative_zeros:6} {kernels}",
+        flush=True,
+    )
+
+
+def print_summary(reports: list[MatrixReport]) -> None:
+    elements = sum(report.shape[0] * report.shape[1] for report in reports)
+    zeros = sum(report.zero_share * report.shape[0] * report.shape[1] for report in reports)
+    count = sum(report.is_2_4 for report in reports)
+    ready = sum(report.is_2_4 and bool(report.kernels) for report in reports)
+    under = sum(report.under_mask for report in reports)
+    negative = sum(report.negative_zeros for report in reports)
+    print(
+        f"\n{count} of {len(reports)} matrices are 2:4; {zeros / elements:.2%} of their {elements:,} weights are zero"
+    )
+    print(f"{ready} are 2:4 in a shape and dtype that sparse kernels of torch {torch.__version__} accept")
+    print(f"{negative} zeros are -0.0")
+    if under:
+        print(f"{under} weights under masks are stored non-zero; the table shows them as restoring does, zero")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.output_json:
+        prepare_output_dir(Path(arguments.output_json).parent)
+    reports: list[MatrixReport] = []
+    width = 44
+    print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'2:4':>4} {'-0.0':>6} kernels")
+    for report in inspect_path(arguments.path, arguments.exclude):
+        reports.append(report)
+        print_row(report, width)
+    print_summary(reports)
+    if arguments.output_json:
+        save_json([dataclasses.asdict(report) for report in reports], arguments.output_json)
+    failed = [report.name for report in reports if not report.is_2_4]
+    if arguments.require and failed:
+        raise UserError(f"{len(failed)} of {len(reports)} matrices are not 2:4, the first is {failed[0]}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
