@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from sat_arguments import check_arguments, parse_arguments
+import sat_memory
+from sat_arguments import OPTIMIZERS, check_arguments, parse_arguments, training_arguments
 from utils import (
     DTYPES,
     UserError,
@@ -56,6 +56,23 @@ def has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def memory_settings(arguments, precision: str) -> sat_memory.Settings:
+    processes = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    return sat_memory.Settings(
+        processes=processes,
+        train_bs=arguments.train_bs,
+        max_length=arguments.max_length,
+        compute_bytes=4 if precision == "no" else 2,
+        optimizer=arguments.optim,
+        optimizer_bytes=OPTIMIZERS[arguments.optim],
+        checkpointing=arguments.gradient_checkpointing,
+        distill=arguments.distill,
+        hidden_loss=arguments.distill and arguments.distill_hidden > 0,
+        cpu_offload=arguments.cpu_offload,
+        teacher_offload=arguments.teacher_offload,
+    )
 
 
 def load_data(arguments, tokenizer, output_dir: Path):
@@ -102,62 +119,21 @@ def planned_steps(arguments, samples: int, processes: int) -> tuple[int, int]:
     return arguments.max_steps or math.ceil(per_epoch * arguments.num_epochs), per_epoch
 
 
-def build_trainer(
-    arguments, model, teacher, tokenizer, train, evaluation, output_dir: Path, precision: str, sharded: bool
-):
+def build_trainer(arguments, model, teacher, tokenizer, data, output_dir: Path, precision: str, sharded: bool):
     """Assemble the Trainer; the model is wrapped only once training starts."""
-    import torch
-    from transformers import TrainingArguments
-
     import sat_data
-    import sat_trainer
     from sat_loss import LossWeights
+    from sat_trainer import SparseTrainer
 
+    train, evaluation = data
     processes = int(os.environ.get("WORLD_SIZE", 1))
     steps, per_epoch = planned_steps(arguments, len(train), processes)
-    save_steps = arguments.save_steps or per_epoch
-    evaluates = evaluation is not None
-    training = TrainingArguments(
-        output_dir=str(output_dir / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=arguments.train_bs,
-        per_device_eval_batch_size=arguments.eval_bs,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=arguments.lr,
-        weight_decay=arguments.weight_decay,
-        adam_beta2=arguments.adam_beta2,
-        max_grad_norm=arguments.max_grad_norm,
-        lr_scheduler_type=arguments.lr_scheduler_type,
-        warmup_steps=round(arguments.warmup_ratio * steps),
-        optim=arguments.optim,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=not torch.cuda.is_available(),
-        # Under FSDP accelerate wraps the layers for recomputation itself, at the sharding's own bounds.
-        gradient_checkpointing=arguments.gradient_checkpointing and not sharded,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=arguments.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=arguments.eval_steps or per_epoch,
-        save_strategy="steps",
-        save_steps=save_steps,
-        load_best_model_at_end=arguments.load_best and evaluates,
-        metric_for_best_model="loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        seed=arguments.seed,
-        data_seed=arguments.seed,
-        disable_tqdm=False,
-    )
     weights = LossWeights(arguments.distill_kl, arguments.distill_hidden, arguments.distill_temperature)
-    return sat_trainer.SparseTrainer(
+    return SparseTrainer(
         model=model,
-        args=training,
+        args=training_arguments(
+            arguments, output_dir / "checkpoints", steps, per_epoch, precision, sharded, evaluation is not None
+        ),
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=sat_data.Collator(tokenizer.pad_token_id, arguments.max_length if arguments.pad_to_max else None),
@@ -207,6 +183,10 @@ def main() -> None:
     output_dir = prepare_output_dir(arguments.output_dir)
     if arguments.check_only:
         return
+    memory = memory_settings(arguments, precision)
+    if arguments.dry_run:
+        print(sat_memory.table(sat_memory.model_shapes(config, arguments.trust_remote_code), memory))
+        return
 
     import modelopt.torch.opt as mto
     import torch
@@ -214,10 +194,12 @@ def main() -> None:
     from transformers.utils import logging
 
     import sat_run
-    from sat_sharding import configure_fsdp, decoder_layer_class
+    from layerwise import decoder_layers
+    from sat_sharding import configure_fsdp
     from sat_trainer import plot_log
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and saving, which take a moment; tokenizing and training keep theirs
     process = PartialState(cpu=not torch.cuda.is_available())
     sharded = process.num_processes > 1 and arguments.fsdp == "auto"
 
@@ -242,12 +224,12 @@ def main() -> None:
         teacher = load_model(arguments.model, DTYPES.get(precision, DTYPES["fp32"])) if arguments.distill else None
 
     # Phase 4: training.
-    layer_class = decoder_layer_class(model)
+    layer_class = type(decoder_layers(model)[1][0]).__name__
     if sharded:
         configure_fsdp(layer_class, arguments.cpu_offload, arguments.gradient_checkpointing)
-    trainer = build_trainer(arguments, model, teacher, tokenizer, train, evaluation, output_dir, precision, sharded)
+    trainer = build_trainer(arguments, model, teacher, tokenizer, (train, evaluation), output_dir, precision, sharded)
     trainer.place_teacher(layer_class, DTYPES.get(precision, DTYPES["fp32"]), arguments.teacher_offload)
-    with sat_run.explain_failures(trainer, lambda: "Lower --train_bs."):
+    with sat_run.explain_failures(trainer, lambda: sat_memory.advice(sat_memory.model_shapes(config), memory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:
         step = trainer.state.global_step

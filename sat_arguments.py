@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 from utils import UserError, require_file
 
@@ -52,7 +54,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         "--text_ratio",
         type=float,
         default=0.5,
-        help="share of plain text among all training tokens, with --text_path; 1 trains on the text alone (default: 0.5)",
+        help="share of plain text among all training tokens, with --text_path; 1: the text alone (default: 0.5)",
     )
     group.add_argument("--text_length", type=int, help="tokens per block of plain text (default: --max_length)")
     group.add_argument(
@@ -88,7 +90,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
     group = parser.add_argument_group(
         "distillation",
-        "With --distill the dense model teaches: loss = (1 - kl) · cross entropy + kl · KL divergence + hidden · SquareHead.",
+        "The dense model teaches: loss = (1 - kl) · cross entropy + kl · KL divergence + hidden · SquareHead.",
     )
     group.add_argument("--distill", action="store_true", help="train with the dense model as the teacher")
     group.add_argument("--distill_kl", type=float, default=1.0, help="weight of the divergence of logits (default: 1)")
@@ -170,8 +172,56 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--text_length {arguments.text_length} exceeds --max_length {arguments.max_length}")
     if arguments.text_path:
         require_file(arguments.text_path, "text file (--text_path)")
-    if arguments.optim == "adamw_bnb_8bit":
-        from importlib.util import find_spec
+    if arguments.optim == "adamw_bnb_8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("--optim adamw_bnb_8bit needs bitsandbytes; pip install bitsandbytes, or use adafactor")
 
-        if find_spec("bitsandbytes") is None:
-            raise UserError("--optim adamw_bnb_8bit needs bitsandbytes; pip install bitsandbytes, or use adafactor")
+
+def training_arguments(
+    arguments: argparse.Namespace,
+    checkpoints: Path,
+    steps: int,
+    per_epoch: int,
+    precision: str,
+    sharded: bool,
+    evaluates: bool,
+):
+    """The Hugging Face TrainingArguments of a run of `steps` optimizer steps, `per_epoch` of them to an epoch."""
+    import torch
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=arguments.train_bs,
+        per_device_eval_batch_size=arguments.eval_bs,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        adam_beta2=arguments.adam_beta2,
+        max_grad_norm=arguments.max_grad_norm,
+        lr_scheduler_type=arguments.lr_scheduler_type,
+        warmup_steps=round(arguments.warmup_ratio * steps),
+        optim=arguments.optim,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not cuda,
+        # Under FSDP accelerate wraps the layers for recomputation itself, at the sharding's own bounds.
+        gradient_checkpointing=arguments.gradient_checkpointing and not sharded,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=arguments.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=arguments.eval_steps or per_epoch,
+        save_strategy="steps",
+        save_steps=arguments.save_steps or per_epoch,
+        load_best_model_at_end=arguments.load_best and evaluates,
+        metric_for_best_model="loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
+        seed=arguments.seed,
+        data_seed=arguments.seed,
+    )

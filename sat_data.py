@@ -82,8 +82,8 @@ def encode_records(tokenizer, records: list[dict[str, str]], max_length: int, wo
     if dropped > MAX_DROPPED * len(dataset):
         first = next(index for index, ids in enumerate(dataset["input_ids"]) if not ids)
         raise UserError(
-            f"--max_length {max_length} is too small: {dropped} of {len(dataset)} records (the first is record {first}) "
-            "do not fit even without their article; choose a larger value"
+            f"--max_length {max_length} is too small: {dropped} of {len(dataset)} records (first: record {first}) do "
+            "not fit even without their article; choose a larger value"
         )
     if dropped:
         print(f"left out {dropped} records whose answer does not fit into {max_length} tokens")
@@ -114,14 +114,11 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read_digest(path)
-        )
-
-
-def _read_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()  # Python 3.10 has no file_digest
+        while part := stream.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def cached(cache_dir: Path, key: Sequence[str], build):

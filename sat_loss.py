@@ -19,7 +19,7 @@ from sat_data import IGNORE
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms: (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T + hidden · SquareHead."""
+    """Weights in (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T + hidden · SquareHead."""
 
     kl: float = 0.0
     hidden: float = 0.0

@@ -7,27 +7,11 @@ buffers on every process; the model is thus saved by gathering its weights and t
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-
-from utils import UserError
-
-
-def decoder_layer_class(model: nn.Module) -> str:
-    """Class name of the repeated decoder block: the class that fills the longest ModuleList.
-
-    Raises:
-        UserError: the model has no list of like layers to shard by.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    if not lists:
-        raise UserError(f"cannot find the decoder layers of {type(model).__name__}; train without FSDP (--fsdp off)")
-    longest = max(lists, key=len)
-    return Counter(type(layer).__name__ for layer in longest).most_common(1)[0][0]
 
 
 def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
@@ -62,13 +46,19 @@ def force_fsdp(accelerator) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def assert_sharded(model: nn.Module) -> None:
-    """Raises: RuntimeError if any parameter is not a DTensor, i.e. FSDP was asked for but is not at work."""
+def assert_sharded(model: nn.Module) -> int:
+    """Number of sharded parameters.
+
+    Raises:
+        RuntimeError: some parameter is not a DTensor, i.e. FSDP was asked for but is not at work.
+    """
     from torch.distributed.tensor import DTensor
 
-    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    parameters = dict(model.named_parameters())
+    whole = [name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)]
     if whole:
         raise RuntimeError(f"FSDP was asked for, but {len(whole)} parameters are not sharded, the first is {whole[0]}")
+    return len(parameters)
 
 
 def shard_teacher(teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> nn.Module:

@@ -175,8 +175,14 @@ class MaskKeeper(TrainerCallback):
     def __init__(self, every: int, trainer: SparseTrainer):
         self.every, self.trainer = every, trainer
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # modelopt itself may store the dense weights beside the masks
+        with torch.no_grad():
+            for _, weight, mask in masked_weights(model):
+                weight.masked_fill_(~mask, 0.0)
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        check = self.every and state.global_step % self.every == 0
+        check = self.every and (state.global_step == 1 or state.global_step % self.every == 0)
         zeros = total = 0
         with torch.no_grad():
             for name, weight, mask in masked_weights(model):
@@ -202,6 +208,9 @@ class Progress(TrainerCallback):
         self.sparsity: float | None = None  # share of zeros in the pruned layers, at the last check
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.use_fsdp:
+            count = assert_sharded(self.trainer.model)
+            self.trainer.accelerator.print(f"{count} weights are sharded over {args.world_size} processes")
         self.tokens, self.since = 0, time.perf_counter()
         if state.is_world_process_zero:
             # A resumed run writes the steps after its checkpoint anew.
@@ -229,10 +238,6 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.trainer.use_fsdp:
-            assert_sharded(self.trainer.model)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
