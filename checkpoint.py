@@ -16,12 +16,18 @@ from utils import atomic_path, save_json
 class LayerStore:
     """A folder with one safetensors file per finished layer, valid for one fingerprint of settings and inputs.
 
-    The hidden states are not stored: running the finished layers again gives the same bits and needs no disk.
+    The hidden states are not stored: running the finished layers again gives the same bits and needs no disk. Finished
+    layers are mapped from their files into the model, so that they need no more of the host's memory than the mapped
+    checkpoint they came from.
+
+    Args:
+        folder: None keeps nothing.
+        writer: False in all but one of several processes; the others only read.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: str):
-        self.folder = folder
-        if folder is None:
+    def __init__(self, folder: Path | None, fingerprint: str, writer: bool = True):
+        self.folder, self.writer = folder, writer
+        if folder is None or not writer:
             return
         try:
             known = json.loads((folder / "fingerprint.json").read_text())
@@ -32,35 +38,42 @@ class LayerStore:
             folder.mkdir(parents=True)
             save_json(fingerprint, folder / "fingerprint.json")
 
-    def _path(self, index: int) -> Path | None:
-        return self.folder / f"layer_{index:04d}.safetensors" if self.folder else None
+    def save(self, index: int, layer: nn.Module, masks: dict[str, Tensor], rows: list[dict]) -> dict[str, Tensor]:
+        """Write the layer's weights, its masks (by name within the model) and its log rows, whole or not at all.
 
-    def save(self, index: int, layer: nn.Module, masks: dict[str, Tensor], rows: list[dict]) -> None:
-        """Write the layer's weights, its masks (by name within the model) and its log rows, whole or not at all."""
-        if self.folder is None:
-            return
+        Returns:
+            the masks, mapped from the file.
+        """
+        if self.folder is None or not self.writer:
+            return masks
         tensors = {f"weight.{name}": tensor.contiguous() for name, tensor in layer.state_dict().items()}
         tensors |= {f"mask.{name}": mask.contiguous() for name, mask in masks.items()}
         with atomic_path(self._path(index)) as temporary:
             save_file(tensors, temporary, metadata={"rows": json.dumps(rows)})
+        return self.load(index, layer)[0]
 
     def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[dict]] | None:
-        """Put a finished layer's weights into `layer`; None if it is not there or was damaged."""
-        path = self._path(index)
-        if path is None or not path.is_file():
+        """Map a finished layer's weights into `layer` (on the CPU); None if it is not there or was damaged.
+
+        Returns:
+            masks by name, log rows.
+        """
+        if self.folder is None or not self._path(index).is_file():
             return None
         try:
-            tensors = load_file(path)
-            with safe_open(path, framework="pt") as file:
+            tensors = load_file(self._path(index))
+            with safe_open(self._path(index), framework="pt") as file:
                 rows = json.loads(file.metadata()["rows"])
         except (SafetensorError, OSError, ValueError, KeyError):
-            path.unlink()
             return None
-        layer.load_state_dict({k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
-        masks = {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}
-        return masks, rows
+        weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+        layer.load_state_dict(weights, assign=True)
+        return {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows
 
     def remove(self) -> None:
         """Forget everything: the run is finished and saved."""
-        if self.folder is not None:
+        if self.folder is not None and self.writer:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer_{index:04d}.safetensors"

@@ -5,7 +5,8 @@
 
 Writes OUTPUT_DIR/pts_modelopt_state.pth, which modelopt.torch.opt.restore() applies to the dense model, and
 OUTPUT_DIR/pts_layers.jsonl with error, sparsity, time and memory of every pruned weight. A run that was interrupted
-goes on where it stopped when the same command is given again.
+goes on where it stopped when the same command is given again. Several GPUs share the calibration set when the script
+is started with `torchrun --nproc_per_node=N hf_pts.py …`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import pts_report
 import utils
@@ -113,6 +116,19 @@ def calibration_texts(args: argparse.Namespace) -> list[str]:
         ) from error
 
 
+def join_processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes; under torchrun each process takes the GPU of its local rank."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return utils.resolve_device(args.device), 0, 1
+    device = utils.resolve_device(args.device)
+    if device.type == "cuda":
+        device = utils.resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), world
+
+
 def load_calibration(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
     """Batches {"input_ids": [batch_size, model_max_length]} of full sequences."""
     tokenizer = utils.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
@@ -144,7 +160,7 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, batches: list[dict[str
 
 
 def save_state(model, masks: dict[str, torch.Tensor], path: Path) -> None:
-    """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads."""
+    """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
     import modelopt.torch.opt as mto
     from modelopt.torch.opt.conversion import apply_mode
     from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
@@ -159,8 +175,7 @@ def save_state(model, masks: dict[str, torch.Tensor], path: Path) -> None:
     model = apply_mode(model, [("sparsegpt", rules)], registry=SparsityModeRegistry)
     for name, mask in masks.items():
         model.get_submodule(name).set_mask(mask)
-    with utils.atomic_path(path) as temporary:
-        mto.save(model, temporary)
+    mto.save(model, path)
 
 
 def verify(
@@ -185,7 +200,7 @@ def main() -> None:
     args = parse_arguments()
     check_arguments(args)
     recipe = make_recipe(args)
-    device = utils.resolve_device(args.device)
+    device, rank, world = join_processes(args)
     output_dir = utils.prepare_output_dir(args.output_dir)
     started = time.perf_counter()
 
@@ -201,17 +216,30 @@ def main() -> None:
 
     batches = load_calibration(args)
     torch.manual_seed(args.seed)
-    store = LayerStore(output_dir / "pts_resume", fingerprint(args, recipe, batches, model))
+    store = LayerStore(output_dir / "pts_resume", fingerprint(args, recipe, batches, model), writer=rank == 0)
+    if world > 1:
+        if len(batches) < world:
+            raise UserError(
+                f"{len(batches)} calibration batches cannot be shared by {world} processes; raise --calib_size"
+            )
+        dist.barrier()  # the others read the store only when rank 0 has made it
+        batches = batches[: len(batches) // world * world][rank::world]
     rows: list[dict] = []
 
     def on_rows(new: list[dict]) -> None:
         rows[:] = new
+        if rank != 0:
+            return
         with utils.atomic_path(output_dir / "pts_layers.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     masks = prune_model(model, batches, recipe, device, store, args.ignore, on_rows)
     seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
 
+    if world > 1:
+        dist.destroy_process_group()
+        if rank != 0:
+            return
     path = output_dir / "pts_modelopt_state.pth"
     probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
     expected = pts_report.logits_of(model, probe)
@@ -219,9 +247,10 @@ def main() -> None:
         raise UserError(f"the pruned model's logits are not finite in {args.dtype}; try --dtype bf16 or fp32")
     print(pts_report.error_table(rows))
     print(pts_report.sparsity_line(masks, model))
-    save_state(model, masks, path)
-    del model, masks
-    verify(args, path, recipe.pattern, probe, expected)
+    with utils.atomic_path(path) as temporary:  # an earlier state is replaced only by one that restores
+        save_state(model, masks, temporary)
+        del model, masks
+        verify(args, temporary, recipe.pattern, probe, expected)
     store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")
     print(f"saved {path}; restored into a fresh model it gives identical logits")

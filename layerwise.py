@@ -397,6 +397,11 @@ def reconstruct(
     layer.to(half)
 
 
+def is_main_process() -> bool:
+    """True in a single process and on rank 0 of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory so far in MiB: of the CUDA device, or of this process on the CPU."""
     if device.type == "cuda":
@@ -474,13 +479,16 @@ def prune_model(
         layers,
         desc="pruning",
         unit="layer",
-        disable=None if not dist.is_initialized() or dist.get_rank() == 0 else True,
+        disable=None if is_main_process() else True,
     )
     for index, layer in enumerate(bar):
         started = time.perf_counter()
+        if recipe.reconstruct_epochs:
+            layer.to(device)
+            stream.advance(layer, index, dense_hidden)  # what the dense model gives: the target, and its next input
+        finished = store.load(index, layer)
         layer.to(device)
-        stream.advance(layer, index, dense_hidden)  # what the dense model gives: the target, and its next input
-        if (finished := store.load(index, layer)) is None:
+        if finished is None:
             groups = [{name: modules[name] for name in names} for names in plan[index]]
             layer_masks, layer_rows = prune_layer(stream, layer, index, groups, dense_hidden, recipe)
         else:
@@ -491,7 +499,7 @@ def prune_model(
             for row in layer_rows:
                 row["layer_seconds"] = round(time.perf_counter() - started, 3)
                 row["peak_memory_mib"] = round(peak_memory_mib(device), 1)
-            store.save(index, layer, layer_masks, layer_rows)
+            layer_masks = store.save(index, layer, layer_masks, layer_rows)
         masks |= layer_masks
         rows += layer_rows
         on_rows(rows)
