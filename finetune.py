@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import sat_memory
-from sat_arguments import OPTIMIZERS, check_arguments, parse_arguments, training_arguments
+from sat_arguments import check_arguments, parse_arguments, training_arguments
 from utils import (
     DTYPES,
     UserError,
@@ -56,23 +56,6 @@ def has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def memory_settings(arguments, precision: str) -> sat_memory.Settings:
-    processes = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
-    return sat_memory.Settings(
-        processes=processes,
-        train_bs=arguments.train_bs,
-        max_length=arguments.max_length,
-        compute_bytes=4 if precision == "no" else 2,
-        optimizer=arguments.optim,
-        optimizer_bytes=OPTIMIZERS[arguments.optim],
-        checkpointing=arguments.gradient_checkpointing,
-        distill=arguments.distill,
-        hidden_loss=arguments.distill and arguments.distill_hidden > 0,
-        cpu_offload=arguments.cpu_offload,
-        teacher_offload=arguments.teacher_offload,
-    )
 
 
 def load_data(arguments, tokenizer, output_dir: Path):
@@ -183,7 +166,7 @@ def main() -> None:
     output_dir = prepare_output_dir(arguments.output_dir)
     if arguments.check_only:
         return
-    memory = memory_settings(arguments, precision)
+    memory = sat_memory.settings_of(arguments, precision)
     if arguments.dry_run:
         print(sat_memory.table(sat_memory.model_shapes(config, arguments.trust_remote_code), memory))
         return
@@ -193,8 +176,10 @@ def main() -> None:
     from accelerate import PartialState
     from transformers.utils import logging
 
+    import sat_data
     import sat_run
     from layerwise import decoder_layers
+    from sat_loss import check_packing
     from sat_sharding import configure_fsdp
     from sat_trainer import plot_log
 
@@ -219,6 +204,8 @@ def main() -> None:
         model = restore_sparse(model, arguments.restore_path)
         modelopt_state = mto.modelopt_state(model)
         dtypes = {name: tensor.dtype for name, tensor in load_state(arguments.restore_path)["model_state_dict"].items()}
+        if arguments.packing:
+            check_packing(model, sat_data.Collator(tokenizer.pad_token_id), config.get_text_config().vocab_size)
         if not any(True for _ in sparse_masks(model.state_dict())):
             raise UserError(f"state {arguments.restore_path} has no masks; make it with hf_pts.py")
         teacher = load_model(arguments.model, DTYPES.get(precision, DTYPES["fp32"])) if arguments.distill else None

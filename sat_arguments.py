@@ -30,6 +30,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         prog=os.environ.get("FINETUNE_PROG"),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a mistyped option must not pass for another
     )
     group = parser.add_argument_group("model and files")
     group.add_argument("--model", required=True, help="dense model that was pruned: hub id or folder")

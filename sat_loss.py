@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from sat_data import IGNORE
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,26 @@ def forward(model, batch: dict[str, torch.Tensor], columns: torch.Tensor, hidden
     output = model(**inputs, use_cache=False, output_hidden_states=hidden)
     logits = output.logits if keeps else output.logits[:, columns]
     return logits, tuple(output.hidden_states[1:]) if hidden else ()
+
+
+def check_packing(model, collate, vocabulary: int) -> None:
+    """Run two short samples packed and apart.
+
+    Raises:
+        UserError: the packed ones see each other, because this model does not take a mask for each row.
+    """
+    ids = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    nothing = [IGNORE] * 8
+    with torch.no_grad():
+        packed = collate([{"input_ids": ids, "labels": [nothing] * 2, "record": [0, 1]}])
+        alone = collate([{"input_ids": ids[1], "labels": nothing, "record": 1}])
+        try:
+            together = model(**model_inputs(model, packed)).logits[0, 8:16]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{type(model).__name__} does not take packed rows ({error}); drop --packing") from error
+        apart = model(**model_inputs(model, alone)).logits[0, :8]
+    if not torch.allclose(together, apart, atol=1e-2 * apart.abs().max().item()):
+        raise UserError(f"{type(model).__name__} lets packed samples see each other; train without --packing")
 
 
 def hidden_error(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], real: torch.Tensor):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from dataclasses import dataclass, replace
 
 import torch
+
+from sat_arguments import OPTIMIZERS
 
 GIB = 2**30
 
@@ -38,6 +42,24 @@ class Settings:
     hidden_loss: bool
     cpu_offload: bool
     teacher_offload: bool
+
+
+def settings_of(arguments: argparse.Namespace, precision: str) -> Settings:
+    """The settings of finetune.py's arguments, for --world_size GPUs or as many as this run has processes."""
+    processes = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
+    return Settings(
+        processes=processes,
+        train_bs=arguments.train_bs,
+        max_length=arguments.max_length,
+        compute_bytes=4 if precision == "no" else 2,
+        optimizer=arguments.optim,
+        optimizer_bytes=OPTIMIZERS[arguments.optim],
+        checkpointing=arguments.gradient_checkpointing,
+        distill=arguments.distill,
+        hidden_loss=arguments.distill and arguments.distill_hidden > 0,
+        cpu_offload=arguments.cpu_offload,
+        teacher_offload=arguments.teacher_offload,
+    )
 
 
 def model_shapes(config, trust_remote_code: bool = False) -> Shapes:
