@@ -1,0 +1,21 @@
+"""The machine a figure was measured on, in one line."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe_machine(device: torch.device) -> str:
+    """E.g. "NVIDIA A100-SXM4-80GB, torch 2.13.0+cu128" or "AMD EPYC 7763, 2 of 2 cores, torch 2.13.0+cpu"."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        models = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
