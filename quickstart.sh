@@ -15,6 +15,7 @@ calib_size=64      # calibration samples of PTS
 length=512         # tokens of a calibration sample, a training example, a prompt and a perplexity window
 max_steps=60       # optimizer steps of SAT
 accumulation=4     # training examples to a step
+save_steps=20      # steps between checkpoints, from which an interrupted run goes on
 learning_rate=1e-4 # a model this small and so few steps want more than the 2e-5 of large models
 examples=16        # test papers to summarize for ROUGE
 beams=2            # beam search width
@@ -23,7 +24,7 @@ windows=32         # perplexity windows
 name=quickstart
 case ${1:-} in
   "") ;;
-  --full) calib_size=128 max_steps=400 examples=100 beams=4 windows=200 name=quickstart_full ;;
+  --full) calib_size=128 max_steps=400 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full ;;
   -h | --help)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
@@ -103,8 +104,15 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
   --sparsity_fmt sparsegpt --calib_size $calib_size --calib_data $data/calib.jsonl --output_dir "$out"
 
 sat=$out/finetuned/finetuned_modelopt_state.pth
-step SAT "$sat" bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data --max_length $length \
-  --output_dir "$out/finetuned" --max_steps $max_steps --gradient_accumulation_steps $accumulation --train_bs 1
+command=(bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data --output_dir "$out/finetuned"
+  --max_length $length --max_steps $max_steps --lr $learning_rate --train_bs 1 --gradient_accumulation_steps $accumulation
+  --text_path $data/calib.jsonl --distill --max_eval_samples 8 --save_steps $save_steps --save_total_limit 1 --resume)
+if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
+  rm -rf "$out/finetuned" # what lies there belongs to another pruned model or other settings: nothing to resume
+  echo "${command[*]}" >"$steps/SAT.begun"
+fi
+step SAT "$sat" "${command[@]}"
+rm -rf "$out/finetuned/checkpoints" # 1.6 GB that only an interrupted run needs
 
 runs=()
 for run in dense PTS SAT; do
