@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import report_page
-from utils import UserError, load_state, prepare_output_dir, read_json, require_file, run_cli, sparse_masks
+from sparsity_check import inspect_path
+from utils import UserError, prepare_output_dir, read_json, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,9 +57,9 @@ class Run:
 
 @dataclass
 class Sparsity:
-    """Zeros counted in the pruned matrices. `valid` of `matrices` have at most two non-zeros in every group of four."""
+    """Zeros counted in the linear layers. `valid` of `matrices` have two or more zeros in every group of four."""
 
-    zeros: int
+    zeros: float
     weights: int
     matrices: int
     valid: int
@@ -119,67 +120,31 @@ def read_run(name: str, folder: Path) -> Run:
 # ---------------------------------------------------------------------------------------------- sparsity
 
 
-def is_2_4(weight) -> bool:
-    """Whether every group of four along the input dimension of weight [out, in] has at most two non-zeros."""
-    rows, columns = weight.shape
-    return columns % 4 == 0 and bool(((weight != 0).view(rows, columns // 4, 4).sum(-1) <= 2).all())
-
-
-def count_zeros(weights) -> Sparsity:
-    """Add up the matrices [out, in] that `weights` yields."""
-    total = Sparsity(0, 0, 0, 0)
-    for weight in weights:
-        total.zeros += int((weight == 0).sum())
-        total.weights += weight.numel()
+def count_zeros(path: Path) -> Sparsity:
+    """Add up what the matrices of a state or of a safetensors folder hold; embeddings and output heads do not count."""
+    total = Sparsity(0.0, 0, 0, 0)
+    for matrix in inspect_path(path):
+        size = matrix.shape[0] * matrix.shape[1]
+        total.zeros += matrix.zero_share * size
+        total.weights += size
         total.matrices += 1
-        total.valid += is_2_4(weight)
+        total.valid += matrix.is_2_4
     return total
 
 
-def state_sparsity(path: Path) -> tuple[Sparsity, set[str]]:
-    """Sparsity of the masked weights in a state file, and their names."""
-    tensors = load_state(path)["model_state_dict"]
-    pruned = {name: weight for name, weight, _ in sparse_masks(tensors)}
-    if not pruned:
-        raise UserError(f"state {path} has no masks; make it with hf_pts.py or finetune.py")
-    return count_zeros(pruned.values()), set(pruned)
-
-
-def dense_sparsity(folder: str, names: set[str]) -> Sparsity | None:
-    """Sparsity of the same weights in the dense model's safetensors; None for a hub id."""
-    from safetensors import SafetensorError, safe_open
-
-    def weights():
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    yield from (tensors.get_tensor(name) for name in tensors.keys() if name in names)  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(f"{file} is not a readable safetensors file: {error}") from error
-
-    total = count_zeros(weights())
-    return total if total.matrices else None
-
-
 def measure(runs: list[Run], states: dict[str, Path], model_dir: str | None) -> None:
-    """Fill in every run's sparsity; runs without a state are the dense model."""
-    names: set[str] = set()
+    """Fill in every run's sparsity; a run without a state is the dense model, which is measured if it is a folder."""
+    dense = count_zeros(Path(model_dir)) if model_dir and Path(model_dir).is_dir() else None
     for run in runs:
-        if run.name in states:
-            run.state = states[run.name]
-            run.sparsity, found = state_sparsity(run.state)
-            names |= found
-    dense = dense_sparsity(model_dir, names) if model_dir and names else None
-    for run in runs:
-        if run.state is None:
-            run.sparsity = dense
+        run.state = states.get(run.name)
+        run.sparsity = count_zeros(run.state) if run.state else dense
 
 
 # ------------------------------------------------------------------------------------------------- table
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
-    """Header and one row a run, as text: perplexity, ROUGE in percent, sparsity measured in the pruned matrices."""
+    """Header and one row a run, as text: perplexity, ROUGE in percent, sparsity measured in the linear layers."""
     rows = [["model", "perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
     for run in runs:
         rouge = [f"{100 * run.rouge[key]:.2f}" for key in report_page.ROUGE_KEYS] if run.rouge else ["-"] * 4
@@ -221,7 +186,7 @@ def main() -> None:
     if arguments.pts_layers:
         layers = read_lines(arguments.pts_layers, "layer log", ("name", "relative_error", "sparsity"))
     if arguments.train_log:
-        curve = read_lines(require_file(arguments.train_log, "training log"), "training log", ("step",))
+        curve = read_lines(arguments.train_log, "training log", ("step",))
     measure(runs, states, arguments.model_dir)
     rows = table_rows(runs)
     print(markdown(rows))

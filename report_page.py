@@ -189,7 +189,7 @@ def protocol_notes(runs) -> list[str]:
             notes.append(f"ROUGE: mean F-measure in percent over {run.rouge['examples']} examples.")
             break
     if any(run.sparsity for run in runs):
-        notes.append("Sparsity: zeros counted in the pruned matrices of the saved files.")
+        notes.append("Sparsity: zeros counted in the linear layers as saved, output head and embeddings aside.")
     return notes
 
 
