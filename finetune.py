@@ -26,6 +26,7 @@ from utils import (
     load_model,
     load_state,
     load_tokenizer,
+    lock_output_dir,
     prepare_output_dir,
     require_file,
     restore_sparse,
@@ -192,6 +193,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     with fail_together(process):
         if process.is_main_process:
+            lock_output_dir(output_dir)
             load_data(arguments, tokenizer, output_dir)
     with fail_together(process):
         train, evaluation = load_data(arguments, tokenizer, output_dir)

@@ -202,6 +202,8 @@ def main() -> None:
     recipe = make_recipe(args)
     device, rank, world = join_processes(args)
     output_dir = utils.prepare_output_dir(args.output_dir)
+    if rank == 0:
+        utils.lock_output_dir(output_dir)
     started = time.perf_counter()
 
     model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)

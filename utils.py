@@ -34,6 +34,9 @@ class UserError(Exception):
     """A mistake the user can mend. Its text is one line: what is wrong, which value, what to do."""
 
 
+_held_locks = contextlib.ExitStack()
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's `main`, turning foreseeable failures into one line on stderr.
 
@@ -54,6 +57,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _held_locks.close()
 
 
 @contextlib.contextmanager
@@ -136,6 +141,30 @@ def prepare_output_dir(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {error.strerror}; choose another one") from error
     return path
+
+
+def lock_output_dir(path: str | Path) -> None:
+    """Hold an existing folder for this run alone, until run_cli ends or the process dies, however that happens.
+
+    In a multi-process run only the main process should call this.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    import fcntl
+
+    handle = _held_locks.enter_context(open(Path(path) / ".lock", "a+", encoding="utf-8"))  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        owner = f" (process {pid})" if (pid := handle.read().strip()) else ""
+        raise UserError(f"another run{owner} is writing to {path}; wait for it, or choose another folder") from error
+    except OSError:
+        return  # some network file systems have no locks; then nothing guards the folder
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
 
 
 def require_file(path: str | Path, what: str) -> Path:

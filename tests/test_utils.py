@@ -267,3 +267,16 @@ def test_perplexity_is_exp_of_the_mean_loss(model_dir):
         losses = [model(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
     expected = math.exp(sum(losses) / len(losses))
     assert utils.perplexity(model, blocks, torch.device("cpu"), batch_size=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_output_folder_is_held_until_the_run_ends(tmp_path):
+    def second():
+        utils.lock_output_dir(tmp_path)
+
+    def first():
+        utils.lock_output_dir(tmp_path)
+        with pytest.raises(UserError, match=f"another run .process {os.getpid()}. is writing"):
+            second()
+
+    utils.run_cli(first)
+    utils.run_cli(second)
