@@ -22,7 +22,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 import sources
-from utils import UserError, atomic_path, prepare_output_dir, run_cli
+from utils import UserError, atomic_path, lock_output_dir, prepare_output_dir, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -174,6 +174,7 @@ def main() -> None:
     arguments = parse_arguments()
     train, held_out = open_splits(arguments)
     folder = prepare_output_dir(arguments.save_path)
+    lock_output_dir(folder)
     names = ["cnn_train.json", "cnn_eval.json"]
     if arguments.source == "aclsum":
         names += ["calib.jsonl", "heldout.jsonl"]

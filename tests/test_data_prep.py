@@ -10,6 +10,7 @@ import pytest
 
 import data_prep
 import sources
+import utils
 from utils import DEFAULT_INSTRUCTION, UserError, read_records, read_texts
 
 
@@ -20,7 +21,10 @@ def prepare(monkeypatch, tmp_path):
     def run(*arguments, folder="out"):
         command = ["data_prep.py", "--save_path", str(tmp_path / folder), *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", command)
-        data_prep.main()
+        try:
+            data_prep.main()
+        finally:
+            utils._held_locks.close()
         return tmp_path / folder
 
     return run
@@ -158,7 +162,7 @@ def test_broken_download_is_reported_and_nothing_is_written(prepare, monkeypatch
     monkeypatch.setattr("datasets.load_dataset", FakeHub(breaks=True))
     with pytest.raises(UserError, match="failed after 5 records .connection reset.*--source"):
         prepare()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
