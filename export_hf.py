@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,12 +26,20 @@ from utils import (
     DTYPES,
     UserError,
     check_state_fits,
+    first_line,
     load_config,
     load_state,
     load_tokenizer,
     prepare_output_dir,
+    read_json,
     run_cli,
     save_json,
+)
+
+# What makes a model folder complete beside its weights.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*", "NOTICE*"),
 )
 
 
@@ -117,26 +126,52 @@ def write_weights(state: dict[str, torch.Tensor], names: list[str], dtype, shard
     return len(plan.filename_to_tensors)
 
 
-def write_settings(arguments: argparse.Namespace, config, dtype: torch.dtype, folder: Path) -> None:
-    """Write config.json, generation_config.json, the tokenizer and the model's own code, if it has any."""
+def source_folder(model: str) -> Path:
+    """The folder of the dense model's small files; for a hub id they are fetched, or taken from the cache.
+
+    Raises:
+        UserError: the hub cannot be reached and the files are not in the cache.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(COMPANIONS)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot fetch the tokenizer and settings of '{model}': {first_line(error)}") from error
+
+
+def write_companions(source: Path, model_config, dtype: str, folder: Path) -> None:
+    """Copy tokenizer, settings, licence and model code as they are, which opens in more programs than a re-saved set.
+
+    Changed are only: the dtype, leftovers of compression tools, and what transformers 5 writes in a way that
+    transformers 4 takes for something else.
+    """
     from transformers import GenerationConfig
 
-    config.dtype = dtype
-    config.name_or_path = ""  # the folder's path on this machine is nobody's business
-    if hasattr(config, "sparsity_config"):
-        del config.sparsity_config
-    config.save_pretrained(folder)
-    try:
-        generation = GenerationConfig.from_pretrained(arguments.model_dir)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
-        generation.do_sample = True  # sampling settings without it are refused on saving
-    generation.save_pretrained(folder)
-    load_tokenizer(arguments.model_dir, arguments.trust_remote_code).save_pretrained(folder)
-    if Path(arguments.model_dir).is_dir():
-        for code in Path(arguments.model_dir).glob("*.py"):
-            shutil.copy(code, folder)
+    for path in source.iterdir():
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
+            shutil.copyfile(path, folder / path.name)
+    if not (folder / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(model_config).save_pretrained(folder)
+    config = read_json(folder / "config.json", "model configuration")
+    for key in ("sparsity_config", "compression_config", "_name_or_path"):
+        config.pop(key, None)
+    for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
+        config[key] = dtype
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 would go on with a rope_theta of 10000
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            config.setdefault("rope_scaling", scaling)
+    save_json(config, folder / "config.json")
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = read_json(folder / "tokenizer_config.json", "tokenizer configuration")
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # the name in transformers 5 only
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        save_json(tokenizer, folder / "tokenizer_config.json")
 
 
 @contextlib.contextmanager
@@ -175,6 +210,8 @@ def main() -> None:
         raise UserError(
             f"'{arguments.model_dir}' is quantized; give the unquantized model that the state was made from"
         )
+    load_tokenizer(arguments.model_dir, arguments.trust_remote_code)  # only to find a broken one before the long work
+    source = source_folder(arguments.model_dir)
     state = load_state(arguments.modelopt_restore_path)["model_state_dict"]
     if not any(name.endswith("._weight_mask") for name in state):
         raise UserError(f"state {arguments.modelopt_restore_path} holds no masks: its model was never made sparse")
@@ -189,7 +226,7 @@ def main() -> None:
     dtype_name = str(dtype).removeprefix("torch.")
     with unfinished_folder(target) as folder:
         files = write_weights(state, names, DTYPES.get(arguments.dtype), arguments.max_shard_size, folder)
-        write_settings(arguments, config, dtype, folder)
+        write_companions(source, config, dtype_name, folder)
         reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]
         write_model_card(folder, arguments.model_dir, config, dtype_name, reports, figures)
     count = sum(report.is_2_4 for report in reports)

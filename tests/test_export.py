@@ -58,7 +58,7 @@ def test_plain_transformers_gives_identical_logits(exported, restored):
     assert torch.equal(torch.load(target), logits(restored))
 
 
-def test_folder_is_complete_and_clean(exported):
+def test_folder_is_complete_and_clean(exported, model_dir):
     from safetensors.torch import load_file
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -70,9 +70,10 @@ def test_folder_is_complete_and_clean(exported):
     assert set(index["weight_map"].values()) == shards
     config = json.loads((folder / "config.json").read_text())
     assert "sparsity_config" not in config and "quantization_config" not in config
-    assert config["dtype" if "dtype" in config else "torch_dtype"] == "float32"
+    assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {"float32"}
     assert str(ROOT) not in (folder / "config.json").read_text()
-    assert AutoTokenizer.from_pretrained(folder)("rain")["input_ids"]
+    text = "The river rose, <s> and 3 ships left."
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(model_dir)(text)
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 1
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & folder.stat().st_mode}
     tensors = {name: tensor for file in shards for name, tensor in load_file(folder / file).items()}
@@ -116,6 +117,29 @@ def test_asked_dtype_and_tied_embeddings(tmp_path, tokenizer):
     assert torch.equal(logits(exported), logits(mto.restore(dense, state).eval()))
 
 
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 2.0}])
+def test_settings_of_either_transformers_generation_are_understood_by_both(tmp_path, scaling):
+    import export_hf
+
+    rope = {"rope_theta": 500000.0, "rope_type": "default", **scaling}
+    source = {"model_type": "llama", "dtype": "float32", "rope_parameters": rope, "sparsity_config": {"x": 1}}
+    (tmp_path / "source").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**source, "_name_or_path": str(tmp_path)}))
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    (tmp_path / "source" / "LICENSE").write_text("do as you like")
+    (tmp_path / "source" / "optimizer.pt").write_text("not part of a model")
+    export_hf.write_companions(tmp_path / "source", tiny_llama().config, "float16", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16" and config["rope_theta"] == 500000.0 and config["rope_parameters"] == rope
+    assert config.get("rope_scaling", {}) == scaling
+    assert not {"sparsity_config", "_name_or_path"} & config.keys()
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["LICENSE", "config.json", "generation_config.json", "tokenizer_config.json"]
+
+
 def test_negative_zeros_become_positive():
     import export_hf
 
@@ -145,6 +169,7 @@ def test_an_existing_folder_is_kept_unless_overwriting_succeeds(model_dir, state
 def test_clear_errors(model_dir, state_path, tokenizer, tmp_path):
     command = ["export_hf.py", "--output_dir", tmp_path / "out", "--model_dir"]
     tiny_llama(hidden=64).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
     other = run_inline(*command, tmp_path / "other", "--modelopt_restore_path", state_path)
     assert_clear_error(other, "belongs to another model")
     absent = run_inline(*command, model_dir, "--modelopt_restore_path", tmp_path / "absent.pth")
