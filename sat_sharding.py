@@ -93,9 +93,11 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
             continue
         weight = module._parameters["weight"]
         if isinstance(weight, DTensor):
-            if module._weight_mask_dtensor is None:
-                module._weight_mask_dtensor = distribute_tensor(mask, weight.device_mesh, weight.placements)
-            mask = module._weight_mask_dtensor
+            kept = module.__dict__.get("_mask_shard")  # sharding a mask communicates: once is enough
+            if kept is None:
+                kept = distribute_tensor(mask, weight.device_mesh, weight.placements)
+                module.__dict__["_mask_shard"] = kept
+            mask = kept
         yield f"{name}.weight", local(weight.data), local(mask)
 
 

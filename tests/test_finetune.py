@@ -39,7 +39,10 @@ def run_here(monkeypatch, model_dir, state_path, data_dir, tmp_path):
 
     def run(*more, output_dir=tmp_path / "out") -> Path:
         monkeypatch.setattr(sys, "argv", command(model_dir, state_path, data_dir, output_dir, *more))
-        finetune.main()
+        try:
+            finetune.main()
+        finally:
+            utils._held_locks.close()  # as run_cli does at the end of a process
         return output_dir
 
     return run

@@ -1,0 +1,142 @@
+"""What sparsity-aware training brings: quality regained at equal steps, and useful tokens per second.
+
+    python data_prep.py --source aclsum --save_path data/aclsum
+    python benchmarks/sat_benchmark.py --restore_path PTS_DIR/pts_modelopt_state.pth --output sat_results.json
+
+Part "recovery" trains the same pruned model with cross entropy, with the dense model as teacher, and with the teacher's
+hidden states as well, each for the same steps on the same data in the same order. It reports the held-out perplexity
+and the share of PTS's rise that each regains: (PTS - SAT) / (PTS - dense). Part "throughput" trains one epoch on the
+records with batches padded to --max_length, to their longest sample, grouped by length, and packed; each batch of the
+packed arm holds as many samples on average as the others, so that the losses can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from machine import describe_machine  # noqa: E402
+
+import sat_data  # noqa: E402
+import utils  # noqa: E402
+from sat_trainer import read_log  # noqa: E402
+
+RECOVERY = {
+    "SAT": [],
+    "SAT + logits": ["--distill"],
+    "SAT + logits + hidden": ["--distill", "--distill_hidden", "1"],
+}
+
+
+def train(arguments: argparse.Namespace, folder: Path, *more) -> list[dict]:
+    """Run the launcher with settings common to all arms; returns its log."""
+    common = ["--model", arguments.model, "--restore_path", arguments.restore_path, "--data_path", arguments.data_path]
+    common += ["--output_dir", folder, "--train_bs", arguments.train_bs, "--lr", arguments.lr, "--logging_steps", 1]
+    command = ["bash", ROOT / "launch_finetune.sh", *common, *more]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run([str(part) for part in command], check=True, env=environment, stdout=subprocess.DEVNULL)
+    return read_log(folder / "train_log.jsonl")
+
+
+def held_out_perplexity(arguments: argparse.Namespace, blocks: torch.Tensor, state: Path | None) -> float:
+    """Perplexity on blocks [N, T] of the dense model, or with a state; all arms in the same arithmetic."""
+    device = utils.resolve_device("auto")
+    model = utils.load_model(arguments.model, torch.float32)
+    model = utils.restore_sparse(model, state) if state else model
+    with torch.autocast(device.type, torch.bfloat16):
+        return utils.perplexity(model.to(device), blocks, device)
+
+
+def recovery(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Perplexity and share regained of every arm."""
+    tokenizer = utils.load_tokenizer(arguments.model)
+    blocks = utils.token_blocks(tokenizer, utils.read_texts(arguments.heldout), arguments.context)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    blocks = blocks[order[: arguments.blocks]]
+    dense = held_out_perplexity(arguments, blocks, None)
+    pruned = held_out_perplexity(arguments, blocks, Path(arguments.restore_path))
+    results = {"dense": {"perplexity": dense, "regained": 1.0}, "PTS": {"perplexity": pruned, "regained": 0.0}}
+    for name, options in RECOVERY.items():
+        folder = work / name.replace(" ", "")
+        more = ["--text_path", arguments.text_path, "--text_ratio", arguments.text_ratio, "--packing"]
+        more += ["--max_length", arguments.context, "--max_steps", arguments.steps, "--eval_steps", 10**6]
+        log = train(arguments, folder, *more, *options)
+        value = held_out_perplexity(arguments, blocks, folder / "finetuned_modelopt_state.pth")
+        rates = [line["tokens_per_second"] for line in log if "loss" in line]
+        results[name] = {
+            "perplexity": value,
+            "regained": (pruned - value) / (pruned - dense),
+            "tokens_per_second": sum(rates) / len(rates),
+        }
+        print(json.dumps({name: results[name]}), flush=True)
+    return results
+
+
+def throughput(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Useful tokens per second and final evaluation loss of the ways to batch, over one epoch of the records."""
+    tokenizer = utils.load_tokenizer(arguments.model)
+    data = Path(arguments.data_path) / "cnn_train.json"
+    samples = sat_data.load_records(tokenizer, data, arguments.max_length, work / "cache", 1)
+    in_a_row = len(samples) / len(sat_data.Packed(samples, arguments.max_length))
+    packed_bs = max(1, round(arguments.train_bs / in_a_row))
+    arms = {
+        "padded to max_length": ["--pad_to_max", "--no-group_by_length"],
+        "padded to the longest": ["--no-group_by_length"],
+        "grouped by length": [],
+        "packed": ["--packing", "--train_bs", packed_bs],
+    }
+    results = {}
+    for name, options in arms.items():
+        more = ["--max_length", arguments.max_length, "--num_epochs", 1, "--max_eval_samples", 32, *options]
+        log = train(arguments, work / name.replace(" ", "_"), *more)
+        steps = [line for line in log if "loss" in line][1:]  # the first step warms up
+        # tokens_per_second = tokens / seconds of its step, so the mean over equal shares of tokens is harmonic
+        rate = len(steps) / sum(1 / line["tokens_per_second"] for line in steps)
+        loss = [line["eval_loss"] for line in log if "eval_loss" in line][-1]
+        results[name] = {"tokens_per_second": rate, "eval_loss": loss}
+        results[name]["ratio"] = rate / results["padded to max_length"]["tokens_per_second"]
+        print(json.dumps({name: results[name]}), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "demo/SmolLM2-135M-Instruct"))
+    parser.add_argument("--restore_path", required=True, help="state of hf_pts.py for the model")
+    parser.add_argument(
+        "--data_path", default=str(ROOT / "data/aclsum"), help="folder of cnn_train.json, cnn_eval.json"
+    )
+    parser.add_argument("--text_path", default=str(ROOT / "data/aclsum/calib.jsonl"), help="plain text to train on")
+    parser.add_argument("--heldout", default=str(ROOT / "data/aclsum/heldout.jsonl"), help="text for the perplexity")
+    parser.add_argument("--parts", nargs="+", choices=("recovery", "throughput"), default=["recovery", "throughput"])
+    parser.add_argument("--steps", type=int, default=40, help="steps of each recovery arm (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--train_bs", type=int, default=4)
+    parser.add_argument("--text_ratio", type=float, default=0.7)
+    parser.add_argument("--context", type=int, default=512, help="tokens of a perplexity window and a training row")
+    parser.add_argument("--blocks", type=int, default=24, help="perplexity windows (default %(default)s)")
+    parser.add_argument("--max_length", type=int, default=1024, help="for the throughput (default %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the figures")
+    arguments = parser.parse_args()
+
+    results: dict = {"machine": describe_machine(utils.resolve_device("auto")), "arguments": vars(arguments)}
+    with tempfile.TemporaryDirectory() as work:
+        for part in arguments.parts:
+            results[part] = globals()[part](arguments, Path(work))
+    print(json.dumps(results, indent=2))
+    if arguments.output:
+        utils.save_json(results, arguments.output)
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)
