@@ -5,7 +5,7 @@
         --figures "dense=ppl_dense.json" --figures "sparse=ppl_sparse.json" --figures "sparse=rouge_sparse.json"
 
 The folder opens with plain transformers. Its config.json has no sparsity_config: servers either need none or refuse it.
-Weights are read from the memory-mapped state and written shard by shard, so memory holds one shard and never the model.
+Weights are read from the memory-mapped state and written shard by shard: memory holds a shard or two, never the model.
 """
 
 from __future__ import annotations

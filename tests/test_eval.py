@@ -97,6 +97,16 @@ def test_two_processes_tell_an_error_once_and_stop(model_dir, tmp_path):
     ]
 
 
+def test_a_process_that_dies_ends_the_others(one_process, tmp_path):
+    *_, command = one_process
+    (tmp_path / "p.jsonl.part-1").mkdir()  # the second process cannot write its first batch
+    started = time.monotonic()
+    result = run_two_processes(*command, "--predictions", tmp_path / "p.jsonl")
+    assert result.returncode != 0 and "ROUGE scores" not in result.stdout
+    assert time.monotonic() - started < 100  # a hang would end in run_script's limit of 300 seconds
+    assert not (tmp_path / "p.jsonl").exists()
+
+
 def test_resumes_after_a_kill(one_process, tmp_path):
     _, figures, lines, command = one_process
     predictions = tmp_path / "predictions.jsonl"
