@@ -66,8 +66,8 @@ def test_update_refit_and_search_each_beat_what_came_before(seed):
     damped, factor, _ = damp(hessian, 0.01)
     pruned, mask = sparsegpt(weight, factor, TWO_FOUR)
     fitted = refit(weight, damped, pruned, mask, 50)
-    found = admm(weight, damped, fitted, TWO_FOUR, 20)
-    best = refit(weight, damped, weight * found, found, 50)
+    start, found = admm(weight, damped, fitted, TWO_FOUR, 20)
+    best = refit(weight, damped, start, found, 50)
     assert is_n_of_m(found, TWO_FOUR)
     assert error(pruned, weight, damped) < error(weight * mask, weight, damped)
     assert error(pruned, weight, damped) < error(weight * magnitude_mask(weight, TWO_FOUR), weight, damped)
@@ -131,8 +131,8 @@ def test_brute_force_bounds_every_method():
             optimum, layer_error(refit(weight, damped, weight * mask, mask, 100, tolerance=0) - weight, damped)
         )
     pruned, mask = sparsegpt(weight, factor, TWO_FOUR)
-    found = admm(weight, damped, pruned, TWO_FOUR, 50)
-    for candidate in (pruned, refit(weight, damped, weight * found, found, 100)):
+    start, found = admm(weight, damped, pruned, TWO_FOUR, 50)
+    for candidate in (pruned, refit(weight, damped, start, found, 100)):
         errors = layer_error(candidate - weight, damped)
         assert bool((errors >= optimum * (1 - 1e-3)).all())
     assert float(layer_error(pruned - weight, damped).sum()) < 3 * float(optimum.sum())
