@@ -5,6 +5,15 @@
 #       --restore_path PTS_DIR/pts_modelopt_state.pth
 #
 # With several processes FSDP shards the model; with one it runs plainly. All other options go to finetune.py.
+#
+# Several machines under Slurm, one launcher on each (here 2 machines of 8 GPUs, with a shared file system):
+#
+#   #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --signal=TERM@120
+#   export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+#   srun bash -c 'bash launch_finetune.sh --num_processes 16 --num_machines 2 --machine_rank "$SLURM_NODEID" \
+#       --main_process_ip "$FIRST" --main_process_port 29500 --model MODEL --restore_path PTS --output_dir OUT --resume'
+#
+# --signal tells the run two minutes before its time is up: it saves, ends, and the same job goes on by --resume.
 set -euo pipefail
 
 usage() {

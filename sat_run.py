@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import sat_checkpoints
 from utils import UserError, save_json
 
+PIECE = 1 << 16  # bytes
+
 # Arguments that shape the course of training: a resumed run must have the same.
 COURSE = [
     "model",
-    "restore_path",
-    "data_path",
     "max_length",
-    "text_path",
     "text_ratio",
     "text_length",
     "packing",
@@ -45,6 +47,28 @@ COURSE = [
 ]
 
 
+def fingerprint(path: str | Path) -> str:
+    """Hash of a file's size and of 64 pieces spread over it, which a change of weights or data can hardly miss."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        for part in range(64):
+            stream.seek(part * max(0, size - PIECE) // 63)
+            digest.update(stream.read(PIECE))
+    return digest.hexdigest()[:16]
+
+
+def course_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the course of a run: arguments, the number of processes, and the content of the files named."""
+    course = {name: getattr(arguments, name) for name in COURSE}
+    course["num_processes"] = int(os.environ.get("WORLD_SIZE", 1))
+    files = {"restore_path": arguments.restore_path, "text_path": arguments.text_path}
+    if arguments.text_ratio < 1 or not arguments.text_path:
+        files["data_path"] = Path(arguments.data_path) / "cnn_train.json"
+    return course | {name: fingerprint(path) for name, path in files.items() if path}
+
+
 def open_run(arguments: argparse.Namespace, output_dir: Path, is_main: bool) -> Path | None:
     """Prepare a new run, or find where an earlier one stopped.
 
@@ -54,7 +78,7 @@ def open_run(arguments: argparse.Namespace, output_dir: Path, is_main: bool) -> 
     Raises:
         UserError: an earlier run is in the way, or was made with other arguments.
     """
-    course = {name: getattr(arguments, name) for name in COURSE}
+    course = course_of(arguments)
     record, root = output_dir / "run.json", output_dir / "checkpoints"
     checkpoint = sat_checkpoints.last_complete(root)
     if checkpoint and not arguments.resume:
@@ -66,8 +90,11 @@ def open_run(arguments: argparse.Namespace, output_dir: Path, is_main: bool) -> 
         before = json.loads(record.read_text(encoding="utf-8"))
         for name, value in course.items():
             if before.get(name, value) != value:
+                what = f"--{name} was {before[name]}, now {value}"
+                if name in ("restore_path", "text_path", "data_path"):
+                    what = f"the content of --{name} has changed"
                 raise UserError(
-                    f"--resume needs the arguments of the run it goes on with: --{name} was {before[name]}, now {value}"
+                    f"--resume needs the settings of the run it goes on with: {what}; to restart remove {root}"
                 )
     if is_main:
         sat_checkpoints.remove_partial(root)
