@@ -8,12 +8,12 @@
 #
 # Several machines under Slurm, one launcher on each (here 2 machines of 8 GPUs, with a shared file system):
 #
-#   #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --signal=TERM@120
+#   #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --signal=USR1@300
 #   export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 #   srun bash -c 'bash launch_finetune.sh --num_processes 16 --num_machines 2 --machine_rank "$SLURM_NODEID" \
 #       --main_process_ip "$FIRST" --main_process_port 29500 --model MODEL --restore_path PTS --output_dir OUT --resume'
 #
-# --signal tells the run two minutes before its time is up: it saves, ends, and the same job goes on by --resume.
+# --signal tells the run five minutes before its time is up: it saves and ends, and the same job, queued again, goes on.
 set -euo pipefail
 
 usage() {
@@ -74,6 +74,8 @@ if [ "$num_processes" -lt 1 ]; then
     echo "error: --num_processes must be at least 1, found $num_processes" >&2
     exit 2
 fi
+
+trap '' USR1 # left to the training processes, which save and end; see the Slurm example
 
 if [ "$num_processes" -eq 1 ]; then
     exec "$python" "$here/finetune.py" ${rest[@]+"${rest[@]}"}

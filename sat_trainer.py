@@ -149,13 +149,17 @@ class SparseTrainer(Trainer):
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM (a scheduler's notice) save after the current step and end; all processes agree on the step."""
+    """On SIGTERM or SIGUSR1 (a scheduler's notice) save after the current step and end, all processes at the same one.
+
+    SIGUSR1 is for several processes: on SIGTERM torch's launcher kills the workers after 30 s, saved or not.
+    """
 
     def __init__(self, trainer: SparseTrainer):
         self.trainer, self.asked = trainer, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.any_process(self.asked) and state.global_step < state.max_steps:
