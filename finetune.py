@@ -193,6 +193,8 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     with fail_together(process):
         if process.is_main_process:
+            if not sharded and (arguments.cpu_offload or arguments.teacher_offload):
+                raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
             lock_output_dir(output_dir)
             load_data(arguments, tokenizer, output_dir)
     with fail_together(process):

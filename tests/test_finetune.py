@@ -194,6 +194,17 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(run_here, monkeypatch
     assert sat_checkpoints.last_complete(tmp_path / "out" / "checkpoints").name == "checkpoint-4"
 
 
+def test_out_of_memory_names_the_changes_that_save_most(run_here, monkeypatch):
+    import sat_trainer
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(sat_trainer, "batch_loss", fails)
+    with pytest.raises(utils.UserError, match=r"out of memory at step 1\. .* Most effective: .*--train_bs 1 with more"):
+        run_here("--max_length", 400, "--train_bs", 2, "--max_steps", 2)
+
+
 def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch, tmp_path):
     import errno
 
@@ -354,6 +365,7 @@ def test_wrong_inputs_are_told_in_one_line(run_here, model_dir, state_path, data
         (["--train_bs", 64], "10 training samples do not fill one batch of 64"),
         (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
         (["--lr", "-1"], "--lr must be above 0"),
+        (["--cpu_offload"], "--cpu_offload and --teacher_offload need FSDP"),
         (["--text_path", tmp_path / "no.txt"], "text file .* not found"),
         (["--model", tmp_path], "config.json"),
     ]
