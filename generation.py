@@ -59,13 +59,15 @@ def generate_batch(model, tokenizer, prompts: list[list[int]], config) -> list[s
     longest = max(map(len, prompts))
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    inputs = {
+        "input_ids": torch.tensor(padded, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
+    }
     try:
         with torch.inference_mode():
-            output = model.generate(
-                input_ids=torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=config,
-            )
+            if config.num_beams > 1 and longest > 1:
+                inputs |= shared_prefill(model, **inputs, beams=config.num_beams)
+            output = model.generate(**inputs, generation_config=config)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory with {len(prompts)} prompts of {longest} tokens; use a smaller --batch_size, "
@@ -73,6 +75,27 @@ def generate_batch(model, tokenizer, prompts: list[list[int]], config) -> list[s
         ) from error
     texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts]
+
+
+def shared_prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, beams: int) -> dict[str, Any]:
+    """Process each prompt once for all its beams; `generate` alone would process it once per beam.
+
+    Args:
+        input_ids, attention_mask: int64 tensors [batch, L], L > 1, padded on the left.
+
+    Returns:
+        {"past_key_values": cache of the first L - 1 tokens for batch * beams rows}, to go on with in `generate`; empty
+        for a model that takes no positions or has a cache that cannot be repeated (recurrent and hybrid ones).
+    """
+    positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
+    prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    try:
+        # The decoder without its head: the logits of a prompt are not needed.
+        output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
+        output.past_key_values.batch_repeat_interleave(beams)
+    except (AttributeError, TypeError):
+        return {}
+    return {"past_key_values": output.past_key_values}
 
 
 # ------------------------------------------------------------------------------------- predictions on disk

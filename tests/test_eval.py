@@ -158,18 +158,27 @@ def greedy_by_hand(model, ids, new_tokens, stop, minimum):
     return ids[start:]
 
 
-@pytest.mark.parametrize("family", ["rotary", "learned"])
-def test_batches_give_the_greedy_text_of_single_prompts(tokenizer, family):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def tiny_model(family: str):
+    from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
+    if family == "rotary positions":
+        return tiny_llama(seed=3)
+    torch.manual_seed(3)
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    if family == "learned positions":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256, **ids)
+        ).eval()
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4, **ids)
+    ).eval()
+
+
+@pytest.mark.parametrize("family", ["rotary positions", "learned positions"])
+def test_batches_give_the_greedy_text_of_single_prompts(tokenizer, family):
     from generation import beam_search_config, generate_batch, length_sorted_batches
 
-    if family == "rotary":
-        model = tiny_llama(seed=3)
-    else:
-        torch.manual_seed(3)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256)).eval()
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model = tiny_model(family)
     tokenizer.pad_token = tokenizer.eos_token
     prompts = [tokenizer(" ".join(TEXTS)[: 20 + 37 * number])["input_ids"] for number in range(8)]
     config = beam_search_config(model, tokenizer, beams=1, max_new_tokens=24, min_new_tokens=6)
@@ -182,6 +191,29 @@ def test_batches_give_the_greedy_text_of_single_prompts(tokenizer, family):
     (batch,) = length_sorted_batches(prompts, 8)
     batched = generate_batch(model, tokenizer, [prompts[index] for index in batch], config)
     assert dict(zip(batch, batched, strict=True)) == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("family", ["rotary positions", "learned positions", "recurrent"])
+def test_prompts_processed_once_for_all_beams_give_the_same_text(tokenizer, family, monkeypatch):
+    import generation
+
+    model = tiny_model(family)
+    tokenizer.pad_token = tokenizer.eos_token
+    # A recurrent model reads padding as text, so its prompts are of one length.
+    lengths = [90] * 4 if family == "recurrent" else [20, 200, 70, 130]
+    texts = (" ".join(TEXTS)[shift : shift + length] for shift, length in enumerate(lengths))
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    if family == "recurrent":
+        prompts = [ids[:30] for ids in prompts]
+    config = generation.beam_search_config(model, tokenizer, beams=4, max_new_tokens=24, min_new_tokens=6)
+    prefill, caches = generation.shared_prefill, []
+    monkeypatch.setattr(generation, "shared_prefill", lambda *args, **kwargs: {})
+    expected = generation.generate_batch(model, tokenizer, prompts, config)
+    monkeypatch.setattr(
+        generation, "shared_prefill", lambda *args, **kwargs: caches.append(prefill(*args, **kwargs)) or caches[-1]
+    )
+    assert generation.generate_batch(model, tokenizer, prompts, config) == expected
+    assert bool(caches[0]) == (family != "recurrent")  # without this the test could pass by never sharing anything
 
 
 def test_batches_hold_every_example_once_longest_first():
