@@ -22,7 +22,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 import sources
-from utils import UserError, atomic_path, lock_output_dir, prepare_output_dir, run_cli
+from utils import UserError, atomic_path, lock_output_dir, prepare_output_dir, run_cli, valid_unicode
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -119,11 +119,6 @@ def fingerprint(article: str) -> bytes:
     return hashlib.blake2b(" ".join(article.lower().split()).encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def to_json(value: dict[str, str]) -> str:
-    """One line of JSON; half surrogate pairs, which broken scrapers leave and UTF-8 cannot hold, become "?"."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
-
-
 def write_records(
     triples: Iterable[sources.Triple], stream: TextIO, what: str, limit: int | None, excluded: set[bytes]
 ) -> set[bytes]:
@@ -145,8 +140,9 @@ def write_records(
         if key in excluded:
             seen += 1
             continue
-        record = {"instruction": instruction, "input": article.strip(), "output": summary.strip()}
-        stream.write(("[\n" if count == 0 else ",\n") + to_json(record))
+        texts = (valid_unicode(text.strip()) for text in (instruction, article, summary))
+        record = dict(zip(("instruction", "input", "output"), texts, strict=True))
+        stream.write(("[\n" if count == 0 else ",\n") + json.dumps(record, ensure_ascii=False))
         written.add(key)
         count += 1
         if count == limit:
@@ -165,7 +161,7 @@ def write_lines(items: Iterable[dict[str, str]], stream: TextIO, what: str) -> N
     """Write one JSON object per line."""
     count = 0
     for item in tqdm(items, what, unit="", disable=None):
-        stream.write(to_json(item) + "\n")
+        stream.write(json.dumps(item, ensure_ascii=False) + "\n")
         count += 1
     print(f"{what}: {count} papers")
 

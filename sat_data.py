@@ -21,6 +21,7 @@ from utils import (
     PROMPT_TAIL,
     UserError,
     encode_prompt,
+    first_line,
     read_records,
     read_texts,
     require_file,
@@ -128,7 +129,10 @@ def cached(cache_dir: Path, key: Sequence[str], build):
     name = hashlib.sha256("\0".join([str(FORMAT), *key]).encode()).hexdigest()[:24]
     folder = cache_dir / name
     if (folder / "state.json").is_file():
-        return load_from_disk(str(folder))
+        try:
+            return load_from_disk(str(folder))
+        except Exception as error:  # datasets and Arrow have no common class for damaged files
+            print(f"the cached data in {folder} is damaged ({first_line(error)}); making it anew")
     dataset: Dataset = build()
     cache_dir.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".building.", dir=cache_dir))

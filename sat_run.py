@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 import sat_checkpoints
-from utils import UserError, save_json
+from utils import UserError, read_json, save_json
 
 PIECE = 1 << 16  # bytes
 
@@ -87,7 +86,7 @@ def open_run(arguments: argparse.Namespace, output_dir: Path, is_main: bool) -> 
             "folder, or choose another --output_dir"
         )
     if checkpoint and record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(record, "run record")
         for name, value in course.items():
             if before.get(name, value) != value:
                 what = f"--{name} was {before[name]}, now {value}"

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import random
 import sys
 import tempfile
@@ -34,6 +35,15 @@ class UserError(Exception):
     """A mistake the user can mend. Its text is one line: what is wrong, which value, what to do."""
 
 
+def _is_failed_write(error: Exception) -> bool:
+    """Whether a library's error, of a class of its own, says that a file could not be written."""
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":
+        return "I/O error" in text
+    signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
 _held_locks = contextlib.ExitStack()
 
 
@@ -49,10 +59,18 @@ def run_cli(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}. Free space or choose another output folder.", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        print(
+            f"error: writing failed ({first_line(error)}); is the disk full? Files saved before are whole.",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -119,12 +137,7 @@ def save_json(value: Any, path: str | Path) -> None:
 def save_torch(value: Any, path: str | Path) -> None:
     """`torch.save`, whole or not at all."""
     with atomic_path(path) as temporary:
-        try:
-            torch.save(value, temporary)
-        except RuntimeError as error:  # torch reports a full disk as a failed write of its zip stream
-            if "write" not in str(error) and "unexpected pos" not in str(error):
-                raise
-            raise UserError(f"could not write {path}: is the disk full? Nothing saved before was changed.") from error
+        torch.save(value, temporary)
 
 
 def prepare_output_dir(path: str | Path) -> Path:
@@ -153,18 +166,18 @@ def lock_output_dir(path: str | Path) -> None:
     """
     import fcntl
 
-    handle = _held_locks.enter_context(open(Path(path) / ".lock", "a+", encoding="utf-8"))  # noqa: SIM115
+    handle = _held_locks.enter_context(open(Path(path) / ".lock", "ab+", buffering=0))  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.seek(0)
-        owner = f" (process {pid})" if (pid := handle.read().strip()) else ""
+        owner = f" (process {pid})" if (pid := handle.read().decode().strip()) else ""
         raise UserError(f"another run{owner} is writing to {path}; wait for it, or choose another folder") from error
     except OSError:
         return  # some network file systems have no locks; then nothing guards the folder
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
+    with contextlib.suppress(OSError):  # the number only serves the message above; a full disk will be told elsewhere
+        handle.truncate(0)
+        handle.write(str(os.getpid()).encode())
 
 
 def require_file(path: str | Path, what: str) -> Path:
@@ -200,6 +213,11 @@ def read_json(path: str | Path, what: str) -> Any:
     return values
 
 
+def valid_unicode(text: str) -> str:
+    """`text` with "?" for half surrogate pairs, which broken scrapers leave in JSON and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def read_records(path: str | Path) -> list[dict[str, str]]:
     """Read instruction / input / output records from a JSON array or a JSONL file.
 
@@ -217,7 +235,10 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
                 raise UserError(f"data file {path}: record {number} has no text field '{key}'; see data_prep.py --help")
         if not record["output"].strip():
             raise UserError(f"data file {path}: record {number} has an empty 'output' (the reference summary)")
-    return records
+    return [
+        {key: valid_unicode(value) if isinstance(value, str) else value for key, value in record.items()}
+        for record in records
+    ]
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -244,10 +265,10 @@ def read_texts(path: str | Path) -> list[str]:
 
 def _text_of(item: Any, number: int, path: Path) -> str:
     if isinstance(item, str):
-        return item
+        return valid_unicode(item)
     for key in ("text", "input", "article", "document"):
         if isinstance(item, dict) and isinstance(item.get(key), str):
-            return item[key]
+            return valid_unicode(item[key])
     raise UserError(f"text file {path}: item {number} has no field text, input, article or document")
 
 
@@ -371,7 +392,7 @@ def load_config(model: str, trust_remote_code: bool = False):
         raise UserError(f"model folder {model} has no config.json; give a Hugging Face model folder or hub id")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON of a wrong shape
         raise UserError(f"cannot load a model from '{model}': {first_line(error)}") from error
     decoders = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     named = config.architectures or []
@@ -412,7 +433,7 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, config=config, dtype=dtype, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
     return loaded.eval()
 

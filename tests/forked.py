@@ -1,0 +1,79 @@
+"""Run a script as a process of its own, forked from this one: real exit codes, signals and limits, no start-up time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from conftest import ROOT
+
+
+def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None) -> subprocess.CompletedProcess:
+    """Run the script's command line in a forked child, after `setup` has run there.
+
+    The return code is that of a process: negative for a signal.
+    """
+    # Pipes, not files: a limit on the size of files must not hit the output.
+    (read_out, write_out), (read_err, write_err) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(write_out, 1)
+            os.dup2(write_err, 2)
+            for descriptor in (read_out, write_out, read_err, write_err):
+                os.close(descriptor)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.argv = [script, *map(str, arguments)]
+            setup()
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+    os.close(write_out)
+    os.close(write_err)
+    with ThreadPoolExecutor(2) as pool:
+        out, err = pool.map(read_all, (read_out, read_err))
+    _, status = os.waitpid(child, 0)
+    return subprocess.CompletedProcess([script, *arguments], os.waitstatus_to_exitcode(status), out, err)
+
+
+def read_all(descriptor: int) -> str:
+    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as stream:
+        return stream.read()
+
+
+def dies_replacing(name: str) -> Callable[[], None]:
+    """A setup under which the process is killed (as by kill -9) when the new file `name` is about to take its place."""
+
+    def setup() -> None:
+        replace = os.replace
+
+        def deadly(source, target, **options):
+            if os.path.basename(target) == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target, **options)
+
+        os.replace = deadly
+
+    return setup
+
+
+def small_files(size: int) -> Callable[[], None]:
+    """A setup under which no file can grow beyond `size` bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
