@@ -29,7 +29,7 @@ from utils import (
 )
 
 IGNORE = -100
-FORMAT = 1  # raise it when the layout of samples changes, so that older caches are not read
+FORMAT = 2  # raise it when the layout of samples changes, so that older caches are not read
 MAX_DROPPED = 0.01  # share of records whose answer may be too long before that counts as a wrong --max_length
 Sample = dict[str, list[int]]
 
@@ -56,7 +56,7 @@ def encode_records(tokenizer, records: list[dict[str, str]], max_length: int, wo
     """Tokenize records in `workers` processes.
 
     Returns:
-        datasets.Dataset with columns input_ids, labels and record (index of the record in its file).
+        datasets.Dataset with columns input_ids, labels, record (index of the record in its file) and length (tokens).
 
     Raises:
         UserError: max_length is too small for more than a few records.
@@ -65,7 +65,7 @@ def encode_records(tokenizer, records: list[dict[str, str]], max_length: int, wo
 
     def encode(record: dict[str, str], index: int) -> dict[str, Any]:
         sample = encode_record(tokenizer, record, max_length) or {"input_ids": [], "labels": []}
-        return {**sample, "record": index}
+        return {**sample, "record": index, "length": len(sample["input_ids"])}
 
     dataset = Dataset.from_list(
         [{key: record[key] for key in ("instruction", "input", "output")} for record in records]
@@ -78,10 +78,10 @@ def encode_records(tokenizer, records: list[dict[str, str]], max_length: int, wo
         desc="tokenizing",
         load_from_cache_file=False,
     )
-    fits = [index for index, ids in enumerate(dataset["input_ids"]) if ids]
+    fits = [index for index, length in enumerate(dataset["length"]) if length]
     dropped = len(dataset) - len(fits)
     if dropped > MAX_DROPPED * len(dataset):
-        first = next(index for index, ids in enumerate(dataset["input_ids"]) if not ids)
+        first = next(index for index, length in enumerate(dataset["length"]) if not length)
         raise UserError(
             f"--max_length {max_length} is too small: {dropped} of {len(dataset)} records (first: record {first}) do "
             "not fit even without their article; choose a larger value"
@@ -97,7 +97,8 @@ def encode_texts(tokenizer, texts: list[str], block_size: int):
     from datasets import Dataset
 
     blocks = token_blocks(tokenizer, texts, block_size).tolist()
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks, "record": list(range(len(blocks)))})
+    numbers, lengths = list(range(len(blocks))), [block_size] * len(blocks)
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks, "record": numbers, "length": lengths})
 
 
 # --------------------------------------------------------------------------------------------------- cache
@@ -173,7 +174,7 @@ def mix(records, texts, text_ratio: float, seed: int):
     if text_ratio >= 1 or records is None:
         return texts
     block = len(texts[0]["input_ids"])
-    record_tokens = sum(len(ids) for ids in records["input_ids"])
+    record_tokens = sum(records["length"])
     wanted = max(1, round(record_tokens * text_ratio / (1 - text_ratio) / block))
     if wanted > len(texts):
         print(f"the text has {len(texts)} blocks of {block} tokens; --text_ratio {text_ratio} asks for {wanted}")
@@ -189,7 +190,7 @@ class Packed(torch.utils.data.Dataset):
 
     def __init__(self, samples, max_length: int):
         self.samples = samples
-        lengths = [len(ids) for ids in samples["input_ids"]]
+        lengths = list(samples["length"])
         self.rows: list[list[int]] = []
         # Rows by the room they have left: a sample goes to the fullest row that still takes it.
         by_room: dict[int, list[int]] = {}
@@ -212,7 +213,7 @@ class Packed(torch.utils.data.Dataset):
 
 def sample_lengths(dataset) -> list[int]:
     """Tokens per item of a packed or plain dataset."""
-    return dataset.lengths if isinstance(dataset, Packed) else [len(ids) for ids in dataset["input_ids"]]
+    return dataset.lengths if isinstance(dataset, Packed) else list(dataset["length"])
 
 
 # -------------------------------------------------------------------------------------------------- batching
