@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from companions import source_folder, write_companions
 from model_card import load_figures, write_model_card
 from sparsity_check import inspect_path
 from utils import (
@@ -31,15 +31,8 @@ from utils import (
     load_state,
     load_tokenizer,
     prepare_output_dir,
-    read_json,
     run_cli,
     save_json,
-)
-
-# What makes a model folder complete beside its weights.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*", "NOTICE*"),
 )
 
 
@@ -100,7 +93,30 @@ def folded(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype | None)
     return tensor.contiguous()
 
 
-def write_weights(state: dict[str, torch.Tensor], names: list[str], dtype, shard_size: str, folder: Path) -> int:
+def in_checkpoint_format(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names and in the shapes that checkpoints of this model have on disk.
+
+    They differ from those in memory where transformers 5 fuses weights on loading, as it does the experts of a mixture.
+
+    Raises:
+        UserError: weights that are stored fused lie in different shards.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 loads weights as they are
+        return tensors
+    try:
+        converted = revert_weight_conversion(model, dict(tensors))
+    except Exception as error:  # of many kinds, one per conversion
+        reason = first_line(error)
+        raise UserError(
+            f"cannot restore the checkpoint's own format ({reason}); try a larger --max_shard_size"
+        ) from error
+    # What a conversion cuts out of one tensor shares its memory, which safetensors refuses to store.
+    return {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
+
+
+def write_weights(model, state: dict[str, torch.Tensor], names: list[str], dtype, shard_size: str, folder: Path) -> int:
     """Write safetensors shards and, if there are several, their index. Returns the number of files."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -116,62 +132,16 @@ def write_weights(state: dict[str, torch.Tensor], names: list[str], dtype, shard
         )
     except ValueError as error:
         raise UserError(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB") from error
+    weight_map: dict[str, str] = {}
     for file, members in tqdm(plan.filename_to_tensors.items(), desc="shards", disable=None):
-        shard = {name: folded(state, name, dtype) for name in members}
+        shard = in_checkpoint_format(model, {name: folded(state, name, dtype) for name in members})
         save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
         del shard
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": plan.metadata, "weight_map": weight_map}
         save_json(index, folder / "model.safetensors.index.json")
     return len(plan.filename_to_tensors)
-
-
-def source_folder(model: str) -> Path:
-    """The folder of the dense model's small files; for a hub id they are fetched, or taken from the cache.
-
-    Raises:
-        UserError: the hub cannot be reached and the files are not in the cache.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(COMPANIONS)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot fetch the tokenizer and settings of '{model}': {first_line(error)}") from error
-
-
-def write_companions(source: Path, model_config, dtype: str, folder: Path) -> None:
-    """Copy tokenizer, settings, licence and model code as they are, which opens in more programs than a re-saved set.
-
-    Changed are only: the dtype, leftovers of compression tools, and what transformers 5 writes in a way that
-    transformers 4 takes for something else.
-    """
-    from transformers import GenerationConfig
-
-    for path in source.iterdir():
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
-            shutil.copyfile(path, folder / path.name)
-    if not (folder / "generation_config.json").is_file():
-        GenerationConfig.from_model_config(model_config).save_pretrained(folder)
-    config = read_json(folder / "config.json", "model configuration")
-    for key in ("sparsity_config", "compression_config", "_name_or_path"):
-        config.pop(key, None)
-    for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
-        config[key] = dtype
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 would go on with a rope_theta of 10000
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            config.setdefault("rope_scaling", scaling)
-    save_json(config, folder / "config.json")
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = read_json(folder / "tokenizer_config.json", "tokenizer configuration")
-        if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # the name in transformers 5 only
-            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        save_json(tokenizer, folder / "tokenizer_config.json")
 
 
 @contextlib.contextmanager
@@ -221,11 +191,12 @@ def main() -> None:
     tied = tied_names(model)
     names = [name for name in state if not name.endswith("._weight_mask") and name not in tied]
     pruned = {name.removesuffix("_weight_mask") + "weight" for name in state if name.endswith("._weight_mask")}
+    pruned = in_checkpoint_format(model, {name: state[name].to("meta") for name in pruned}).keys()
     stored = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     dtype = DTYPES[arguments.dtype] if arguments.dtype else stored
     dtype_name = str(dtype).removeprefix("torch.")
     with unfinished_folder(target) as folder:
-        files = write_weights(state, names, DTYPES.get(arguments.dtype), arguments.max_shard_size, folder)
+        files = write_weights(model, state, names, DTYPES.get(arguments.dtype), arguments.max_shard_size, folder)
         write_companions(source, config, dtype_name, folder)
         reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]
         write_model_card(folder, arguments.model_dir, config, dtype_name, reports, figures)

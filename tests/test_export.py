@@ -119,7 +119,7 @@ def test_asked_dtype_and_tied_embeddings(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 2.0}])
 def test_settings_of_either_transformers_generation_are_understood_by_both(tmp_path, scaling):
-    import export_hf
+    from companions import write_companions
 
     rope = {"rope_theta": 500000.0, "rope_type": "default", **scaling}
     source = {"model_type": "llama", "dtype": "float32", "rope_parameters": rope, "sparsity_config": {"x": 1}}
@@ -129,7 +129,7 @@ def test_settings_of_either_transformers_generation_are_understood_by_both(tmp_p
     (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     (tmp_path / "source" / "LICENSE").write_text("do as you like")
     (tmp_path / "source" / "optimizer.pt").write_text("not part of a model")
-    export_hf.write_companions(tmp_path / "source", tiny_llama().config, "float16", tmp_path / "out")
+    write_companions(tmp_path / "source", tiny_llama().config, "float16", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16" and config["rope_theta"] == 500000.0 and config["rope_parameters"] == rope
     assert config.get("rope_scaling", {}) == scaling
@@ -138,6 +138,33 @@ def test_settings_of_either_transformers_generation_are_understood_by_both(tmp_p
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["LICENSE", "config.json", "generation_config.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_experts_keep_their_checkpoint_names(tmp_path, tokenizer, shard_size):
+    """transformers 5 fuses the experts of a mixture in memory; on disk they must stay apart, for all other programs."""
+    import modelopt.torch.opt as mto
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    dense = tmp_path / "dense"
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, bos_token_id=0, eos_token_id=1)).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    state = sparse_state(AutoModelForCausalLM.from_pretrained(dense), tmp_path / "state.pth")
+    command = ["export_hf.py", "--model_dir", dense, "--modelopt_restore_path", state, "--max_shard_size", shard_size]
+    result = run_inline(*command, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+
+    def names(folder):
+        return {name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+
+    assert names(tmp_path / "out") == names(dense)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    restored = mto.restore(AutoModelForCausalLM.from_pretrained(dense), state).eval()
+    assert torch.equal(logits(exported), logits(restored))
 
 
 def test_negative_zeros_become_positive():
