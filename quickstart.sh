@@ -46,6 +46,7 @@ begin=$SECONDS
 source setup_env.sh
 setup_env .venv "" requirements.txt requirements-demo.txt
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 # bars of loading and saving, which take a moment
 mkdir -p data/steps "$out/steps"
 
 # logged FILE COMMAND… : run the command, its output also going to FILE; on a terminal it keeps its progress bars
