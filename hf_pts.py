@@ -25,7 +25,8 @@ import torch.distributed as dist
 import pts_report
 import utils
 from checkpoint import LayerStore
-from layerwise import QUALITY, Recipe, choose_linears, decoder_layers, peak_memory_mib, prune_model
+from decoder import choose_linears, decoder_layers
+from layerwise import QUALITY, Recipe, peak_memory_mib, prune_model
 from sparsegpt import Pattern
 from utils import DTYPES, UserError
 

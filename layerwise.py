@@ -2,19 +2,16 @@
 
     calibration batches → embeddings → layer 0 → layer 1 → …, each pruned on the output of the pruned ones
 
-The list of decoder layers, the arguments each is called with and which linear layers share an input are all observed
-on the running model, so no architecture is named here. The mathematics is in sparsegpt.py.
+What a model looks like inside is found out in decoder.py, the mathematics of a single weight is in sparsegpt.py.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +19,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import LayerStore
-from sparsegpt import Pattern, admm, bf16_is_faster, damp, layer_error, magnitude_mask, refit, sparsegpt, wanda_mask
+from decoder import Stop, Stream, choose_linears, decoder_layers, shared_inputs
+from sparsegpt import (
+    Pattern,
+    admm,
+    damp,
+    layer_error,
+    least_squares,
+    magnitude_mask,
+    refit,
+    sparsegpt,
+    wanda_mask,
+)
 from utils import UserError
 
 
@@ -35,222 +43,23 @@ class Recipe:
     percdamp: float = 0.01
     block_size: int = 128
     refit_iterations: int = 0  # conjugate-gradient steps of the least-squares refit
-    admm_iterations: int = 0  # mask search
+    admm_iterations: int = 0  # mask search, in place of SparseGPT's column loop
+    asymmetric: bool = False  # fit the last linear of each layer to the dense model's output, not to its own
     reconstruct_epochs: int = 0  # passes of gradient descent over the calibration set, per decoder layer
     reconstruct_lr: float = 1e-4
 
 
 QUALITY = {
-    "fast": Recipe(refit_iterations=8),
-    "balanced": Recipe(refit_iterations=6, admm_iterations=20),
-    "best": Recipe(refit_iterations=8, admm_iterations=30, reconstruct_epochs=3),
+    "fast": Recipe(refit_iterations=6),
+    "balanced": Recipe(refit_iterations=4, admm_iterations=16),
+    "best": Recipe(refit_iterations=6, admm_iterations=30, asymmetric=True, reconstruct_epochs=3),
 }
 
 # Decoder layers have about four groups of linear layers: before attention, after it, before and after the activation.
 MOST_STAGES = 8
 
 
-class _Stop(Exception):
-    """Ends a forward pass once what was wanted has been seen."""
-
-
-# -------------------------------------------------------------------------------- observing the model
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the largest ModuleList of config.num_hidden_layers equal modules."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(layer) for layer in module}) == 1
-    ]
-    if not lists:
-        raise UserError(
-            f"found no list of {count} decoder layers in {type(model).__name__}; this architecture is not supported"
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def choose_linears(model: nn.Module, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
-    """Which weights to prune.
-
-    Returns:
-        names of the linear layers to prune; name → reason for every other weight matrix inside the decoder layers.
-
-    Raises:
-        UserError: nothing is left to prune, for example because the model has Conv1D instead of linear layers (GPT-2).
-    """
-    prefix, layers = decoder_layers(model)
-    chosen, left_dense = set(), {}
-    for name, module in layers.named_modules(prefix=prefix):
-        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
-        if not matrices:
-            continue
-        if not isinstance(module, nn.Linear):
-            left_dense[name] = f"{type(module).__name__} is not a linear layer"
-        elif any(fnmatch.fnmatch(name, glob) for glob in ignore):
-            left_dense[name] = "--ignore"
-        elif pattern.m and (module.in_features % pattern.m or module.out_features % pattern.m):
-            left_dense[name] = f"shape {tuple(module.weight.shape)} is not divisible by {pattern.m}"
-        else:
-            chosen.add(name)
-    for glob in ignore:
-        if not any(fnmatch.fnmatch(name, glob) for name in left_dense):
-            raise UserError(
-                f"--ignore {glob} matches no linear layer of the model; names look like {min(chosen, default='')}"
-            )
-    if not chosen:
-        reasons = sorted(set(left_dense.values()))
-        raise UserError(f"{type(model).__name__} is not supported: no linear layer to prune ({'; '.join(reasons)})")
-    return chosen, left_dense
-
-
-def shared_inputs(model: nn.Module, chosen: set[str]) -> list[list[list[str]]]:
-    """For each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order.
-
-    Found with one forward pass over eight tokens. Layers that did not run in it (experts) come last, one to a group.
-    """
-    prefix, layers = decoder_layers(model)
-    calls: dict[str, Tensor] = {}  # holding the tensors keeps their ids apart
-
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            calls.setdefault(name, args[0])
-
-        return hook
-
-    modules = dict(layers.named_modules(prefix=prefix))
-    handles = [modules[name].register_forward_pre_hook(note(name)) for name in chosen]
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    grouped: list[list[list[str]]] = []
-    for index in range(len(layers)):
-        inside = f"{prefix}.{index}."
-        groups: dict[int, list[str]] = {}
-        for name, tensor in calls.items():
-            if name.startswith(inside):
-                groups.setdefault(id(tensor), []).append(name)
-        idle = sorted(name for name in chosen if name.startswith(inside) and name not in calls)
-        grouped.append([*groups.values(), *([name] for name in idle)])
-    return grouped
-
-
-@contextmanager
-def _replaced_forward(layers: nn.ModuleList, forward: Callable[[int], Callable]) -> Iterator[None]:
-    for index, layer in enumerate(layers):
-        layer.forward = forward(index)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
-    """Whether each decoder layer returns a tuple (older architectures) or the hidden states themselves."""
-    tuples: list[bool] = [False] * len(layers)
-
-    def watch(index: int) -> Callable:
-        original = layers[index].forward
-
-        def forward(*args, **kwargs):
-            output = original(*args, **kwargs)
-            tuples[index] = isinstance(output, tuple)
-            return output
-
-        return forward
-
-    with _replaced_forward(layers, watch), torch.inference_mode():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    return tuples
-
-
-def record_calls(model: nn.Module, layers: nn.ModuleList, tuples: list[bool], batch: dict[str, Tensor]):
-    """Run all but the decoder layers on one batch.
-
-    Returns:
-        the hidden states [batch, length, width] that enter the first layer; for each layer its (args, kwargs) apart
-        from the hidden states. Masks and position embeddings may differ from layer to layer (sliding windows).
-    """
-    first: list[Tensor] = []
-    calls: list[tuple[tuple, dict]] = []
-
-    def recorder(index: int) -> Callable:
-        def forward(*args, **kwargs):
-            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-            first[:] = first or [hidden]
-            calls.append((tuple(args[1:]), kwargs))
-            if index == len(layers) - 1:
-                raise _Stop
-            return (hidden,) if tuples[index] else hidden
-
-        return forward
-
-    with _replaced_forward(layers, recorder), torch.no_grad(), suppress(_Stop):
-        model(**batch, use_cache=False)
-    return first[0], calls
-
-
-# ------------------------------------------------------------------------------------- calibration stream
-
-
-class Stream:
-    """The calibration set on its way through the model: hidden states per batch, in CPU memory, pinned for CUDA.
-
-    Batches without padding and of one shape share their layers' arguments; others keep their own.
-    """
-
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, batches: list[dict[str, Tensor]], device: torch.device):
-        self.device = device
-        self.hidden: list[Tensor] = []
-        self.keep: list[Tensor | None] = []  # bool [batch · length], False on padding
-        self.calls: list[list[tuple[tuple, dict]]] = []
-        # Float32 models run the linear layers of their calibration passes in bfloat16 where the CPU has instructions
-        # for it (twice the speed); weights, residual stream and Hessians stay float32.
-        half = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
-        self.autocast = torch.bfloat16 if half else None
-        tuples, seen = returns_tuple(model, layers), {}
-        for batch in batches:
-            hidden, calls = record_calls(model, layers, tuples, batch)
-            mask = batch.get("attention_mask")
-            padded = mask is not None and not bool(mask.all())
-            self.hidden.append(self._store(hidden))
-            self.keep.append(mask.flatten().bool().to(device) if padded else None)
-            self.calls.append(calls if padded else seen.setdefault(hidden.shape, calls))
-
-    def _store(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.detach().to("cpu")
-        return hidden.pin_memory() if self.device.type == "cuda" else hidden
-
-    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor | None = None, autocast=None) -> Tensor:
-        """Output [batch, length, width] of decoder layer `index` for one batch (on the stream, or on `hidden`)."""
-        autocast = autocast or self.autocast
-        args, kwargs = _to_device(self.calls[batch][index], self.device)
-        hidden = (self.hidden[batch] if hidden is None else hidden).to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-            output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    @torch.no_grad()
-    def advance(self, layer: nn.Module, index: int, hidden: list[Tensor]) -> None:
-        """Replace each of `hidden` (one per batch) by the layer's output for it."""
-        for batch in range(len(hidden)):
-            hidden[batch] = self._store(self.run(layer, index, batch, hidden[batch]))
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value
+# -------------------------------------------------------------------------------- calibration statistics
 
 
 def add_gram(hessian: Tensor, inputs: Tensor) -> None:
@@ -263,66 +72,123 @@ def add_gram(hessian: Tensor, inputs: Tensor) -> None:
         hessian.addmm_(inputs.t(), inputs)
 
 
-@torch.no_grad()
-def collect_hessians(stream: Stream, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> list[Tensor]:
-    """X Xᵀ / tokens in float32 for each group's input X, without padding, summed over all processes.
+@dataclass
+class Statistics:
+    """What calibration tells about linear layers that share an input X [cols, tokens]; means over all tokens."""
 
-    Raises:
-        UserError: an activation is NaN or infinite; names the linear layer.
-    """
-    hessians, tokens, fired = [], [0] * len(groups), 0
+    hessian: Tensor  # X Xᵀ [cols, cols] float32
+    cross: Tensor | None = None  # Y Xᵀ [rows, cols] float32, for a wanted output Y [rows, tokens]
+    tokens: int = 0
+
+    def add(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
+        """Take in inputs [tokens, cols] and, with a cross product, wanted outputs [tokens, rows]."""
+        inputs = inputs.float()
+        add_gram(self.hessian, inputs)
+        if wanted is not None:
+            self.cross.addmm_(wanted.float().t(), inputs)
+        self.tokens += len(inputs)
+
+    def finish(self, name: str) -> None:
+        """Sum over all processes and divide by the tokens.
+
+        Raises:
+            UserError: an activation was NaN or infinite; names the linear layer.
+        """
+        sums = [self.hessian] + ([self.cross] if self.cross is not None else [])
+        count = torch.tensor(float(self.tokens), device=self.hessian.device)
+        if dist.is_initialized():
+            for tensor in [*sums, count]:
+                dist.all_reduce(tensor)
+        for tensor in sums:
+            tensor /= count.clamp(min=1)
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"the input of {name} is NaN or infinite in calibration; try --dtype bf16 or fp32")
+
+
+@torch.no_grad()
+def collect(stream: Stream, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> list[Statistics]:
+    """Run the stream through the layer as far as needed to see the inputs of `groups`; padding is left out."""
+    found = []
     for group in groups:
         width = next(iter(group.values())).in_features
-        hessians.append(torch.zeros(width, width, device=stream.device))
+        found.append(Statistics(torch.zeros(width, width, device=stream.device)))
 
-    def hook(module: nn.Module, args: tuple, which: int = 0, keep: Tensor | None = None) -> None:
-        inputs = args[0].flatten(0, -2)
-        if keep is not None and len(keep) == len(inputs):
-            inputs = inputs[keep]
-        add_gram(hessians[which], inputs.float())
-        tokens[which] += len(inputs)
-        if len(groups) == 1:
-            raise _Stop  # what lies behind the only wanted input need not be computed
+    def hook(statistics: Statistics, keep: Tensor | None) -> Callable:
+        def add(module: nn.Module, args: tuple) -> None:
+            inputs = args[0].flatten(0, -2)
+            statistics.add(inputs[keep] if keep is not None and len(keep) == len(inputs) else inputs)
+            if len(groups) == 1:
+                raise Stop  # what lies behind the only wanted input need not be computed
 
-    for batch in range(len(stream.hidden)):
+        return add
+
+    for batch, keep in enumerate(stream.keep):
         handles = [
-            next(iter(group.values())).register_forward_pre_hook(
-                lambda m, a, which=which, keep=stream.keep[batch]: hook(m, a, which, keep)
-            )
-            for which, group in enumerate(groups)
+            next(iter(group.values())).register_forward_pre_hook(hook(statistics, keep))
+            for group, statistics in zip(groups, found, strict=True)
         ]
-        try:
+        with suppress(Stop):
             stream.run(layer, index, batch)
-        except _Stop:
-            fired += 1
-        finally:
-            for handle in handles:
-                handle.remove()
-    for which, group in enumerate(groups):
-        if dist.is_initialized():
-            total = torch.tensor(float(tokens[which]), device=stream.device)
-            dist.all_reduce(hessians[which])
-            dist.all_reduce(total)
-            tokens[which] = int(total)
-        hessians[which] /= max(tokens[which], 1)
-        if not torch.isfinite(hessians[which]).all():
-            raise UserError(
-                f"the input of {next(iter(group))} is NaN or infinite during calibration; try --dtype bf16 or fp32"
-            )
-    return hessians
+        for handle in handles:
+            handle.remove()
+    for group, statistics in zip(groups, found, strict=True):
+        statistics.finish(next(iter(group)))
+    return found
+
+
+@torch.no_grad()
+def collect_residual(stream: Stream, layer: nn.Module, index: int, name: str, linear: nn.Linear, targets: list[Tensor]):
+    """Statistics of the layer's last linear, wanting it to make up for all that the layer's output has lost so far.
+
+    Where the linear's output is added to the residual stream R, the output Y that would bring the layer to its target T
+    (the dense model's hidden states) is T - R. Fitting W X to Y instead of to the dense W X is the asymmetric
+    calibration of GPTAQ (Li et al. 2025), with the residual's own error in it.
+
+    Returns:
+        Statistics with `cross`, or None where the linear's output does not simply add to the layer's (Gemma's
+        normalizes it first) or was not seen.
+    """
+    rows, cols = linear.weight.shape
+    found = Statistics(torch.zeros(cols, cols, device=stream.device), torch.zeros(rows, cols, device=stream.device))
+    seen: list[Tensor] = []
+
+    def silence(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        seen[:] = [args[0], output]
+        return torch.zeros_like(output)
+
+    for batch, keep in enumerate(stream.keep):
+        seen.clear()
+        handle = linear.register_forward_hook(silence)
+        residual = stream.run(layer, index, batch)
+        handle.remove()
+        if not seen or seen[1].numel() != residual.numel() or seen[1].shape[-1] != residual.shape[-1]:
+            return None
+        if batch == 0:
+            added = stream.run(layer, index, batch) - residual
+            if (added - seen[1].view_as(added)).float().norm() > 0.05 * added.float().norm():
+                return None
+        wanted = targets[batch].to(stream.device, non_blocking=True).float() - residual.float()
+        if linear.bias is not None:
+            wanted -= linear.bias.float()
+        inputs, wanted = seen[0].flatten(0, -2), wanted.flatten(0, -2)
+        found.add(*(t if keep is None else t[keep] for t in (inputs, wanted)))
+    found.finish(name)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- pruning
 
 
-def prune_group(group: dict[str, nn.Linear], hessian: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], list[dict]]:
+def prune_group(
+    group: dict[str, nn.Linear], statistics: Statistics, recipe: Recipe
+) -> tuple[dict[str, Tensor], list[dict]]:
     """Prune the linear layers that share an input as one tall matrix and write the new weights into them.
 
     Returns:
         mask [out, in] by name; a log row by linear layer.
     """
     started = time.perf_counter()
-    weight = torch.cat([linear.weight for linear in group.values()]).float()
+    weight, hessian = torch.cat([linear.weight for linear in group.values()]).float(), statistics.hessian
     if not torch.isfinite(weight).all():
         bad = next(name for name, linear in group.items() if not torch.isfinite(linear.weight).all())
         raise UserError(f"the weight of {bad} holds NaN or infinite values; the checkpoint is damaged")
@@ -335,10 +201,13 @@ def prune_group(group: dict[str, nn.Linear], hessian: Tensor, recipe: Recipe) ->
         pruned = weight * mask
     else:
         damped, inverse_factor, damping = damp(hessian, recipe.percdamp)
-        pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size)
-        del inverse_factor
+        if statistics.cross is not None:
+            weight = least_squares(weight, statistics.cross, damped - hessian, inverse_factor)
         if recipe.admm_iterations:
-            pruned, mask = admm(weight, damped, pruned, recipe.pattern, recipe.admm_iterations)
+            start = weight * wanda_mask(weight, damped, recipe.pattern)
+            pruned, mask = admm(weight, damped, start, recipe.pattern, recipe.admm_iterations)
+        else:
+            pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size)
         if recipe.refit_iterations:
             pruned = refit(weight, damped, pruned, mask, recipe.refit_iterations)
     lost, energy = layer_error(pruned - weight, hessian), layer_error(weight, hessian)
@@ -441,11 +310,16 @@ def prune_layer(
     stages = [[group] for group in groups] if len(groups) <= MOST_STAGES else [groups]
     for stage in stages:
         if recipe.method == "magnitude":
-            hessians = [torch.eye(next(iter(g.values())).in_features, device=stream.device) for g in stage]
+            # Without calibration the errors that are logged are those of the weights themselves.
+            found = [Statistics(torch.eye(next(iter(g.values())).in_features, device=stream.device)) for g in stage]
+        elif recipe.asymmetric and stage is stages[-1] and len(stage) == 1 and len(stage[0]) == 1:
+            ((name, linear),) = stage[0].items()
+            residual = collect_residual(stream, layer, index, name, linear, targets)
+            found = [residual] if residual else collect(stream, layer, index, stage)
         else:
-            hessians = collect_hessians(stream, layer, index, stage)
-        for group, hessian in zip(stage, hessians, strict=True):
-            new_masks, new_rows = prune_group(group, hessian, recipe)
+            found = collect(stream, layer, index, stage)
+        for group, statistics in zip(stage, found, strict=True):
+            new_masks, new_rows = prune_group(group, statistics, recipe)
             masks |= new_masks
             rows += new_rows
     if recipe.reconstruct_epochs:
@@ -485,7 +359,7 @@ def prune_model(
     plan = shared_inputs(model, chosen)
     modules = dict(layers.named_modules(prefix=prefix))
     stream = Stream(model, layers, batches, device)
-    dense_hidden = list(stream.hidden) if recipe.reconstruct_epochs else []
+    dense_hidden = list(stream.hidden) if recipe.asymmetric or recipe.reconstruct_epochs else []
     masks: dict[str, Tensor] = {}
     rows: list[dict] = []
     bar = tqdm(
@@ -496,7 +370,7 @@ def prune_model(
     )
     for index, layer in enumerate(bar):
         started = time.perf_counter()
-        if recipe.reconstruct_epochs:
+        if dense_hidden:
             layer.to(device)
             stream.advance(layer, index, dense_hidden)  # what the dense model gives: the target, and its next input
         finished = store.load(index, layer)

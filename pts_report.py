@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from layerwise import Recipe, choose_linears, decoder_layers, shared_inputs
+from decoder import choose_linears, decoder_layers, shared_inputs
+from layerwise import Recipe
 
 MIB = 2**20
 # Sustained float32 multiply-adds of hardware in this class, doubled: a laptop's cores, a data-centre GPU.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from utils import UserError
 
-# ADMM's penalty in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask early, smaller ones
-# let it wander; on random correlated problems errors after refit were lowest here.
-RHO_START, RHO_GROWTH, RHO_EVERY = 0.1, 1.3, 3
+# ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
+# early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.
+RHO_FIRST, RHO_LAST = 0.1, 0.6
 
 
 @dataclass(frozen=True)
@@ -218,17 +218,26 @@ def admm(weight: Tensor, hessian: Tensor, start: Tensor, pattern: Pattern, itera
     values = values.clamp(min=0)
     target = ((weight * scale) @ vectors) * values  # W H in the eigenbasis
     d, v = start * scale, torch.zeros_like(weight)
-    mask, rho, half = start != 0, RHO_START, bf16_is_faster(weight.device)
-    for step in range(iterations):
+    mask, rho, half = start != 0, RHO_FIRST, bf16_is_faster(weight.device)
+    growth = (RHO_LAST / RHO_FIRST) ** (1 / iterations)
+    for _ in range(iterations):
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=half):
             s = ((target + (rho * d - v) @ vectors) / (values + rho)) @ vectors.t()
         candidate = v / rho + s
         mask = score_mask(candidate.abs(), pattern)
         d = candidate * mask
         v += rho * (s - d)
-        if step % RHO_EVERY == RHO_EVERY - 1:
-            rho *= RHO_GROWTH
+        rho *= growth
     return d / scale, mask
+
+
+def least_squares(weight: Tensor, cross: Tensor, damping: Tensor, inverse_factor: Tensor) -> Tensor:
+    """The dense weight [rows, cols] that minimizes ‖W' X - Y‖² + ‖W' - W‖²_D, D being what was added to H = X Xᵀ.
+
+    Args:
+        cross: Y Xᵀ [rows, cols].  damping: D [cols, cols].  inverse_factor: U with Uᵀ U = (H + D)⁻¹.
+    """
+    return (cross + weight @ damping) @ inverse_factor.t() @ inverse_factor
 
 
 def refit(

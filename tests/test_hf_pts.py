@@ -12,9 +12,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_script, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint import LayerStore
-from layerwise import QUALITY, Recipe, decoder_layers, prune_model, shared_inputs
+from decoder import Stream, decoder_layers, shared_inputs
+from layerwise import QUALITY, Recipe, collect_residual, prune_model
 from utils import load_state, sparse_masks
 
 RESTORE = """
@@ -172,10 +174,16 @@ def test_padding_does_not_count():
         mask = torch.ones_like(ids)
         mask[:, 24:] = 0
         with_pads.append({"input_ids": ids, "attention_mask": mask})
-    prune(plain, batches)
-    prune(padded, with_pads)
-    for (name, left), right in zip(plain.named_parameters(), padded.parameters(), strict=True):
-        torch.testing.assert_close(left, right, atol=2e-4, rtol=1e-3, msg=name)
+    without_masks = [{"input_ids": batch["input_ids"]} for batch in with_pads]
+    counted = tiny_llama()
+    masks, same, other = prune(plain, batches), prune(padded, with_pads), prune(counted, without_masks)
+    agreement, disagreement = agree(masks, same), agree(masks, other)
+    assert agreement > 0.97 > disagreement
+
+
+def agree(left: dict, right: dict) -> float:
+    """Share of mask entries that are the same; rounding may tip a choice between nearly equal weights."""
+    return sum(int((left[n] == right[n]).sum()) for n in left) / sum(mask.numel() for mask in left.values())
 
 
 def test_ignored_layers_stay_dense_and_every_other_is_pruned():
@@ -207,6 +215,7 @@ def test_nan_weight_is_named():
 
 
 ARCHITECTURES = {
+    "llama": {},
     "mistral": {"sliding_window": 8},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
@@ -218,22 +227,37 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_architecture(architecture):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
+def small_config(architecture: str):
     sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    config = AutoConfig.for_model(architecture, **{**sizes, **heads, **ARCHITECTURES[architecture]})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    masks = prune(model)
+    return AutoConfig.for_model(architecture, **{**sizes, **heads, **ARCHITECTURES[architecture]})
+
+
+def linears(model) -> set[str]:
     prefix, layers = decoder_layers(model)
-    linears = [name for name, module in layers.named_modules(prefix=prefix) if isinstance(module, torch.nn.Linear)]
-    assert sorted(masks) == sorted(linears)
+    return {name for name, module in layers.named_modules(prefix=prefix) if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architecture(architecture):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(architecture)).eval()
+    masks = prune(model)
+    assert masks.keys() == linears(model)
     for name, mask in masks.items():
         assert bool((mask.view(-1, 4).sum(1) == 2).all())
         assert bool((model.get_submodule(name).weight[~mask] == 0).all())
+
+
+@pytest.mark.parametrize(("architecture", "adds"), [("llama", True), ("opt", True), ("gemma2", False)])
+def test_residual_target_is_used_only_where_the_last_linear_adds_to_the_output(architecture, adds):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(architecture)).eval()
+    prefix, layers = decoder_layers(model)
+    stream = Stream(model, layers, calibration(), torch.device("cpu"))
+    name = shared_inputs(model, {f"{prefix}.0.{last}" for last in ("fc2", "mlp.down_proj")} & linears(model))[0][0][0]
+    statistics = collect_residual(stream, layers[0], 0, name, model.get_submodule(name), list(stream.hidden))
+    assert (statistics is not None) == adds
 
 
 WORKER = """
@@ -260,7 +284,6 @@ def test_two_processes_with_half_the_calibration_each_prune_as_one_with_all(tmp_
     state, masks = torch.load(tmp_path / "result.pt", weights_only=True)
     alone = tiny_llama()
     own_masks = prune(alone, calibration(batches=4))
-    same = sum(int((masks[name] == own_masks[name]).sum()) for name in masks) / sum(m.numel() for m in masks.values())
-    assert same > 0.999
+    assert agree(masks, own_masks) > 0.999
     for name, parameter in alone.named_parameters():
         assert (parameter - state[name]).abs().mean() < 1e-3, name

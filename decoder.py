@@ -1,0 +1,218 @@
+"""What can be observed of a running decoder-only model, so that no architecture needs to be named.
+
+The list of decoder layers, the arguments each is called with, which linear layers read one tensor, and the stream of
+calibration data on its way from layer to layer.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt import Pattern, bf16_is_faster
+from utils import UserError
+
+
+class Stop(Exception):
+    """Ends a forward pass once what was wanted has been seen."""
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the largest ModuleList of config.num_hidden_layers equal modules."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        raise UserError(
+            f"found no list of {count} decoder layers in {type(model).__name__}; this architecture is not supported"
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def choose_linears(model: nn.Module, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
+    """Which weights to prune.
+
+    Returns:
+        names of the linear layers to prune; name → reason for every other weight matrix inside the decoder layers.
+
+    Raises:
+        UserError: nothing is left to prune, for example because the model has Conv1D instead of linear layers (GPT-2).
+    """
+    prefix, layers = decoder_layers(model)
+    chosen, left_dense = set(), {}
+    for name, module in layers.named_modules(prefix=prefix):
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+        if not matrices:
+            continue
+        if not isinstance(module, nn.Linear):
+            left_dense[name] = f"{type(module).__name__} is not a linear layer"
+        elif any(fnmatch.fnmatch(name, glob) for glob in ignore):
+            left_dense[name] = "--ignore"
+        elif pattern.m and (module.in_features % pattern.m or module.out_features % pattern.m):
+            left_dense[name] = f"shape {tuple(module.weight.shape)} is not divisible by {pattern.m}"
+        else:
+            chosen.add(name)
+    for glob in ignore:
+        if not any(fnmatch.fnmatch(name, glob) for name in left_dense):
+            raise UserError(
+                f"--ignore {glob} matches no linear layer of the model; names look like {min(chosen, default='')}"
+            )
+    if not chosen:
+        reasons = sorted(set(left_dense.values()))
+        raise UserError(f"{type(model).__name__} is not supported: no linear layer to prune ({'; '.join(reasons)})")
+    return chosen, left_dense
+
+
+def shared_inputs(model: nn.Module, chosen: set[str]) -> list[list[list[str]]]:
+    """For each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order.
+
+    Found with one forward pass over eight tokens. Layers that did not run in it (experts) come last, one to a group.
+    """
+    prefix, layers = decoder_layers(model)
+    calls: dict[str, Tensor] = {}  # holding the tensors keeps their ids apart
+
+    def note(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            calls.setdefault(name, args[0])
+
+        return hook
+
+    modules = dict(layers.named_modules(prefix=prefix))
+    handles = [modules[name].register_forward_pre_hook(note(name)) for name in chosen]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    grouped: list[list[list[str]]] = []
+    for index in range(len(layers)):
+        inside = f"{prefix}.{index}."
+        groups: dict[int, list[str]] = {}
+        for name, tensor in calls.items():
+            if name.startswith(inside):
+                groups.setdefault(id(tensor), []).append(name)
+        idle = sorted(name for name in chosen if name.startswith(inside) and name not in calls)
+        grouped.append([*groups.values(), *([name] for name in idle)])
+    return grouped
+
+
+@contextmanager
+def _replaced_forward(layers: nn.ModuleList, forward: Callable[[int], Callable]) -> Iterator[None]:
+    for index, layer in enumerate(layers):
+        layer.forward = forward(index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
+    """Whether each decoder layer returns a tuple (older architectures) or the hidden states themselves."""
+    tuples: list[bool] = [False] * len(layers)
+
+    def watch(index: int) -> Callable:
+        original = layers[index].forward
+
+        def forward(*args, **kwargs):
+            output = original(*args, **kwargs)
+            tuples[index] = isinstance(output, tuple)
+            return output
+
+        return forward
+
+    with _replaced_forward(layers, watch), torch.inference_mode():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    return tuples
+
+
+def record_calls(model: nn.Module, layers: nn.ModuleList, tuples: list[bool], batch: dict[str, Tensor]):
+    """Run all but the decoder layers on one batch.
+
+    Returns:
+        the hidden states [batch, length, width] that enter the first layer; for each layer its (args, kwargs) apart
+        from the hidden states. Masks and position embeddings may differ from layer to layer (sliding windows).
+    """
+    first: list[Tensor] = []
+    calls: list[tuple[tuple, dict]] = []
+
+    def recorder(index: int) -> Callable:
+        def forward(*args, **kwargs):
+            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+            first[:] = first or [hidden]
+            calls.append((tuple(args[1:]), kwargs))
+            if index == len(layers) - 1:
+                raise Stop
+            return (hidden,) if tuples[index] else hidden
+
+        return forward
+
+    with _replaced_forward(layers, recorder), torch.no_grad(), suppress(Stop):
+        model(**batch, use_cache=False)
+    return first[0], calls
+
+
+# ------------------------------------------------------------------------------------- calibration stream
+
+
+class Stream:
+    """The calibration set on its way through the model: hidden states per batch, in CPU memory, pinned for CUDA.
+
+    Batches without padding and of one shape share their layers' arguments; others keep their own.
+    """
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, batches: list[dict[str, Tensor]], device: torch.device):
+        self.device = device
+        self.hidden: list[Tensor] = []
+        self.keep: list[Tensor | None] = []  # bool [batch · length], False on padding
+        self.calls: list[list[tuple[tuple, dict]]] = []
+        # Float32 models run the linear layers of their calibration passes in bfloat16 where the CPU has instructions
+        # for it (twice the speed); weights, residual stream and Hessians stay float32.
+        half = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
+        self.autocast = torch.bfloat16 if half else None
+        tuples, seen = returns_tuple(model, layers), {}
+        for batch in batches:
+            hidden, calls = record_calls(model, layers, tuples, batch)
+            mask = batch.get("attention_mask")
+            padded = mask is not None and not bool(mask.all())
+            self.hidden.append(self._store(hidden))
+            self.keep.append(mask.flatten().bool().to(device) if padded else None)
+            self.calls.append(calls if padded else seen.setdefault(hidden.shape, calls))
+
+    def _store(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.detach().to("cpu")
+        return hidden.pin_memory() if self.device.type == "cuda" else hidden
+
+    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor | None = None, autocast=None) -> Tensor:
+        """Output [batch, length, width] of decoder layer `index` for one batch (on the stream, or on `hidden`)."""
+        autocast = autocast or self.autocast
+        args, kwargs = _to_device(self.calls[batch][index], self.device)
+        hidden = (self.hidden[batch] if hidden is None else hidden).to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+            output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, index: int, hidden: list[Tensor]) -> None:
+        """Replace each of `hidden` (one per batch) by the layer's output for it."""
+        for batch in range(len(hidden)):
+            hidden[batch] = self._store(self.run(layer, index, batch, hidden[batch]))
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value
