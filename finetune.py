@@ -179,7 +179,7 @@ def main() -> None:
 
     import sat_data
     import sat_run
-    from layerwise import decoder_layers
+    from decoder import decoder_layers
     from sat_loss import check_packing
     from sat_sharding import configure_fsdp
     from sat_trainer import plot_log

@@ -66,7 +66,7 @@ def model_shapes(config, trust_remote_code: bool = False) -> Shapes:
     """Read the shapes off a model built without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
-    from layerwise import decoder_layers
+    from decoder import decoder_layers
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
