@@ -125,7 +125,7 @@ def file_digest(path: Path) -> str:
 
 def cached(cache_dir: Path, key: Sequence[str], build):
     """Load the Arrow dataset that `build()` made for `key`, or build it and keep it; whole or not at all."""
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
 
     name = hashlib.sha256("\0".join([str(FORMAT), *key]).encode()).hexdigest()[:24]
     folder = cache_dir / name
@@ -137,12 +137,14 @@ def cached(cache_dir: Path, key: Sequence[str], build):
     dataset: Dataset = build()
     cache_dir.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".building.", dir=cache_dir))
+    disable_progress_bars()  # writing takes a moment; tokenizing keeps its bar
     try:
         dataset.save_to_disk(str(scratch / name))
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(scratch / name, folder)
     finally:
+        enable_progress_bars()
         shutil.rmtree(scratch, ignore_errors=True)
     return load_from_disk(str(folder))
 
