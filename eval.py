@@ -126,7 +126,7 @@ def load(arguments: argparse.Namespace, config, device: torch.device):
     dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
     model = load_model(arguments.model_dir, dtype, arguments.trust_remote_code)
     if arguments.modelopt_restore_path:
-        model = restore_sparse(model, arguments.modelopt_restore_path)
+        model = restore_sparse(model, arguments.modelopt_restore_path, fold=True)
     return model.to(device)
 
 

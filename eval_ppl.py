@@ -132,7 +132,7 @@ def main() -> None:
     dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
     model = load_model(arguments.model_dir, dtype, arguments.trust_remote_code)
     if arguments.modelopt_restore_path:
-        model = restore_sparse(model, arguments.modelopt_restore_path)
+        model = restore_sparse(model, arguments.modelopt_restore_path, fold=True)
     model.to(device)
     start = time.perf_counter()
     value = perplexity(model, windows, device, arguments.batch_size, arguments.stride)

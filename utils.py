@@ -504,14 +504,18 @@ def check_state_fits(state_dict: dict[str, torch.Tensor], model, path: str | Pat
         )
 
 
-def restore_sparse(model, path: str | Path):
+def restore_sparse(model, path: str | Path, fold: bool = False):
     """Apply a saved modelopt state (masks and weights) to a freshly loaded dense `model`, in place.
+
+    Args:
+        fold: for inference. Multiply the masks in and leave plain layers, which give the same outputs; a layer with a
+            mask multiplies it in anew at every forward pass, and that takes longer than decoding one token.
 
     Raises:
         UserError: the file is unreadable, or belongs to a model of other layers or sizes.
     """
     import modelopt.torch.opt as mto
-    import modelopt.torch.sparsity  # noqa: F401  registers the sparsity modes
+    import modelopt.torch.sparsity  # registers the sparsity modes
 
     state = load_state(path)
     check_state_fits(state["model_state_dict"], model, path)
@@ -520,7 +524,7 @@ def restore_sparse(model, path: str | Path):
         model.load_state_dict(state["model_state_dict"])
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
-    return model
+    return modelopt.torch.sparsity.export(model) if fold else model
 
 
 def sparse_masks(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

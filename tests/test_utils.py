@@ -223,6 +223,11 @@ def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+    folded = utils.restore_sparse(utils.load_model(str(model_dir)), state_path, fold=True)
+    assert type(folded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert folded.state_dict().keys() == reference.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, folded(ids).logits)
 
 
 def test_state_of_another_model_is_refused(state_path):
