@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import describe_machine  # noqa: E402
+from machine import describe_machine, settings  # noqa: E402
 
 import utils  # noqa: E402
 from generation import beam_search_config, generate_batch, length_sorted_batches  # noqa: E402
@@ -77,7 +77,7 @@ def main() -> None:
     print(f"ratio {single / batched:.2f}x; {same} of {len(first)} texts are the same")
     if arguments.output:
         figures = {"seconds": seconds, "ratio": single / batched, "same_texts": same, "examples": len(first)}
-        figures |= {"machine": describe_machine(device), "torch": torch.__version__, "arguments": vars(arguments)}
+        figures |= {"machine": describe_machine(device), "torch": torch.__version__, "arguments": settings(arguments)}
         utils.save_json(figures, arguments.output)
 
 

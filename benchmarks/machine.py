@@ -1,10 +1,12 @@
-"""The machine a figure was measured on, in one line."""
+"""What a figure was measured with: the machine, in one line, and the settings."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,3 +21,9 @@ def describe_machine(device: torch.device) -> str:
         models = [line for line in information.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command line's settings with file names in place of paths, which mean nothing on other machines."""
+    values = vars(arguments).items()
+    return {key: Path(value).name if isinstance(value, str) and "/" in value else value for key, value in values}

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import describe_machine  # noqa: E402
+from machine import describe_machine, settings  # noqa: E402
 
 import utils  # noqa: E402
 from sparsity_check import is_2_4, kernel_support  # noqa: E402
@@ -228,7 +228,7 @@ def main() -> None:
         models.append(compare_models(fresh, name, backends()[name], arguments))
     if arguments.output:
         figures = {"machine": describe_machine(device), "products": products, "models": models}
-        utils.save_json({**figures, "arguments": vars(arguments)}, arguments.output)
+        utils.save_json({**figures, "arguments": settings(arguments)}, arguments.output)
 
 
 if __name__ == "__main__":
