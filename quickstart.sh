@@ -14,8 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 calib_size=64      # calibration samples of PTS
 quality=fast       # effort of PTS
 length=512         # tokens of a calibration sample, a training row, a prompt and a perplexity window
-max_steps=40       # optimizer steps of SAT, of four rows each
-save_steps=20      # steps between checkpoints, from which an interrupted run goes on
+max_steps=80       # optimizer steps of SAT, of two rows each
+save_steps=40      # steps between checkpoints, from which an interrupted run goes on
 learning_rate=3e-4 # a model this small and so few steps want more than the 2e-5 of large models
 examples=16        # test papers to summarize for ROUGE
 beams=2            # beam search width
@@ -25,7 +25,7 @@ name=quickstart
 case ${1:-} in
   "") ;;
   --full)
-    calib_size=128 quality=balanced max_steps=400 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
+    calib_size=128 quality=balanced max_steps=500 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
     ;;
   -h | --help)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -108,8 +108,8 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
 
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data --output_dir "$out/finetuned"
-  --text_path $data/calib.jsonl --text_ratio 0.7 --packing --max_length $length --train_bs 2
-  --gradient_accumulation_steps 2 --lr $learning_rate --weight_decay 0 --distill --max_steps $max_steps
+  --text_path $data/calib.jsonl --text_ratio 0.7 --packing --max_length $length --train_bs 2 --lr $learning_rate
+  --weight_decay 0 --max_steps $max_steps
   --max_eval_samples 8 --eval_steps $save_steps --save_steps $save_steps --save_total_limit 1 --resume)
 if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
   rm -rf "$out/finetuned" # what lies there belongs to another pruned model or other settings: nothing to resume
