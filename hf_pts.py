@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--pattern", default="2:4", help="2:4, 4:8 or unstructured:FRACTION; GPUs accelerate 2:4")
     group.add_argument(
-        "--percdamp", type=float, default=0.01, help="damping of the Hessian, as a share of its mean diagonal"
+        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (default 0.1)"
     )
     group.add_argument(
         "--ignore", nargs="*", default=[], metavar="GLOB", help="layers to leave dense, e.g. '*.down_proj'"
@@ -95,7 +95,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.model_max_length < 2:
         raise UserError("--model_max_length must be at least 2")
-    if not 0 < args.percdamp <= 1:
+    if args.percdamp is not None and not 0 < args.percdamp <= 1:
         raise UserError(f"--percdamp must be above 0 and at most 1, got {args.percdamp}")
 
 
@@ -143,7 +143,8 @@ def load_calibration(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
 def make_recipe(args: argparse.Namespace) -> Recipe:
     pattern = Pattern.parse(args.pattern)
     if args.sparsity_fmt == "sparsegpt":
-        return replace(QUALITY[args.quality], pattern=pattern, percdamp=args.percdamp)
+        recipe = replace(QUALITY[args.quality], pattern=pattern)
+        return replace(recipe, percdamp=args.percdamp) if args.percdamp else recipe
     return Recipe(method=METHODS[args.sparsity_fmt], pattern=pattern)
 
 
