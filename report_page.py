@@ -28,7 +28,7 @@ img { max-width: 100%; height: auto; display: block; margin: .5rem 0; }
 .sample { display: grid; gap: .75rem; margin: 1rem 0 1.75rem;
           grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); }
 .sample div { border: 1px solid #e3e7ec; border-top: 3px solid; border-radius: 4px; padding: .6rem .8rem;
-              font-size: .9rem; white-space: pre-line; overflow-wrap: anywhere; }
+              font-size: .9rem; white-space: pre-line; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; }
 .sample b { display: block; font-size: .8rem; color: #5a6673; margin-bottom: .3rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; font-size: .92rem; }
 dt { font-weight: 600; }
@@ -118,11 +118,11 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
         right.plot(depths, [100 * layer["sparsity"] for _, layer in members], **style)
     left.set_title("Relative output error of each pruned matrix", fontsize=10.5)
     left.set_ylim(bottom=0)
-    right.set_title("Zeros of each pruned matrix, percent", fontsize=10.5)
+    right.set_title("Zeros in percent", fontsize=10.5)
     right.set_ylim(0, 100)
     for axis in (left, right):
         axis.set_xlabel("decoder layer")
-    left.legend(frameon=False, ncols=len(kinds), fontsize=8.5, loc="lower left")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=8, fontsize=9, loc="outside lower center")
     return save_figure(figure, path)
 
 
@@ -137,6 +137,7 @@ def plot_loss(curve: list[dict[str, Any]], path: Path) -> Path:
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, linewidth=1.5)
     axis.set_xlabel("optimizer step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("loss (nats per token)")
     axis.legend(frameon=False)
     return save_figure(figure, path)
@@ -158,6 +159,11 @@ def html_table(rows: list[list[str]]) -> str:
     return f'<div class="scroll"><table><thead>{line(rows[0], "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
+def squeeze(text: str) -> str:
+    """Without blank lines, of which a model that has lost its way writes many."""
+    return re.sub(r"\s*\n\s*", "\n", text.strip())
+
+
 def html_samples(runs, count: int) -> str:
     """The first examples that every run with predictions has, reference first."""
     speaking = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.predictions]
@@ -170,7 +176,7 @@ def html_samples(runs, count: int) -> str:
         cells += [(run.name, colour, run.predictions[index]["prediction"]) for run, colour in speaking]
         boxes = "".join(
             f'<div style="border-top-color:{colour}"><b>{html.escape(name)}</b>'
-            f"{html.escape(text.strip()) or '(empty)'}</div>"
+            f"{html.escape(squeeze(text)) or '(empty)'}</div>"
             for name, colour, text in cells
         )
         blocks.append(f'<p class="note">Example {index}</p><div class="sample">{boxes}</div>')
