@@ -109,7 +109,7 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data --output_dir "$out/finetuned"
   --text_path $data/calib.jsonl --text_ratio 0.7 --packing --max_length $length --train_bs 2 --lr $learning_rate
-  --weight_decay 0 --max_steps $max_steps
+  --weight_decay 0 --max_steps $max_steps --logging_steps 5
   --max_eval_samples 8 --eval_steps $save_steps --save_steps $save_steps --save_total_limit 1 --resume)
 if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
   rm -rf "$out/finetuned" # what lies there belongs to another pruned model or other settings: nothing to resume
