@@ -33,8 +33,8 @@ from sat_trainer import read_log  # noqa: E402
 
 RECOVERY = {
     "SAT": [],
-    "SAT + logits": ["--distill"],
-    "SAT + logits + hidden": ["--distill", "--distill_hidden", "1"],
+    "SAT + logits": ["--distill", "--distill_kl", "0.5"],
+    "SAT + logits + hidden": ["--distill", "--distill_kl", "0.5", "--distill_hidden", "1"],
 }
 
 
@@ -68,7 +68,15 @@ def recovery(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, f
     results = {"dense": {"perplexity": dense, "regained": 1.0}, "PTS": {"perplexity": pruned, "regained": 0.0}}
     for name, options in RECOVERY.items():
         folder = work / name.replace(" ", "")
-        more = ["--text_path", arguments.text_path, "--text_ratio", arguments.text_ratio, "--packing"]
+        more = [
+            "--text_path",
+            arguments.text_path,
+            "--text_ratio",
+            arguments.text_ratio,
+            "--packing",
+            "--weight_decay",
+            0,
+        ]
         more += ["--max_length", arguments.context, "--max_steps", arguments.steps, "--eval_steps", 10**6]
         log = train(arguments, folder, *more, *options)
         value = held_out_perplexity(arguments, blocks, folder / "finetuned_modelopt_state.pth")
@@ -85,8 +93,11 @@ def recovery(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, f
 def throughput(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Useful tokens per second and final evaluation loss of the ways to batch, over one epoch of the records."""
     tokenizer = utils.load_tokenizer(arguments.model)
-    data = Path(arguments.data_path) / "cnn_train.json"
-    samples = sat_data.load_records(tokenizer, data, arguments.max_length, work / "cache", 1)
+    data = work / "records"
+    data.mkdir()
+    for name, count in (("cnn_train.json", arguments.records), ("cnn_eval.json", 8)):
+        utils.save_json(utils.read_records(Path(arguments.data_path) / name)[:count], data / name)
+    samples = sat_data.load_records(tokenizer, data / "cnn_train.json", arguments.max_length, work / "cache", 1)
     in_a_row = len(samples) / len(sat_data.Packed(samples, arguments.max_length))
     packed_bs = max(1, round(arguments.train_bs / in_a_row))
     arms = {
@@ -97,7 +108,7 @@ def throughput(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str,
     }
     results = {}
     for name, options in arms.items():
-        more = ["--max_length", arguments.max_length, "--num_epochs", 1, "--max_eval_samples", 32, *options]
+        more = ["--data_path", data, "--max_length", arguments.max_length, "--num_epochs", 1, *options]
         log = train(arguments, work / name.replace(" ", "_"), *more)
         steps = [line for line in log if "loss" in line][1:]  # the first step warms up
         # tokens_per_second = tokens / seconds of its step, so the mean over equal shares of tokens is harmonic
@@ -125,7 +136,8 @@ def main() -> None:
     parser.add_argument("--text_ratio", type=float, default=0.7)
     parser.add_argument("--context", type=int, default=512, help="tokens of a perplexity window and a training row")
     parser.add_argument("--blocks", type=int, default=24, help="perplexity windows (default %(default)s)")
-    parser.add_argument("--max_length", type=int, default=1024, help="for the throughput (default %(default)s)")
+    parser.add_argument("--max_length", type=int, default=2048, help="for the throughput (default %(default)s)")
+    parser.add_argument("--records", type=int, default=32, help="for the throughput (default %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="JSON file for the figures")
     arguments = parser.parse_args()
 
