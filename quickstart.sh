@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ------------------------------------------------------------------------------------------------- sizes
-calib_size=64      # calibration samples of PTS
+calib_size=32      # calibration samples of PTS
 quality=fast       # effort of PTS
 length=512         # tokens of a calibration sample, a training row, a prompt and a perplexity window
 max_steps=80       # optimizer steps of SAT, of two rows each
