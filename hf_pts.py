@@ -17,7 +17,6 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ import utils
 from checkpoint import LayerStore
 from decoder import choose_linears, decoder_layers
 from layerwise import QUALITY, Recipe, peak_memory_mib, prune_model
+from pts_state import save_state, verify
 from sparsegpt import Pattern
 from utils import DTYPES, UserError
 
@@ -161,43 +161,6 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, batches: list[dict[str
     return digest.hexdigest()
 
 
-def save_state(model, masks: dict[str, torch.Tensor], path: Path) -> None:
-    """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
-    import modelopt.torch.opt as mto
-    from modelopt.torch.opt.conversion import apply_mode
-    from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
-
-    # A rule of None leaves a layer dense; restore() would otherwise expect a mask for it.
-    dense = {
-        name: None
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name not in masks
-    }
-    rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
-    model = apply_mode(model, [("sparsegpt", rules)], registry=SparsityModeRegistry)
-    for name, mask in masks.items():
-        model.get_submodule(name).set_mask(mask)
-    mto.save(model, path)
-
-
-def verify(
-    args: argparse.Namespace, path: Path, pattern: Pattern, input_ids: torch.Tensor, expected: torch.Tensor
-) -> None:
-    """Restore the file into a freshly loaded dense model and compare logits and masks with what was pruned."""
-    model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
-    model = utils.restore_sparse(model, path)
-    logits = pts_report.logits_of(model, input_ids)
-    if not torch.equal(logits, expected):
-        raise UserError(
-            f"{path} does not restore to the pruned model: logits differ by {(logits - expected).abs().max():.3g}"
-        )
-    for name, weight, mask in utils.sparse_masks(model.state_dict()):
-        if pattern.m and bool((mask.view(-1, pattern.m).sum(1) != pattern.n).any()):
-            raise UserError(f"{path}: the mask of {name} is not {pattern}")
-        if bool(weight[~mask].any()):
-            raise UserError(f"{path}: {name} has pruned weights that are not 0")
-
-
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
@@ -254,7 +217,8 @@ def main() -> None:
     with utils.atomic_path(path) as temporary:  # an earlier state is replaced only by one that restores
         save_state(model, masks, temporary)
         del model, masks
-        verify(args, temporary, recipe.pattern, probe, expected)
+        restored = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+        verify(restored, temporary, recipe.pattern, probe, expected)
     store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")
     print(f"saved {path}; restored into a fresh model it gives identical logits")

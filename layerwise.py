@@ -203,6 +203,8 @@ def prune_group(
         pruned = weight * mask
     else:
         damped, inverse_factor, damping = damp(hessian, recipe.percdamp)
+        if damping > recipe.percdamp and is_main_process():
+            tqdm.write(f"warning: {next(iter(group))}: its Hessian needed damping {damping:g}, not {recipe.percdamp:g}")
         if statistics.cross is not None:
             weight = least_squares(weight, statistics.cross, damped - hessian, inverse_factor)
         if recipe.admm_iterations:

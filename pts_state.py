@@ -1,0 +1,51 @@
+"""The modelopt state that a pruning run leaves: how it is written, and the proof that it restores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pts_report import logits_of
+from sparsegpt import Pattern
+from utils import UserError, restore_sparse, sparse_masks
+
+
+def save_state(model, masks: dict[str, Tensor], path: Path) -> None:
+    """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
+    import modelopt.torch.opt as mto
+    from modelopt.torch.opt.conversion import apply_mode
+    from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
+
+    # A rule of None leaves a layer dense; restore() would otherwise expect a mask for it.
+    dense = {
+        name: None for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in masks
+    }
+    rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
+    model = apply_mode(model, [("sparsegpt", rules)], registry=SparsityModeRegistry)
+    for name, mask in masks.items():
+        model.get_submodule(name).set_mask(mask)
+    mto.save(model, path)
+
+
+def verify(model: nn.Module, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:
+    """Restore the file into `model`, freshly loaded and dense, and compare it with what was pruned.
+
+    Args:
+        input_ids: [batch, length]; the pruned model gave the logits `expected` [batch, length, vocabulary] for it.
+
+    Raises:
+        UserError: logits differ, a mask breaks the pattern or a pruned weight is not 0.
+    """
+    model = restore_sparse(model, path)
+    logits = logits_of(model, input_ids)
+    if not torch.equal(logits, expected):
+        raise UserError(
+            f"{path} does not restore to the pruned model: logits differ by {(logits - expected).abs().max():.3g}"
+        )
+    for name, weight, mask in sparse_masks(model.state_dict()):
+        if pattern.m and bool((mask.view(-1, pattern.m).sum(1) != pattern.n).any()):
+            raise UserError(f"{path}: the mask of {name} is not {pattern}")
+        if bool(weight[~mask].any()):
+            raise UserError(f"{path}: {name} has pruned weights that are not 0")
