@@ -173,9 +173,11 @@ def main() -> None:
 
     model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
     chosen, left_dense = choose_linears(model, recipe.pattern, args.ignore)
-    print(f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}")
-    if left_dense:
-        print(pts_report.describe_dense(left_dense))
+    if rank == 0:
+        print(
+            f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}"
+        )
+        print(pts_report.describe_dense(left_dense), end="")
     if args.dry_run:
         calibration = (args.calib_size, args.model_max_length, args.batch_size)
         print(pts_report.estimate(model, recipe, args.ignore, calibration, device.type))

@@ -98,7 +98,7 @@ def describe_dense(left_dense: dict[str, str]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, reason in left_dense.items():
         reasons.setdefault(reason, []).append(name)
-    return "\n".join(f"left dense ({reason}): {', '.join(names)}" for reason, names in reasons.items())
+    return "".join(f"left dense ({reason}): {', '.join(names)}\n" for reason, names in reasons.items())
 
 
 def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
