@@ -89,7 +89,9 @@ def shared_inputs(model: nn.Module, chosen: set[str]) -> list[list[list[str]]]:
     handles = [modules[name].register_forward_pre_hook(note(name)) for name in chosen]
     try:
         with torch.inference_mode():
-            model(input_ids=torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None], use_cache=False)
+            tokens = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+            # With a mask given, transformers does not look at position ids, which an empty model has not got.
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

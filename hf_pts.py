@@ -171,7 +171,11 @@ def main() -> None:
         utils.lock_output_dir(output_dir)
     started = time.perf_counter()
 
-    model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+    if args.dry_run:
+        config = utils.load_config(args.model_name_or_path, args.trust_remote_code)
+        model = utils.empty_model(config, DTYPES[args.dtype], args.trust_remote_code)
+    else:
+        model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
     chosen, left_dense = choose_linears(model, recipe.pattern, args.ignore)
     if rank == 0:
         print(

@@ -64,12 +64,10 @@ def settings_of(arguments: argparse.Namespace, precision: str) -> Settings:
 
 def model_shapes(config, trust_remote_code: bool = False) -> Shapes:
     """Read the shapes off a model built without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
     from decoder import decoder_layers
+    from utils import empty_model
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = decoder_layers(model)[1]
     linears = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
     parameters = sum(weight.numel() for weight in model.parameters())

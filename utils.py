@@ -438,6 +438,16 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code:
     return loaded.eval()
 
 
+def empty_model(config, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
+    """The model of a configuration without memory for its weights (on the meta device), for shapes and estimates."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        # Eager attention builds its masks without looking at values, which an empty model has not got.
+        options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+
+
 def load_tokenizer(model: str, trust_remote_code: bool = False):
     """Load the tokenizer; a missing pad token falls back to end-of-text, then to the unknown token.
 
