@@ -52,13 +52,17 @@ class LayerStore:
             save_file(tensors, temporary, metadata={"rows": json.dumps(rows)})
         return self.load(index, layer)[0]
 
+    def has(self, index: int) -> bool:
+        """Whether the layer is there; it may yet turn out to be damaged."""
+        return self.folder is not None and self._path(index).is_file()
+
     def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[dict]] | None:
         """Map a finished layer's weights into `layer` (on the CPU); None if it is not there or was damaged.
 
         Returns:
             masks by name, log rows.
         """
-        if self.folder is None or not self._path(index).is_file():
+        if not self.has(index):
             return None
         try:
             tensors = load_file(self._path(index))

@@ -179,35 +179,38 @@ class Stream:
         self.calls: list[list[tuple[tuple, dict]]] = []
         # Float32 models run the linear layers of their calibration passes in bfloat16 where the CPU has instructions
         # for it (twice the speed); weights, residual stream and Hessians stay float32.
-        half = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
-        self.autocast = torch.bfloat16 if half else None
+        self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
         tuples, seen = returns_tuple(model, layers), {}
         for batch in batches:
             hidden, calls = record_calls(model, layers, tuples, batch)
             mask = batch.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
-            self.hidden.append(self._store(hidden))
+            self.hidden.append(self.store(hidden))
             self.keep.append(mask.flatten().bool().to(device) if padded else None)
             self.calls.append(calls if padded else seen.setdefault(hidden.shape, calls))
 
-    def _store(self, hidden: Tensor) -> Tensor:
+    def store(self, hidden: Tensor) -> Tensor:
+        """Bring activations to where the stream keeps them."""
         hidden = hidden.detach().to("cpu")
         return hidden.pin_memory() if self.device.type == "cuda" else hidden
 
-    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor | None = None, autocast=None) -> Tensor:
+    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """Output [batch, length, width] of decoder layer `index` for one batch (on the stream, or on `hidden`)."""
-        autocast = autocast or self.autocast
         args, kwargs = _to_device(self.calls[batch][index], self.device)
         hidden = (self.hidden[batch] if hidden is None else hidden).to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+        with self.precision():
             output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def precision(self) -> torch.autocast:
+        """The context in which layers run on the stream."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, index: int, hidden: list[Tensor]) -> None:
         """Replace each of `hidden` (one per batch) by the layer's output for it."""
         for batch in range(len(hidden)):
-            hidden[batch] = self._store(self.run(layer, index, batch, hidden[batch]))
+            hidden[batch] = self.store(self.run(layer, index, batch, hidden[batch]))
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

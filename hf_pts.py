@@ -167,8 +167,6 @@ def main() -> None:
     recipe = make_recipe(args)
     device, rank, world = join_processes(args)
     output_dir = utils.prepare_output_dir(args.output_dir)
-    if rank == 0:
-        utils.lock_output_dir(output_dir)
     started = time.perf_counter()
 
     if args.dry_run:
@@ -187,6 +185,8 @@ def main() -> None:
         print(pts_report.estimate(model, recipe, args.ignore, calibration, device.type))
         return
 
+    if rank == 0:
+        utils.lock_output_dir(output_dir)
     batches = load_calibration(args)
     torch.manual_seed(args.seed)
     store = LayerStore(output_dir / "pts_resume", fingerprint(args, recipe, batches, model), writer=rank == 0)

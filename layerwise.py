@@ -44,17 +44,16 @@ class Recipe:
     block_size: int = 128
     refit_iterations: int = 0  # conjugate-gradient steps of the least-squares refit
     admm_iterations: int = 0  # mask search, in place of SparseGPT's column loop
+    dense_inputs: bool = False  # Hessians of the dense model's activations: fewer forward passes
     asymmetric: bool = False  # fit the last linear of each layer to the dense model's output, not to its own
-    reconstruct_epochs: int = 0  # passes of gradient descent over the calibration set, per decoder layer
-    reconstruct_lr: float = 1e-4
 
 
 # Damping ten times the paper's 0.01 holds the refitted weights nearer to the dense ones: a little is lost on text like
 # the calibration set's, more is won on other text (benchmarks/README.md).
 QUALITY = {
-    "fast": Recipe(percdamp=0.1, refit_iterations=6, asymmetric=True),
-    "balanced": Recipe(percdamp=0.1, refit_iterations=4, admm_iterations=16, asymmetric=True),
-    "best": Recipe(percdamp=0.1, refit_iterations=6, admm_iterations=30, asymmetric=True, reconstruct_epochs=2),
+    "fast": Recipe(percdamp=0.1, refit_iterations=6, dense_inputs=True),
+    "balanced": Recipe(percdamp=0.1, refit_iterations=4, admm_iterations=16, dense_inputs=True, asymmetric=True),
+    "best": Recipe(percdamp=0.1, refit_iterations=6, admm_iterations=30, asymmetric=True),
 }
 
 # Decoder layers have about four groups of linear layers: before attention, after it, before and after the activation.
@@ -108,8 +107,18 @@ class Statistics:
 
 
 @torch.no_grad()
-def collect(stream: Stream, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> list[Statistics]:
-    """Run the stream through the layer as far as needed to see the inputs of `groups`; padding is left out."""
+def collect(
+    stream: Stream,
+    layer: nn.Module,
+    index: int,
+    groups: list[dict[str, nn.Linear]],
+    advance: list[Tensor] | None = None,
+) -> list[Statistics]:
+    """Run hidden states through the layer to see the inputs of `groups`; padding is left out.
+
+    Without `advance` the stream's are run, and only as far as needed. With it, that list of hidden states (one per
+    batch) is run and replaced by the layer's outputs.
+    """
     found = []
     for group in groups:
         width = next(iter(group.values())).in_features
@@ -119,7 +128,7 @@ def collect(stream: Stream, layer: nn.Module, index: int, groups: list[dict[str,
         def add(module: nn.Module, args: tuple) -> None:
             inputs = args[0].flatten(0, -2)
             statistics.add(inputs[keep] if keep is not None and len(keep) == len(inputs) else inputs)
-            if len(groups) == 1:
+            if len(groups) == 1 and advance is None:
                 raise Stop  # what lies behind the only wanted input need not be computed
 
         return add
@@ -130,7 +139,10 @@ def collect(stream: Stream, layer: nn.Module, index: int, groups: list[dict[str,
             for group, statistics in zip(groups, found, strict=True)
         ]
         with suppress(Stop):
-            stream.run(layer, index, batch)
+            if advance is None:
+                stream.run(layer, index, batch)
+            else:
+                advance[batch] = stream.store(stream.run(layer, index, batch, advance[batch]))
         for handle in handles:
             handle.remove()
     for group, statistics in zip(groups, found, strict=True):
@@ -147,35 +159,46 @@ def collect_residual(stream: Stream, layer: nn.Module, index: int, name: str, li
     calibration of GPTAQ (Li et al. 2025), with the residual's own error in it.
 
     Returns:
-        Statistics with `cross`, or None where the linear's output does not simply add to the layer's (Gemma's
-        normalizes it first) or was not seen.
+        (Statistics with `cross`, X per batch), and the stream then holds R; or None, and the stream is as it was, where
+        the linear's output does not simply add to the layer's (Gemma's normalizes it first) or was not seen.
     """
     rows, cols = linear.weight.shape
     found = Statistics(torch.zeros(cols, cols, device=stream.device), torch.zeros(rows, cols, device=stream.device))
     seen: list[Tensor] = []
+    kept_inputs: list[Tensor] = []
 
     def silence(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         seen[:] = [args[0], output]
         return torch.zeros_like(output)
 
     for batch, keep in enumerate(stream.keep):
-        seen.clear()
         handle = linear.register_forward_hook(silence)
         residual = stream.run(layer, index, batch)
         handle.remove()
-        if not seen or seen[1].numel() != residual.numel() or seen[1].shape[-1] != residual.shape[-1]:
-            return None
         if batch == 0:
+            if not seen or seen[1].numel() != residual.numel() or seen[1].shape[-1] != residual.shape[-1]:
+                return None
             added = stream.run(layer, index, batch) - residual
             if (added - seen[1].view_as(added)).float().norm() > 0.05 * added.float().norm():
                 return None
+        stream.hidden[batch] = stream.store(residual)
+        kept_inputs.append(stream.store(seen[0]))
         wanted = targets[batch].to(stream.device, non_blocking=True).float() - residual.float()
         if linear.bias is not None:
             wanted -= linear.bias.float()
         inputs, wanted = seen[0].flatten(0, -2), wanted.flatten(0, -2)
         found.add(*(t if keep is None else t[keep] for t in (inputs, wanted)))
     found.finish(name)
-    return found
+    return found, kept_inputs
+
+
+@torch.no_grad()
+def add_output(stream: Stream, linear: nn.Linear, inputs: list[Tensor]) -> None:
+    """Bring a stream of residuals to the layer's output: R + W X, to the bit what the layer itself would give."""
+    for batch, (hidden, given) in enumerate(zip(stream.hidden, inputs, strict=True)):
+        with stream.precision():
+            output = linear(given.to(stream.device, non_blocking=True))
+        stream.hidden[batch] = stream.store(hidden.to(stream.device, non_blocking=True) + output.view_as(hidden))
 
 
 # ---------------------------------------------------------------------------------------------- pruning
@@ -239,51 +262,6 @@ def prune_group(
     return masks, rows
 
 
-def reconstruct(
-    stream: Stream,
-    layer: nn.Module,
-    index: int,
-    masks: dict[nn.Parameter, Tensor],
-    targets: list[Tensor],
-    recipe: Recipe,
-) -> None:
-    """Tune the kept weights and the norms of one decoder layer until its output resembles the dense model's.
-
-    Adam on ‖layer(stream) - target‖² / ‖target‖², batch by batch, the masks held. Unlike the least-squares refit it
-    sees the whole layer at once and repairs the errors of the layers before. (Cf. Guo et al., "EBFT", 2024.)
-    """
-    parameters = [p for p in layer.parameters() if p.ndim == 1 or p in masks]
-    half = next(iter(masks)).dtype
-    layer.float()
-    compute = half if half != torch.float32 else None
-    optimizer = torch.optim.Adam(parameters, lr=recipe.reconstruct_lr, betas=(0.9, 0.95))
-    steps = recipe.reconstruct_epochs * len(targets)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    with torch.enable_grad():
-        for step in range(steps):
-            batch = step % len(targets)
-            output = stream.run(layer, index, batch, stream.hidden[batch].float(), compute)
-            target = targets[batch].to(stream.device, non_blocking=True).float()
-            loss = (output.float() - target).square().mean() / target.square().mean()
-            loss.backward()
-            for parameter in parameters:
-                if dist.is_initialized():
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= dist.get_world_size()
-                if parameter in masks:
-                    parameter.grad *= masks[parameter]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-        if parameter in masks:
-            parameter.data.masked_fill_(~masks[parameter], 0.0)
-    layer.to(half)
-
-
 def is_main_process() -> bool:
     """True in a single process and on rank 0 of several."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -301,36 +279,46 @@ def prune_layer(
     layer: nn.Module,
     index: int,
     groups: list[dict[str, nn.Linear]],
+    known: list[Statistics],
     targets: list[Tensor],
     recipe: Recipe,
-):
-    """Prune one decoder layer that is on the device: group after group, each on inputs that the ones before produced.
+) -> tuple[dict[str, Tensor], list[dict]]:
+    """Prune one decoder layer that is on the device, and move the stream behind it.
+
+    Args:
+        known: statistics of the first groups, from the dense model. The other groups are pruned one after the other,
+            each on the inputs that the ones before it, pruned, produce.
 
     Returns:
         mask [out, in] on the CPU by name; log rows.
     """
     masks: dict[str, Tensor] = {}
     rows: list[dict] = []
-    # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
-    stages = [[group] for group in groups] if len(groups) <= MOST_STAGES else [groups]
-    for stage in stages:
-        if recipe.method == "magnitude":
-            # Without calibration the errors that are logged are those of the weights themselves.
-            found = [Statistics(torch.eye(next(iter(g.values())).in_features, device=stream.device)) for g in stage]
-        elif recipe.asymmetric and stage is stages[-1] and len(stage) == 1 and len(stage[0]) == 1:
-            ((name, linear),) = stage[0].items()
-            residual = collect_residual(stream, layer, index, name, linear, targets)
-            found = [residual] if residual else collect(stream, layer, index, stage)
-        else:
-            found = collect(stream, layer, index, stage)
+
+    def prune(stage: list[dict[str, nn.Linear]], found: list[Statistics]) -> None:
         for group, statistics in zip(stage, found, strict=True):
             new_masks, new_rows = prune_group(group, statistics, recipe)
-            masks |= new_masks
-            rows += new_rows
-    if recipe.reconstruct_epochs:
-        linears = {name: linear for group in groups for name, linear in group.items()}
-        on_device = {linear.weight: masks[name].to(stream.device) for name, linear in linears.items()}
-        reconstruct(stream, layer, index, on_device, targets, recipe)
+            masks.update(new_masks)
+            rows.extend(new_rows)
+
+    prune(groups[: len(known)], known)
+    rest = groups[len(known) :]
+    if recipe.asymmetric and rest and len(rest[-1]) == 1 and len(groups) <= MOST_STAGES:
+        *rest, last = rest
+    else:
+        last = None
+    # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
+    for stage in [[group] for group in rest] if len(groups) <= MOST_STAGES else [rest]:
+        prune(stage, collect(stream, layer, index, stage))
+    if last:
+        ((name, linear),) = last.items()
+        if residual := collect_residual(stream, layer, index, name, linear, targets):
+            prune([last], [residual[0]])
+            add_output(stream, linear, residual[1])
+            return masks, rows
+        prune([last], collect(stream, layer, index, [last]))
+    if not (recipe.dense_inputs and not recipe.asymmetric):  # otherwise the stream is the dense model's, and has moved
+        stream.advance(layer, index, stream.hidden)
     return masks, rows
 
 
@@ -364,30 +352,30 @@ def prune_model(
     plan = shared_inputs(model, chosen)
     modules = dict(layers.named_modules(prefix=prefix))
     stream = Stream(model, layers, batches, device)
-    dense_hidden = list(stream.hidden) if recipe.asymmetric or recipe.reconstruct_epochs else []
+    # Hidden states of the dense model: a stream of their own where the pruned model's are needed beside them.
+    dense_hidden = list(stream.hidden) if recipe.asymmetric else stream.hidden if recipe.dense_inputs else None
     masks: dict[str, Tensor] = {}
     rows: list[dict] = []
-    bar = tqdm(
-        layers,
-        desc="pruning",
-        unit="layer",
-        disable=None if is_main_process() else True,
-    )
+    bar = tqdm(layers, desc="pruning", unit="layer", disable=None if is_main_process() else True)
     for index, layer in enumerate(bar):
         started = time.perf_counter()
-        if dense_hidden:
+        groups = [{name: modules[name] for name in names} for names in plan[index]]
+        known: list[Statistics] = []
+        if dense_hidden is not None:
             layer.to(device)
-            stream.advance(layer, index, dense_hidden)  # what the dense model gives: the target, and its next input
-        finished = store.load(index, layer)
-        layer.to(device)
-        if finished is None:
-            groups = [{name: modules[name] for name in names} for names in plan[index]]
-            layer_masks, layer_rows = prune_layer(stream, layer, index, groups, dense_hidden, recipe)
-        else:
+            early = groups[:-1] if recipe.asymmetric else groups
+            early = early if recipe.dense_inputs and not store.has(index) else []
+            known = collect(stream, layer, index, early, advance=dense_hidden)
+        if (finished := store.load(index, layer)) is not None:
             layer_masks, layer_rows = finished
-        stream.advance(layer, index, stream.hidden)
-        layer.to("cpu")
-        if finished is None:
+            if dense_hidden is not stream.hidden:
+                layer.to(device)
+                stream.advance(layer, index, stream.hidden)
+                layer.to("cpu")
+        else:
+            layer.to(device)
+            layer_masks, layer_rows = prune_layer(stream, layer, index, groups, known, dense_hidden, recipe)
+            layer.to("cpu")
             for row in layer_rows:
                 row["layer_seconds"] = round(time.perf_counter() - started, 3)
                 row["peak_memory_mib"] = round(peak_memory_mib(device), 1)

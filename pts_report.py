@@ -47,9 +47,9 @@ def estimate(model: nn.Module, recipe: Recipe, ignore: list[str], calibration: t
     Args:
         calibration: sequences, tokens per sequence, sequences per batch.  kind: "cpu" or "cuda".
 
-    Memory on the device is the largest decoder layer, the float32 working set of its largest group (of matrices like the
-    Hessian: itself, damped, scaled, eigenvectors and two of workspace; of matrices like the weights that share it: the
-    weights, their target, and ADMM's iterates, projection and indices), and one batch of activations.
+    Memory on the device is the largest decoder layer, the float32 working set of its largest group (of matrices like
+    the Hessian: itself, damped, scaled, eigenvectors and two of workspace; of matrices like the weights that share it:
+    the weights, their target, and ADMM's iterates, projection and indices), and one batch of activations.
     """
     sequences, length, batch_size = calibration
     prefix, layers = decoder_layers(model)
@@ -66,17 +66,16 @@ def estimate(model: nn.Module, recipe: Recipe, ignore: list[str], calibration: t
     for groups in plan:
         for group in groups:
             rows, cols = sum(shapes[linear][0] for linear in group), shapes[group[0]][1]
-            passes = 2.5 + (recipe.asymmetric or recipe.reconstruct_epochs > 0) + 3 * recipe.reconstruct_epochs
+            passes = 1.0 if recipe.dense_inputs else 1.6
+            passes += 0.9 * recipe.asymmetric
             forward = 2 * tokens * rows * cols * passes
             search = 2 * rows * cols * cols * (2 + recipe.refit_iterations + 2 * recipe.admm_iterations)
             flops += forward + 2 * tokens * cols * cols + search + (20 * cols**3 if recipe.admm_iterations else cols**3)
             working = max(working, 6 * cols * cols * 4 + 9 * rows * cols * 4 + 2 * batch_tokens * cols * 4)
     layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
-    if recipe.reconstruct_epochs:  # float32 weights, gradients and two Adam moments
-        working = max(working, 4 * 4 * max(sum(p.numel() for p in layer.parameters()) for layer in layers))
     width = model.get_input_embeddings().weight.shape[1]
     element = next(model.parameters()).element_size()
-    streams = tokens * width * element * (2 if recipe.asymmetric or recipe.reconstruct_epochs else 1)
+    streams = tokens * width * element * (2 if recipe.asymmetric else 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return "\n".join(
         [
