@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, assert_clear_error, run_script, tiny_llama
+from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint import LayerStore
@@ -113,6 +113,30 @@ def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, 
 
 
 @pytest.mark.parametrize(
+    ("choice", "group", "kept"),
+    [
+        (["--pattern", "4:8"], 8, 4),
+        (["--pattern", "unstructured:0.5"], None, None),
+        (["--sparsity_fmt", "wanda"], 4, 2),
+        (["--sparsity_fmt", "sparse_magnitude"], 4, 2),
+        (["--quality", "fast", "--ignore", "*.down_proj"], 4, 2),
+    ],
+)
+def test_other_choices_leave_a_state_that_restores(model_dir, calib, tmp_path, choice, group, kept):
+    result = run_inline(*command(model_dir, calib, tmp_path, *choice))
+    assert result.returncode == 0, result.stderr
+    assert "identical logits" in result.stdout
+    masks = list(sparse_masks(load_state(tmp_path / "pts_modelopt_state.pth")["model_state_dict"]))
+    assert len(masks) == (12 if "--ignore" in choice else 14)
+    for _, weight, mask in masks:
+        assert not weight[~mask].any()
+        if group:
+            assert bool((mask.view(-1, group).sum(1) == kept).all())
+        else:
+            assert float(mask.float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
     ("change", "needles"),
     [
         (["--model_name_or_path", "no/such/model"], ["no/such/model"]),
@@ -127,7 +151,7 @@ def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, 
     ],
 )
 def test_wrong_input_gets_one_clear_line(model_dir, calib, tmp_path, change, needles):
-    assert_clear_error(run_script(*command(model_dir, calib, tmp_path / "out", *change)), *needles)
+    assert_clear_error(run_inline(*command(model_dir, calib, tmp_path / "out", *change)), *needles)
 
 
 def test_encoder_and_conv1d_models_are_refused(calib, tmp_path, tokenizer):
@@ -138,7 +162,7 @@ def test_encoder_and_conv1d_models_are_refused(calib, tmp_path, tokenizer):
     GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     for name, needle in (("bert", "BertForMaskedLM"), ("gpt2", "Conv1D")):
         tokenizer.save_pretrained(tmp_path / name)
-        assert_clear_error(run_script(*command(tmp_path / name, calib, tmp_path / "out")), needle)
+        assert_clear_error(run_inline(*command(tmp_path / name, calib, tmp_path / "out")), needle)
 
 
 def calibration(vocab: int = 400, batches: int = 3):
