@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ------------------------------------------------------------------------------------------------- sizes
 calib_size=32      # calibration samples of PTS
-quality=fast       # effort of PTS
+quality=balanced   # effort of PTS
 length=512         # tokens of a calibration sample, a training row, a prompt and a perplexity window
 max_steps=80       # optimizer steps of SAT, of two rows each
 save_steps=40      # steps between checkpoints, from which an interrupted run goes on
