@@ -52,7 +52,7 @@ class Recipe:
 # the calibration set's, more is won on other text (benchmarks/README.md).
 QUALITY = {
     "fast": Recipe(percdamp=0.1, refit_iterations=6, dense_inputs=True),
-    "balanced": Recipe(percdamp=0.1, refit_iterations=4, admm_iterations=16, dense_inputs=True, asymmetric=True),
+    "balanced": Recipe(percdamp=0.1, refit_iterations=6, dense_inputs=True, asymmetric=True),
     "best": Recipe(percdamp=0.1, refit_iterations=6, admm_iterations=30, asymmetric=True),
 }
 
