@@ -53,8 +53,15 @@ class LayerStore:
         return self.load(index, layer)[0]
 
     def has(self, index: int) -> bool:
-        """Whether the layer is there; it may yet turn out to be damaged."""
-        return self.folder is not None and self._path(index).is_file()
+        """Whether the layer's file is there and whole: its header agrees with its length."""
+        if self.folder is None or not self._path(index).is_file():
+            return False
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                json.loads(file.metadata()["rows"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
 
     def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[dict]] | None:
         """Map a finished layer's weights into `layer` (on the CPU); None if it is not there or was damaged.
@@ -64,12 +71,9 @@ class LayerStore:
         """
         if not self.has(index):
             return None
-        try:
-            tensors = load_file(self._path(index))
-            with safe_open(self._path(index), framework="pt") as file:
-                rows = json.loads(file.metadata()["rows"])
-        except (SafetensorError, OSError, ValueError, KeyError):
-            return None
+        tensors = load_file(self._path(index))
+        with safe_open(self._path(index), framework="pt") as file:
+            rows = json.loads(file.metadata()["rows"])
         weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
         layer.load_state_dict(weights, assign=True)
         return {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows

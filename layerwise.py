@@ -204,6 +204,18 @@ def add_output(stream: Stream, linear: nn.Linear, inputs: list[Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- pruning
 
 
+def check_weights(groups: list[dict[str, nn.Linear]]) -> None:
+    """Before calibration passes a NaN on, of which the layers after it would then be accused.
+
+    Raises:
+        UserError: a weight is NaN or infinite; names it.
+    """
+    for group in groups:
+        for name, linear in group.items():
+            if not torch.isfinite(linear.weight).all():
+                raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")
+
+
 def prune_group(
     group: dict[str, nn.Linear], statistics: Statistics, recipe: Recipe
 ) -> tuple[dict[str, Tensor], list[dict]]:
@@ -214,9 +226,6 @@ def prune_group(
     """
     started = time.perf_counter()
     weight, hessian = torch.cat([linear.weight for linear in group.values()]).float(), statistics.hessian
-    if not torch.isfinite(weight).all():
-        bad = next(name for name, linear in group.items() if not torch.isfinite(linear.weight).all())
-        raise UserError(f"the weight of {bad} holds NaN or infinite values; the checkpoint is damaged")
     damping = None
     if recipe.method == "magnitude":
         mask = magnitude_mask(weight, recipe.pattern)
@@ -360,6 +369,8 @@ def prune_model(
     for index, layer in enumerate(bar):
         started = time.perf_counter()
         groups = [{name: modules[name] for name in names} for names in plan[index]]
+        if not store.has(index):
+            check_weights(groups)
         known: list[Statistics] = []
         if dense_hidden is not None:
             layer.to(device)
