@@ -63,14 +63,12 @@ class LayerStore:
             return False
         return True
 
-    def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[dict]] | None:
-        """Map a finished layer's weights into `layer` (on the CPU); None if it is not there or was damaged.
+    def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[dict]]:
+        """Map the weights of a layer that the store has into `layer` (on the CPU).
 
         Returns:
             masks by name, log rows.
         """
-        if not self.has(index):
-            return None
         tensors = load_file(self._path(index))
         with safe_open(self._path(index), framework="pt") as file:
             rows = json.loads(file.metadata()["rows"])

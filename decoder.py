@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegpt import Pattern, bf16_is_faster
-from utils import UserError
+from sparsegpt import Pattern
+from utils import UserError, bf16_is_faster
 
 
 class Stop(Exception):

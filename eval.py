@@ -38,13 +38,12 @@ from utils import (
     encode_prompt,
     fail_together,
     load_config,
-    load_model,
+    load_for_inference,
     load_tokenizer,
     prepare_output_dir,
     read_records,
     require_file,
     resolve_device,
-    restore_sparse,
     run_cli,
     save_json,
 )
@@ -121,15 +120,6 @@ def settings_key(arguments: argparse.Namespace, records: list[dict[str, str]], c
     )
 
 
-def load(arguments: argparse.Namespace, config, device: torch.device):
-    """The dense model, or with a state the sparse one, on this process's device."""
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
-    model = load_model(arguments.model_dir, dtype, arguments.trust_remote_code)
-    if arguments.modelopt_restore_path:
-        model = restore_sparse(model, arguments.modelopt_restore_path, fold=True)
-    return model.to(device)
-
-
 def predict(model, tokenizer, prompts, records, batches, config, process, log) -> dict[int, str]:
     """Generate this process's share of the batches (every num_processes-th), logging each as it is done."""
     from tqdm import tqdm
@@ -196,7 +186,9 @@ def main() -> None:
             log.check()
         tokenizer = load_tokenizer(arguments.model_dir, arguments.trust_remote_code)
         prompts = [encode_prompt(tokenizer, record, arguments.model_max_length) for record in records]
-        model = load(arguments, config, process.device)
+        model = load_for_inference(
+            arguments.model_dir, arguments.dtype, arguments.modelopt_restore_path, arguments.trust_remote_code
+        ).to(process.device)
         settings = beam_search_config(
             model, tokenizer, arguments.beam_size, arguments.max_new_tokens, arguments.min_new_tokens
         )

@@ -26,14 +26,13 @@ from utils import (
     check_lengths,
     first_line,
     load_config,
-    load_model,
+    load_for_inference,
     load_tokenizer,
     perplexity,
     prepare_output_dir,
     read_texts,
     require_file,
     resolve_device,
-    restore_sparse,
     run_cli,
     save_json,
     token_blocks,
@@ -129,11 +128,9 @@ def main() -> None:
     protocol = protocol_line(windows, arguments.stride, scored, source)
     print(protocol, flush=True)
 
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else "auto"
-    model = load_model(arguments.model_dir, dtype, arguments.trust_remote_code)
-    if arguments.modelopt_restore_path:
-        model = restore_sparse(model, arguments.modelopt_restore_path, fold=True)
-    model.to(device)
+    model = load_for_inference(
+        arguments.model_dir, arguments.dtype, arguments.modelopt_restore_path, arguments.trust_remote_code
+    ).to(device)
     start = time.perf_counter()
     value = perplexity(model, windows, device, arguments.batch_size, arguments.stride)
     seconds = time.perf_counter() - start

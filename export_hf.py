@@ -26,6 +26,7 @@ from utils import (
     DTYPES,
     UserError,
     check_state_fits,
+    empty_model,
     first_line,
     load_config,
     load_state,
@@ -33,6 +34,7 @@ from utils import (
     prepare_output_dir,
     run_cli,
     save_json,
+    sparse_masks,
 )
 
 
@@ -58,16 +60,6 @@ def parse_arguments() -> argparse.Namespace:
         help="measured figures: JSON of eval.py or eval_ppl.py, with a label such as dense or sparse; repeatable",
     )
     return parser.parse_args()
-
-
-def skeleton(config, trust_remote_code: bool):
-    """The model's modules without storage (all tensors on the meta device), to learn its tensors and which are tied."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    return model
 
 
 def tied_names(model) -> set[str]:
@@ -185,13 +177,14 @@ def main() -> None:
     state = load_state(arguments.modelopt_restore_path)["model_state_dict"]
     if not any(name.endswith("._weight_mask") for name in state):
         raise UserError(f"state {arguments.modelopt_restore_path} holds no masks: its model was never made sparse")
-    model = skeleton(config, arguments.trust_remote_code)
+    model = empty_model(config, trust_remote_code=arguments.trust_remote_code)  # tells the tensors, and which are tied
+    model.tie_weights()
     check_state_fits(state, model, arguments.modelopt_restore_path)
 
     tied = tied_names(model)
     names = [name for name in state if not name.endswith("._weight_mask") and name not in tied]
-    pruned = {name.removesuffix("_weight_mask") + "weight" for name in state if name.endswith("._weight_mask")}
-    pruned = in_checkpoint_format(model, {name: state[name].to("meta") for name in pruned}).keys()
+    masked = {name: weight.to("meta") for name, weight, _ in sparse_masks(state)}
+    pruned = in_checkpoint_format(model, masked).keys()
     stored = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     dtype = DTYPES[arguments.dtype] if arguments.dtype else stored
     dtype_name = str(dtype).removeprefix("torch.")

@@ -20,6 +20,7 @@ from sat_arguments import check_arguments, parse_arguments, training_arguments
 from utils import (
     DTYPES,
     UserError,
+    bf16_is_faster,
     check_lengths,
     fail_together,
     load_config,
@@ -46,8 +47,7 @@ def choose_precision(wanted: str) -> str:
     if wanted == "auto":
         if cuda:
             return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        native = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-        return "bf16" if native else "no"
+        return "bf16" if bf16_is_faster(torch.device("cpu")) else "no"
     if wanted == "fp16" and not cuda:
         raise UserError("--mixed_precision fp16 needs a CUDA GPU and torch sees none; use bf16 or no")
     return wanted
@@ -202,6 +202,8 @@ def main() -> None:
         planned_steps(arguments, len(train), process.num_processes)
         checkpoint = sat_run.open_run(arguments, output_dir, process.is_main_process)
 
+    compute = DTYPES.get(precision, DTYPES["fp32"])
+
     # Phase 3: the sparse model. modelopt's state is taken now, because wrapping changes the names of the layers.
     with fail_together(process):
         model = load_model(arguments.model, "float32", arguments.trust_remote_code)
@@ -212,14 +214,14 @@ def main() -> None:
             check_packing(model, sat_data.Collator(tokenizer.pad_token_id), config.get_text_config().vocab_size)
         if not any(True for _ in sparse_masks(model.state_dict())):
             raise UserError(f"state {arguments.restore_path} has no masks; make it with hf_pts.py")
-        teacher = load_model(arguments.model, DTYPES.get(precision, DTYPES["fp32"])) if arguments.distill else None
+        teacher = load_model(arguments.model, compute) if arguments.distill else None
 
     # Phase 4: training.
     layer_class = type(decoder_layers(model)[1][0]).__name__
     if sharded:
         configure_fsdp(layer_class, arguments.cpu_offload, arguments.gradient_checkpointing)
     trainer = build_trainer(arguments, model, teacher, tokenizer, (train, evaluation), output_dir, precision, sharded)
-    trainer.place_teacher(layer_class, DTYPES.get(precision, DTYPES["fp32"]), arguments.teacher_offload)
+    trainer.place_teacher(layer_class, compute, arguments.teacher_offload)
     with sat_run.explain_failures(trainer, lambda: sat_memory.advice(sat_memory.model_shapes(config), memory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:

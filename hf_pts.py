@@ -26,7 +26,8 @@ import utils
 from checkpoint import LayerStore
 from decoder import choose_linears, decoder_layers
 from layerwise import QUALITY, Recipe, peak_memory_mib, prune_model
-from pts_state import save_state, verify
+from pts_state import logits_of, save_state, verify
+from sources import CNN_DAILYMAIL
 from sparsegpt import Pattern
 from utils import DTYPES, UserError
 
@@ -106,7 +107,7 @@ def calibration_texts(args: argparse.Namespace) -> list[str]:
     from datasets import load_dataset
 
     try:
-        articles = load_dataset("abisee/cnn_dailymail", "3.0.0", split="train", streaming=True)
+        articles = load_dataset(*CNN_DAILYMAIL, split="train", streaming=True)
         articles = articles.shuffle(seed=args.seed, buffer_size=1000)
         # An article has some 800 tokens; twice the need lets every article give a part.
         wanted = 2 + 2 * args.calib_size * args.model_max_length // 800
@@ -215,7 +216,7 @@ def main() -> None:
             return
     path = output_dir / "pts_modelopt_state.pth"
     probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
-    expected = pts_report.logits_of(model, probe)
+    expected = logits_of(model, probe)
     if not torch.isfinite(expected).all():
         raise UserError(f"the pruned model's logits are not finite in {args.dtype}; try --dtype bf16 or fp32")
     print(pts_report.error_table(rows))

@@ -289,7 +289,7 @@ def prune_layer(
     index: int,
     groups: list[dict[str, nn.Linear]],
     known: list[Statistics],
-    targets: list[Tensor],
+    targets: list[Tensor] | None,
     recipe: Recipe,
 ) -> tuple[dict[str, Tensor], list[dict]]:
     """Prune one decoder layer that is on the device, and move the stream behind it.
@@ -297,6 +297,8 @@ def prune_layer(
     Args:
         known: statistics of the first groups, from the dense model. The other groups are pruned one after the other,
             each on the inputs that the ones before it, pruned, produce.
+        targets: hidden states of the dense model behind this layer, one per batch; the stream's own list where only
+            they are needed; None where they are not.
 
     Returns:
         mask [out, in] on the CPU by name; log rows.
@@ -326,7 +328,7 @@ def prune_layer(
             add_output(stream, linear, residual[1])
             return masks, rows
         prune([last], collect(stream, layer, index, [last]))
-    if not (recipe.dense_inputs and not recipe.asymmetric):  # otherwise the stream is the dense model's, and has moved
+    if targets is not stream.hidden:  # otherwise the stream is the dense model's, and has moved
         stream.advance(layer, index, stream.hidden)
     return masks, rows
 
@@ -369,16 +371,17 @@ def prune_model(
     for index, layer in enumerate(bar):
         started = time.perf_counter()
         groups = [{name: modules[name] for name in names} for names in plan[index]]
-        if not store.has(index):
+        done = store.has(index)
+        if not done:
             check_weights(groups)
         known: list[Statistics] = []
         if dense_hidden is not None:
             layer.to(device)
             early = groups[:-1] if recipe.asymmetric else groups
-            early = early if recipe.dense_inputs and not store.has(index) else []
+            early = early if recipe.dense_inputs and not done else []
             known = collect(stream, layer, index, early, advance=dense_hidden)
-        if (finished := store.load(index, layer)) is not None:
-            layer_masks, layer_rows = finished
+        if done:
+            layer_masks, layer_rows = store.load(index, layer)
             if dense_hidden is not stream.hidden:
                 layer.to(device)
                 stream.advance(layer, index, stream.hidden)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rouge import ROUGE_TYPES
-from sparsity_check import MatrixReport
+from sparsity_check import MatrixReport, zero_totals
 from utils import UserError, read_json
 
 
@@ -34,8 +34,7 @@ def write_model_card(
     folder: Path, base: str, config, dtype: str, reports: list[MatrixReport], figures: list[tuple[str, dict[str, Any]]]
 ) -> None:
     """Write `folder`/README.md; only figures that were measured appear in it."""
-    elements = sum(report.shape[0] * report.shape[1] for report in reports)
-    zeros = sum(report.zero_share * report.shape[0] * report.shape[1] for report in reports)
+    elements, zeros = zero_totals(reports)
     # A local folder is no name others could follow, so its path stays out of the card.
     name = Path(base).resolve().name if Path(base).is_dir() else base
     hub = "" if Path(base).is_dir() else f"base_model: {base}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from decoder import choose_linears, decoder_layers, shared_inputs
@@ -97,9 +96,3 @@ def describe_dense(left_dense: dict[str, str]) -> str:
     for name, reason in left_dense.items():
         reasons.setdefault(reason, []).append(name)
     return "".join(f"left dense ({reason}): {', '.join(names)}\n" for reason, names in reasons.items())
-
-
-def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits [batch, length, vocabulary] without a cache."""
-    with torch.inference_mode():
-        return model(input_ids=input_ids, use_cache=False).logits

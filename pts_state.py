@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pts_report import logits_of
 from sparsegpt import Pattern
 from utils import UserError, restore_sparse, sparse_masks
 
@@ -27,6 +26,12 @@ def save_state(model, masks: dict[str, Tensor], path: Path) -> None:
     for name, mask in masks.items():
         model.get_submodule(name).set_mask(mask)
     mto.save(model, path)
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] without a cache."""
+    with torch.inference_mode():
+        return model(input_ids=input_ids, use_cache=False).logits
 
 
 def verify(model: nn.Module, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import report_page
-from sparsity_check import inspect_path
+from rouge import ROUGE_TYPES
+from sparsity_check import inspect_path, zero_totals
 from utils import UserError, prepare_output_dir, read_json, run_cli
 
 
@@ -107,7 +108,7 @@ def read_run(name: str, folder: Path) -> Run:
     if (folder / "ppl.json").is_file():
         run.perplexity = read_fields(folder / "ppl.json", "perplexity result", ("perplexity",))
     if (folder / "rouge.json").is_file():
-        run.rouge = read_fields(folder / "rouge.json", "ROUGE result", report_page.ROUGE_KEYS)
+        run.rouge = read_fields(folder / "rouge.json", "ROUGE result", ROUGE_TYPES)
     if (folder / "predictions.jsonl").is_file():
         keys = ("index", "prediction", "reference")
         lines = read_lines(folder / "predictions.jsonl", "predictions", keys)
@@ -122,14 +123,9 @@ def read_run(name: str, folder: Path) -> Run:
 
 def count_zeros(path: Path) -> Sparsity:
     """Add up what the matrices of a state or of a safetensors folder hold; embeddings and output heads do not count."""
-    total = Sparsity(0.0, 0, 0, 0)
-    for matrix in inspect_path(path):
-        size = matrix.shape[0] * matrix.shape[1]
-        total.zeros += matrix.zero_share * size
-        total.weights += size
-        total.matrices += 1
-        total.valid += matrix.is_2_4
-    return total
+    matrices = list(inspect_path(path))
+    weights, zeros = zero_totals(matrices)
+    return Sparsity(zeros, weights, len(matrices), sum(matrix.is_2_4 for matrix in matrices))
 
 
 def measure(runs: list[Run], states: dict[str, Path], model_dir: str | None) -> None:
@@ -147,7 +143,7 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
     """Header and one row a run, as text: perplexity, ROUGE in percent, sparsity measured in the linear layers."""
     rows = [["model", "perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
     for run in runs:
-        rouge = [f"{100 * run.rouge[key]:.2f}" for key in report_page.ROUGE_KEYS] if run.rouge else ["-"] * 4
+        rouge = [f"{100 * run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
         found = run.sparsity
         rows.append(
             [

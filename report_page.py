@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rouge import ROUGE_TYPES
 from utils import atomic_path
 
-ROUGE_KEYS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 ROUGE_NAMES = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum")
 COLOURS = ("#6b7785", "#c8553d", "#2a7f62", "#3f6fb5", "#8a5fa8", "#b0892b", "#4d9fa8")
 
@@ -79,16 +79,16 @@ def plot_scores(runs, path: Path) -> Path:
     scored = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.rouge]
     width = 0.8 / max(1, len(scored))
     for number, (run, colour) in enumerate(scored):
-        places = [group + (number - (len(scored) - 1) / 2) * width for group in range(len(ROUGE_KEYS))]
-        values = [100 * run.rouge[key] for key in ROUGE_KEYS]
+        places = [group + (number - (len(scored) - 1) / 2) * width for group in range(len(ROUGE_TYPES))]
+        values = [100 * run.rouge[key] for key in ROUGE_TYPES]
         intervals = run.rouge.get("confidence_intervals_95", {})
-        ends = [[100 * end for end in intervals[key]] if key in intervals else None for key in ROUGE_KEYS]
+        ends = [[100 * end for end in intervals[key]] if key in intervals else None for key in ROUGE_TYPES]
         right.bar(places, values, width * 0.92, color=colour, label=run.name)
         for place, value, pair in zip(places, values, ends, strict=True):
             if pair:
                 errors = [[max(0, value - pair[0])], [max(0, pair[1] - value)]]
                 right.errorbar(place, value, errors, color="#1d2733", linewidth=1, capsize=2)
-    right.set_xticks(range(len(ROUGE_KEYS)), ROUGE_NAMES)
+    right.set_xticks(range(len(ROUGE_TYPES)), ROUGE_NAMES)
     right.set_title("ROUGE F-measure in percent, 95% intervals (higher is better)", fontsize=10.5)
     if scored:
         right.legend(frameon=False, ncols=len(scored), fontsize=9)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils import sparse_masks
+
 
 def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
     """Tell accelerate, by the variables that its own launcher sets, to shard with FSDP2. Call before the Trainer."""
@@ -114,8 +116,7 @@ def full_state(accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) ->
         if key not in seen:
             seen[key] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype)).clone()
         state[name] = seen[key]
-    for name, mask in state.items():
-        if name.endswith("._weight_mask"):
-            # masked_fill_ writes +0.0 where a product with the mask would leave -0.0 for negative weights
-            state[name.removesuffix("_weight_mask") + "weight"].masked_fill_(~mask, 0.0)
+    for _, weight, mask in sparse_masks(state):
+        # masked_fill_ writes +0.0 where a product with the mask would leave -0.0 for negative weights
+        weight.masked_fill_(~mask, 0.0)
     return state

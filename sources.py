@@ -18,6 +18,8 @@ from utils import DEFAULT_INSTRUCTION, UserError, first_line, read_json
 
 Triple = tuple[str, str, str]
 
+CNN_DAILYMAIL = ("abisee/cnn_dailymail", "3.0.0")  # hub id, configuration
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 INPUT_COLUMNS = ("input", "article", "document", "text")
 OUTPUT_COLUMNS = ("output", "highlights", "summary", "abstract")
@@ -42,7 +44,7 @@ def hub_triples(split: str, instruction: str | None = None) -> Iterator[Triple]:
 
     count = 0
     try:
-        for row in load_dataset("abisee/cnn_dailymail", "3.0.0", split=split, streaming=True):
+        for row in load_dataset(*CNN_DAILYMAIL, split=split, streaming=True):
             yield row["article"], row["highlights"], instruction or DEFAULT_INSTRUCTION
             count += 1
     except Exception as error:  # the network stack below datasets raises errors of a dozen unrelated classes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, bf16_is_faster
 
 # ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
 # early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.
@@ -192,11 +192,6 @@ def sparsegpt_unstructured(
 
 
 # ----------------------------------------------------------------------------------- mask search, refit
-
-
-def bf16_is_faster(device: torch.device) -> bool:
-    """Whether matrix products gain by bfloat16 factors: on any GPU, and on a CPU with instructions for them."""
-    return device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def admm(weight: Tensor, hessian: Tensor, start: Tensor, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:

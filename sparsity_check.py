@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -75,6 +75,12 @@ def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = 
         under_mask=under_mask,
         kernels=kernel_support(*weight.shape, stored),
     )
+
+
+def zero_totals(reports: Iterable[MatrixReport]) -> tuple[int, float]:
+    """Elements of all matrices together, and how many of them are zero."""
+    sizes = [(report.shape[0] * report.shape[1], report.zero_share) for report in reports]
+    return sum(size for size, _ in sizes), sum(size * share for size, share in sizes)
 
 
 def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[MatrixReport]:

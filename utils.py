@@ -287,6 +287,10 @@ def token_blocks(tokenizer, texts: list[str], block_size: int, limit: int | None
         stream.append(tokenizer.eos_token_id)
         if limit is not None and len(stream) >= limit * block_size:
             break
+    return _cut_blocks(stream, block_size, limit)
+
+
+def _cut_blocks(stream: list[int], block_size: int, limit: int | None) -> torch.Tensor:
     blocks = len(stream) // block_size
     if limit is not None:
         blocks = min(blocks, limit)
@@ -324,10 +328,7 @@ def sample_blocks(tokenizer, texts: list[str], block_size: int, limit: int, seed
     for tokens in ids:
         start = rng.randrange(max(0, len(tokens) - share) + 1)
         stream += tokens[start : start + share]
-    blocks = min(limit, len(stream) // block_size)
-    if blocks == 0:
-        raise UserError(f"the text has only {len(stream)} tokens, less than one block of {block_size}")
-    return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
+    return _cut_blocks(stream, block_size, limit)
 
 
 # --------------------------------------------------------------------------------------------- prompt
@@ -377,6 +378,12 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name} does not exist: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether matrix products gain by bfloat16 factors: on any GPU, and on a CPU with instructions for them."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def load_config(model: str, trust_remote_code: bool = False):
@@ -535,6 +542,19 @@ def restore_sparse(model, path: str | Path, fold: bool = False):
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
     return modelopt.torch.sparsity.export(model) if fold else model
+
+
+def load_for_inference(model: str, dtype: str | None, state: str | Path | None, trust_remote_code: bool = False):
+    """The dense model, or with the path of a state the sparse one with its masks folded in, on the CPU.
+
+    Args:
+        dtype: a key of DTYPES; None keeps the checkpoint's own.
+
+    Raises:
+        UserError: as `load_model` and `restore_sparse`.
+    """
+    loaded = load_model(model, DTYPES[dtype] if dtype else "auto", trust_remote_code)
+    return restore_sparse(loaded, state, fold=True) if state else loaded
 
 
 def sparse_masks(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sparsity_check import DENSE_BY_DESIGN, MatrixReport, inspect_path
+from sparsity_check import DENSE_BY_DESIGN, MatrixReport, inspect_path, zero_totals
 from utils import UserError, prepare_output_dir, run_cli, save_json
 
 
@@ -53,8 +53,7 @@ def print_row(report: MatrixReport, width: int) -> None:
 
 
 def print_summary(reports: list[MatrixReport]) -> None:
-    elements = sum(report.shape[0] * report.shape[1] for report in reports)
-    zeros = sum(report.zero_share * report.shape[0] * report.shape[1] for report in reports)
+    elements, zeros = zero_totals(reports)
     count = sum(report.is_2_4 for report in reports)
     ready = sum(report.is_2_4 and bool(report.kernels) for report in reports)
     under = sum(report.under_mask for report in reports)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from machine import describe_machine  # noqa: E402
+
 import utils  # noqa: E402
-from sparsegpt import bf16_is_faster  # noqa: E402
 
 ARMS = ("dense", "modelopt", "balanced", "fast", "reference", "best")
 
@@ -105,7 +105,7 @@ def run_arm(args: argparse.Namespace) -> dict:
         held_out = utils.read_texts(args.data / "heldout.jsonl")
         papers = utils.sample_blocks(tokenizer, held_out, args.length, args.eval_size, 0)
         other = utils.token_blocks(tokenizer, [manual], args.length, args.eval_size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(torch.device("cpu"))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=utils.bf16_is_faster(torch.device("cpu"))):
             result["papers"] = utils.perplexity(model, papers, torch.device("cpu"))
             result["manual"] = utils.perplexity(model, other, torch.device("cpu"))
     return result
@@ -159,9 +159,7 @@ def main() -> None:
     if args.arm:
         print(json.dumps(run_arm(args)))
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", flush=True
-    )
+    print(describe_machine(torch.device("cpu")), flush=True)
     results = {arm: measure(arm, args) for arm in args.arms}
     print_table(results)
     for arm in args.double:
