@@ -22,7 +22,8 @@ from typing import TextIO
 from tqdm import tqdm
 
 import sources
-from utils import UserError, atomic_path, lock_output_dir, prepare_output_dir, run_cli, valid_unicode
+from text_input import valid_unicode
+from utils import UserError, atomic_path, lock_output_dir, prepare_output_dir, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:

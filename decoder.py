@@ -7,15 +7,20 @@ calibration data on its way from layer to layer.
 from __future__ import annotations
 
 import fnmatch
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model_io import bf16_is_faster
 from sparsegpt import Pattern
-from utils import UserError, bf16_is_faster
+from utils import UserError
 
 
 class Stop(Exception):
@@ -170,10 +175,20 @@ class Stream:
     """The calibration set on its way through the model: hidden states per batch, in CPU memory, pinned for CUDA.
 
     Batches without padding and of one shape share their layers' arguments; others keep their own.
+
+    Args:
+        folder: keep the hidden states in files here instead, which have no names and vanish with the process.
     """
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, batches: list[dict[str, Tensor]], device: torch.device):
-        self.device = device
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: nn.ModuleList,
+        batches: list[dict[str, Tensor]],
+        device: torch.device,
+        folder: Path | None = None,
+    ):
+        self.device, self.folder = device, folder
         self.hidden: list[Tensor] = []
         self.keep: list[Tensor | None] = []  # bool [batch · length], False on padding
         self.calls: list[list[tuple[tuple, dict]]] = []
@@ -190,9 +205,18 @@ class Stream:
             self.calls.append(calls if padded else seen.setdefault(hidden.shape, calls))
 
     def store(self, hidden: Tensor) -> Tensor:
-        """Bring activations to where the stream keeps them."""
-        hidden = hidden.detach().to("cpu")
-        return hidden.pin_memory() if self.device.type == "cuda" else hidden
+        """Bring activations to where the stream keeps them: memory, or a file that is mapped."""
+        hidden = hidden.detach()
+        if self.folder:
+            with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+                # A mapped file that outgrows the disk would end the process with SIGBUS; this raises OSError.
+                os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
+                mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+            return mapped.view(hidden.shape).copy_(hidden)
+        if self.device.type == "cpu":
+            return hidden.to("cpu")
+        # Only the device reads it again, in the order of its stream, so that nothing needs to wait for the copy.
+        return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden, non_blocking=True)
 
     def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """Output [batch, length, width] of decoder layer `index` for one batch (on the stream, or on `hidden`)."""
@@ -211,6 +235,29 @@ class Stream:
         """Replace each of `hidden` (one per batch) by the layer's output for it."""
         for batch in range(len(hidden)):
             hidden[batch] = self.store(self.run(layer, index, batch, hidden[batch]))
+
+
+class Delivery:
+    """Decoder layers on their way to the device; on CUDA the next one is meanwhile read into pinned memory."""
+
+    def __init__(self, layers: nn.ModuleList, device: torch.device):
+        self.layers, self.device = layers, device
+        self.reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self.reading: Future | None = None
+
+    def bring(self, index: int) -> nn.Module:
+        """Decoder layer `index`, on the device."""
+        if self.reading:
+            self.reading.result()
+        layer = self.layers[index].to(self.device, non_blocking=True)
+        if self.reader and index + 1 < len(self.layers):
+            self.reading = self.reader.submit(_pin, self.layers[index + 1])
+        return layer
+
+
+def _pin(layer: nn.Module) -> None:
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data = tensor.data.pin_memory()
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

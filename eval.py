@@ -13,7 +13,6 @@ fractions between 0 and 1.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,25 +27,11 @@ from generation import (
     length_sorted_batches,
     run_key,
 )
+from model_io import DTYPES, check_lengths, load_config, load_for_inference, load_tokenizer
+from processes import fail_together, start_processes
 from rouge import ROUGE_TYPES, bootstrap_interval, rouge_f_measures
-from utils import (
-    DTYPES,
-    PROMPT_HEAD,
-    PROMPT_TAIL,
-    UserError,
-    check_lengths,
-    encode_prompt,
-    fail_together,
-    load_config,
-    load_for_inference,
-    load_tokenizer,
-    prepare_output_dir,
-    read_records,
-    require_file,
-    resolve_device,
-    run_cli,
-    save_json,
-)
+from text_input import PROMPT_HEAD, PROMPT_TAIL, encode_prompt, read_records
+from utils import UserError, prepare_output_dir, require_file, run_cli, save_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,21 +72,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.limit is not None and arguments.limit < 1:
         parser.error("--limit must be at least 1")
     return arguments
-
-
-def start_processes(device: str):
-    """Join the process group that accelerate launch describes in the environment, or be the only process."""
-    from datetime import timedelta
-
-    from accelerate import PartialState
-    from transformers.utils.logging import disable_progress_bar
-
-    cpu = resolve_device(device).type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    # Fast processes wait at the end for slow ones, longer than the usual ten minutes if need be.
-    process = PartialState(cpu=cpu, timeout=timedelta(hours=2))
-    if not process.is_main_process:
-        disable_progress_bar()
-    return process
 
 
 def settings_key(arguments: argparse.Namespace, records: list[dict[str, str]], config, device: torch.device) -> str:

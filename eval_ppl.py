@@ -20,23 +20,9 @@ from typing import Any
 
 import torch
 
-from utils import (
-    DTYPES,
-    UserError,
-    check_lengths,
-    first_line,
-    load_config,
-    load_for_inference,
-    load_tokenizer,
-    perplexity,
-    prepare_output_dir,
-    read_texts,
-    require_file,
-    resolve_device,
-    run_cli,
-    save_json,
-    token_blocks,
-)
+from model_io import DTYPES, check_lengths, load_config, load_for_inference, load_tokenizer, perplexity, resolve_device
+from text_input import read_texts, token_blocks
+from utils import UserError, first_line, prepare_output_dir, require_file, run_cli, save_json
 
 
 def parse_arguments() -> argparse.Namespace:

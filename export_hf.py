@@ -21,21 +21,9 @@ import torch
 
 from companions import source_folder, write_companions
 from model_card import load_figures, write_model_card
+from model_io import DTYPES, check_state_fits, empty_model, load_config, load_state, load_tokenizer, sparse_masks
 from sparsity_check import inspect_path
-from utils import (
-    DTYPES,
-    UserError,
-    check_state_fits,
-    empty_model,
-    first_line,
-    load_config,
-    load_state,
-    load_tokenizer,
-    prepare_output_dir,
-    run_cli,
-    save_json,
-    sparse_masks,
-)
+from utils import UserError, first_line, prepare_output_dir, run_cli, save_json
 
 
 def parse_arguments() -> argparse.Namespace:

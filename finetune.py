@@ -16,25 +16,20 @@ import sys
 from pathlib import Path
 
 import sat_memory
-from sat_arguments import check_arguments, parse_arguments, training_arguments
-from utils import (
+from model_io import (
     DTYPES,
-    UserError,
     bf16_is_faster,
     check_lengths,
-    fail_together,
     load_config,
     load_model,
     load_state,
     load_tokenizer,
-    lock_output_dir,
-    prepare_output_dir,
-    require_file,
     restore_sparse,
-    run_cli,
-    save_torch,
     sparse_masks,
 )
+from processes import fail_together, start_processes
+from sat_arguments import check_arguments, parse_arguments, training_arguments
+from utils import UserError, lock_output_dir, prepare_output_dir, require_file, run_cli, save_torch
 
 STATE_NAME = "finetuned_modelopt_state.pth"
 
@@ -173,8 +168,6 @@ def main() -> None:
         return
 
     import modelopt.torch.opt as mto
-    import torch
-    from accelerate import PartialState
     from transformers.utils import logging
 
     import sat_data
@@ -186,7 +179,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving, which take a moment; tokenizing and training keep theirs
-    process = PartialState(cpu=not torch.cuda.is_available())
+    process = start_processes("auto")
     sharded = process.num_processes > 1 and arguments.fsdp == "auto"
 
     # Phase 2: data, tokenized by the main process while the others wait and then read its cache.

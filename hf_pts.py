@@ -14,22 +14,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+import model_io
 import pts_report
+import text_input
 import utils
 from checkpoint import LayerStore
 from decoder import choose_linears, decoder_layers
 from layerwise import QUALITY, Recipe, peak_memory_mib, prune_model
+from model_io import DTYPES
+from processes import fail_together, start_processes, told_by_main
 from pts_state import logits_of, save_state, verify
 from sources import CNN_DAILYMAIL
 from sparsegpt import Pattern
-from utils import DTYPES, UserError
+from utils import UserError
 
 METHODS = {"sparsegpt": "sparsegpt", "sparse_magnitude": "magnitude", "wanda": "wanda"}
 
@@ -55,6 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         "--batch_size", type=int, default=1, help="sequences per forward pass; more is faster and takes more memory"
     )
     group.add_argument("--seed", type=int, default=0, help="order in which calibration texts are drawn")
+    group.add_argument(
+        "--activations_dir", help="folder for hidden states, which else stay in memory (--dry_run tells their size)"
+    )
     group = parser.add_argument_group("pruning")
     group.add_argument(
         "--sparsity_fmt", choices=METHODS, default="sparsegpt", help="wanda and sparse_magnitude only choose masks"
@@ -96,6 +102,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.model_max_length < 2:
         raise UserError("--model_max_length must be at least 2")
+    if args.percdamp is not None and args.sparsity_fmt != "sparsegpt":
+        raise UserError(f"--percdamp has no meaning for --sparsity_fmt {args.sparsity_fmt}; leave it out")
     if args.percdamp is not None and not 0 < args.percdamp <= 1:
         raise UserError(f"--percdamp must be above 0 and at most 1, got {args.percdamp}")
 
@@ -103,7 +111,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def calibration_texts(args: argparse.Namespace) -> list[str]:
     """The user's texts, or articles of cnn_dailymail's training split (evaluation uses its test split)."""
     if args.calib_data:
-        return utils.read_texts(args.calib_data)
+        return text_input.read_texts(args.calib_data)
     from datasets import load_dataset
 
     try:
@@ -118,24 +126,11 @@ def calibration_texts(args: argparse.Namespace) -> list[str]:
         ) from error
 
 
-def join_processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes; under torchrun each process takes the GPU of its local rank."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return utils.resolve_device(args.device), 0, 1
-    device = utils.resolve_device(args.device)
-    if device.type == "cuda":
-        device = utils.resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), world
-
-
 def load_calibration(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
     """Batches {"input_ids": [batch_size, model_max_length]} of full sequences."""
-    tokenizer = utils.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    tokenizer = model_io.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     texts = calibration_texts(args)
-    blocks = utils.sample_blocks(tokenizer, texts, args.model_max_length, args.calib_size, args.seed)
+    blocks = text_input.sample_blocks(tokenizer, texts, args.model_max_length, args.calib_size, args.seed)
     if len(blocks) < args.calib_size:
         print(f"warning: the text gives {len(blocks)} sequences of {args.model_max_length}, not {args.calib_size}")
     return [{"input_ids": batch} for batch in blocks.split(args.batch_size)]
@@ -162,70 +157,90 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, batches: list[dict[str
     return digest.hexdigest()
 
 
-def main() -> None:
-    args = parse_arguments()
-    check_arguments(args)
-    recipe = make_recipe(args)
-    device, rank, world = join_processes(args)
-    output_dir = utils.prepare_output_dir(args.output_dir)
-    started = time.perf_counter()
-
-    if args.dry_run:
-        config = utils.load_config(args.model_name_or_path, args.trust_remote_code)
-        model = utils.empty_model(config, DTYPES[args.dtype], args.trust_remote_code)
-    else:
-        model = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+def describe(model, args: argparse.Namespace, recipe: Recipe) -> None:
+    """Print what will be pruned and what stays dense."""
     chosen, left_dense = choose_linears(model, recipe.pattern, args.ignore)
-    if rank == 0:
-        print(
-            f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}"
-        )
-        print(pts_report.describe_dense(left_dense), end="")
-    if args.dry_run:
-        calibration = (args.calib_size, args.model_max_length, args.batch_size)
-        print(pts_report.estimate(model, recipe, args.ignore, calibration, device.type))
-        return
+    print(f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}")
+    print(pts_report.describe_dense(left_dense), end="")
 
-    if rank == 0:
-        utils.lock_output_dir(output_dir)
-    batches = load_calibration(args)
-    torch.manual_seed(args.seed)
-    store = LayerStore(output_dir / "pts_resume", fingerprint(args, recipe, batches, model), writer=rank == 0)
-    if world > 1:
-        if len(batches) < world:
-            raise UserError(
-                f"{len(batches)} calibration batches cannot be shared by {world} processes; raise --calib_size"
-            )
-        dist.barrier()  # the others read the store only when rank 0 has made it
-        batches = batches[: len(batches) // world * world][rank::world]
-    rows: list[dict] = []
 
-    def on_rows(new: list[dict]) -> None:
-        rows[:] = new
-        if rank != 0:
-            return
-        with utils.atomic_path(output_dir / "pts_layers.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def share(batches: list[dict[str, torch.Tensor]], process) -> list[dict[str, torch.Tensor]]:
+    """This process's part of the calibration batches, as many as every other's."""
+    world = process.num_processes
+    if len(batches) < world:
+        raise UserError(f"{len(batches)} calibration batches cannot be shared by {world} processes; raise --calib_size")
+    return batches[: len(batches) // world * world][process.process_index :: world]
 
-    masks = prune_model(model, batches, recipe, device, store, args.ignore, on_rows)
-    seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
 
-    if world > 1:
-        dist.destroy_process_group()
-        if rank != 0:
-            return
-    path = output_dir / "pts_modelopt_state.pth"
-    probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
+def save_result(args: argparse.Namespace, recipe: Recipe, model, masks, rows: list[dict], probe) -> Path:
+    """Print the table of errors and write the state, which replaces an earlier one only if it restores."""
+    path = Path(args.output_dir) / "pts_modelopt_state.pth"
     expected = logits_of(model, probe)
     if not torch.isfinite(expected).all():
         raise UserError(f"the pruned model's logits are not finite in {args.dtype}; try --dtype bf16 or fp32")
     print(pts_report.error_table(rows))
     print(pts_report.sparsity_line(masks, model))
-    with utils.atomic_path(path) as temporary:  # an earlier state is replaced only by one that restores
+    with utils.atomic_path(path) as temporary:
         save_state(model, masks, temporary)
-        del model, masks
-        restored = utils.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+        model.to("meta")  # the restored one takes its memory
+        restored = model_io.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
         verify(restored, temporary, recipe.pattern, probe, expected)
+    return path
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_arguments(args)
+    recipe = make_recipe(args)
+    process = start_processes(args.device)
+    device = process.device if process.num_processes > 1 else model_io.resolve_device(args.device)
+    started = time.perf_counter()
+
+    # Phase 1: model and calibration text.
+    with fail_together(process):
+        output_dir = utils.prepare_output_dir(args.output_dir)
+        if args.activations_dir:
+            utils.prepare_output_dir(args.activations_dir)
+        config = model_io.load_config(args.model_name_or_path, args.trust_remote_code)
+        model_io.check_lengths(config, {"--model_max_length": args.model_max_length})
+        if args.dry_run:
+            model = model_io.empty_model(config, DTYPES[args.dtype], args.trust_remote_code)
+        else:
+            model = model_io.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+        if process.is_main_process:
+            describe(model, args, recipe)
+    if args.dry_run:
+        calibration = (args.calib_size, args.model_max_length, args.batch_size)
+        process.print(pts_report.estimate(model, recipe, args.ignore, calibration, device.type))
+        return
+    with fail_together(process):
+        if process.is_main_process:
+            utils.lock_output_dir(output_dir)
+        batches = load_calibration(args)
+        own = share(batches, process)
+        key = fingerprint(args, recipe, batches, model)
+        store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
+
+    # Phase 2: pruning, with a log line of every layer as it is finished.
+    rows: list[dict] = []
+
+    def on_rows(new: list[dict]) -> None:
+        rows[:] = new
+        if process.is_main_process:
+            with utils.atomic_path(output_dir / "pts_layers.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    torch.manual_seed(args.seed)
+    with told_by_main(process):
+        masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir)
+    seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
+    process.destroy_process_group()
+    if not process.is_main_process:
+        return
+
+    # Phase 3: the state.
+    probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
+    path = save_result(args, recipe, model, masks, rows, probe)
     store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")
     print(f"saved {path}; restored into a fresh model it gives identical logits")

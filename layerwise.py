@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import LayerStore
-from decoder import Stop, Stream, choose_linears, decoder_layers, shared_inputs
+from decoder import Delivery, Stop, Stream, choose_linears, decoder_layers, shared_inputs
 from sparsegpt import (
     Pattern,
     admm,
@@ -341,6 +342,7 @@ def prune_model(
     store: LayerStore,
     ignore: list[str] = (),
     on_rows: Callable[[list[dict]], None] = lambda rows: None,
+    activations_dir: Path | None = None,
 ) -> dict[str, Tensor]:
     """Prune every decoder layer of `model` (on the CPU, in eval mode) in place.
 
@@ -349,6 +351,7 @@ def prune_model(
             attention_mask. With torch.distributed initialized, this process's share of the calibration set.
         store: takes every finished layer, and supplies the ones that an earlier run finished.
         on_rows: called after each layer with all log rows so far.
+        activations_dir: folder for hidden states, which are otherwise kept in CPU memory.
 
     Returns:
         mask [out, in] (bool, True is kept) by name of the linear layer.
@@ -362,7 +365,7 @@ def prune_model(
     chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
     plan = shared_inputs(model, chosen)
     modules = dict(layers.named_modules(prefix=prefix))
-    stream = Stream(model, layers, batches, device)
+    stream, delivery = Stream(model, layers, batches, device, activations_dir), Delivery(layers, device)
     # Hidden states of the dense model: a stream of their own where the pruned model's are needed beside them.
     dense_hidden = list(stream.hidden) if recipe.asymmetric else stream.hidden if recipe.dense_inputs else None
     masks: dict[str, Tensor] = {}
@@ -372,11 +375,12 @@ def prune_model(
         started = time.perf_counter()
         groups = [{name: modules[name] for name in names} for names in plan[index]]
         done = store.has(index)
+        if not done or dense_hidden is not None:
+            delivery.bring(index)
         if not done:
             check_weights(groups)
         known: list[Statistics] = []
         if dense_hidden is not None:
-            layer.to(device)
             early = groups[:-1] if recipe.asymmetric else groups
             early = early if recipe.dense_inputs and not done else []
             known = collect(stream, layer, index, early, advance=dense_hidden)
@@ -387,7 +391,6 @@ def prune_model(
                 stream.advance(layer, index, stream.hidden)
                 layer.to("cpu")
         else:
-            layer.to(device)
             layer_masks, layer_rows = prune_layer(stream, layer, index, groups, known, dense_hidden, recipe)
             layer.to("cpu")
             for row in layer_rows:

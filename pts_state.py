@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model_io import restore_sparse, sparse_masks
 from sparsegpt import Pattern
-from utils import UserError, restore_sparse, sparse_masks
+from utils import UserError
 
 
 def save_state(model, masks: dict[str, Tensor], path: Path) -> None:

@@ -16,17 +16,8 @@ from typing import Any
 
 import torch
 
-from utils import (
-    PROMPT_HEAD,
-    PROMPT_TAIL,
-    UserError,
-    encode_prompt,
-    first_line,
-    read_records,
-    read_texts,
-    require_file,
-    token_blocks,
-)
+from text_input import PROMPT_HEAD, PROMPT_TAIL, encode_prompt, read_records, read_texts, token_blocks
+from utils import UserError, first_line, require_file
 
 IGNORE = -100
 FORMAT = 2  # raise it when the layout of samples changes, so that older caches are not read

@@ -65,7 +65,7 @@ def settings_of(arguments: argparse.Namespace, precision: str) -> Settings:
 def model_shapes(config, trust_remote_code: bool = False) -> Shapes:
     """Read the shapes off a model built without memory for its weights."""
     from decoder import decoder_layers
-    from utils import empty_model
+    from model_io import empty_model
 
     model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = decoder_layers(model)[1]

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import sat_checkpoints
+from processes import told_by_main
 from utils import UserError, read_json, save_json
 
 PIECE = 1 << 16  # bytes
@@ -109,11 +109,7 @@ def explain_failures(trainer, advice) -> Iterator[None]:
         advice: called without arguments for a line on what to change when memory ran out.
     """
     try:
-        yield
-    except UserError:
-        if trainer.args.process_index == 0:
-            raise
-        trainer.accelerator.state.destroy_process_group()
-        sys.exit(1)  # the main process tells
+        with told_by_main(trainer.accelerator.state):
+            yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"CUDA ran out of memory at step {trainer.state.global_step + 1}. {advice()}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import sparse_masks
+from model_io import sparse_masks
 
 
 def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from utils import DEFAULT_INSTRUCTION, UserError, first_line, read_json
+from text_input import DEFAULT_INSTRUCTION
+from utils import UserError, first_line, read_json
 
 Triple = tuple[str, str, str]
 

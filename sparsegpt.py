@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils import UserError, bf16_is_faster
+from model_io import bf16_is_faster
+from utils import UserError
 
 # ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
 # early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.

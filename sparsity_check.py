@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, first_line, load_state, read_json
+from model_io import load_state
+from utils import UserError, first_line, read_json
 
 # Token and position embeddings and output heads stay dense by design, whatever a model family calls them.
 DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"

@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from machine import describe_machine, settings  # noqa: E402
 
+import model_io  # noqa: E402
+import text_input  # noqa: E402
 import utils  # noqa: E402
 from generation import beam_search_config, generate_batch, length_sorted_batches  # noqa: E402
 
@@ -46,16 +48,16 @@ def main() -> None:
     parser.add_argument("--beam_size", type=int, default=4)
     parser.add_argument("--model_max_length", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=64, help="per example, neither more nor less")
-    parser.add_argument("--dtype", choices=utils.DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=model_io.DTYPES, default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", metavar="FILE", help="JSON file for the figures")
     arguments = parser.parse_args()
 
-    device = utils.resolve_device(arguments.device)
-    records = utils.read_records(arguments.data_path)[: arguments.examples]
-    tokenizer = utils.load_tokenizer(arguments.model_dir)
-    prompts = [utils.encode_prompt(tokenizer, record, arguments.model_max_length) for record in records]
-    model = utils.load_model(arguments.model_dir, utils.DTYPES[arguments.dtype]).to(device)
+    device = model_io.resolve_device(arguments.device)
+    records = text_input.read_records(arguments.data_path)[: arguments.examples]
+    tokenizer = model_io.load_tokenizer(arguments.model_dir)
+    prompts = [text_input.encode_prompt(tokenizer, record, arguments.model_max_length) for record in records]
+    model = model_io.load_model(arguments.model_dir, model_io.DTYPES[arguments.dtype]).to(device)
     config = beam_search_config(model, tokenizer, arguments.beam_size, arguments.new_tokens, arguments.new_tokens)
     arms = {
         "one by one": [[index] for index in range(len(prompts))],

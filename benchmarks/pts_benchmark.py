@@ -27,6 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from machine import describe_machine  # noqa: E402
 
+import model_io  # noqa: E402
+import text_input  # noqa: E402
 import utils  # noqa: E402
 
 ARMS = ("dense", "modelopt", "balanced", "fast", "reference", "best")
@@ -83,14 +85,16 @@ def run_arm(args: argparse.Namespace) -> dict:
     """Prune with one arm in this process and measure it."""
     import pydoc_data.topics
 
-    tokenizer = utils.load_tokenizer(args.model)
-    model = utils.load_model(args.model, torch.float32)
+    tokenizer = model_io.load_tokenizer(args.model)
+    model = model_io.load_model(args.model, torch.float32)
     if args.arm == "modelopt":
         import modelopt.torch.sparsity  # noqa: F401  its import is not part of the pruning
     if args.deepen > 1:
         model = deepen(model, args.deepen)
-    calibration = utils.read_texts(args.data / "calib.jsonl")
-    batches = list(utils.sample_blocks(tokenizer, calibration, args.length, args.calib_size, 0).split(args.batch_size))
+    calibration = text_input.read_texts(args.data / "calib.jsonl")
+    batches = list(
+        text_input.sample_blocks(tokenizer, calibration, args.length, args.calib_size, 0).split(args.batch_size)
+    )
     model(batches[0][:1, :64])  # let the libraries take their working memory before the measurement begins
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before, started = memory_kib("VmRSS"), time.perf_counter()
@@ -102,12 +106,12 @@ def run_arm(args: argparse.Namespace) -> dict:
     }
     if args.deepen == 1:
         manual = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-        held_out = utils.read_texts(args.data / "heldout.jsonl")
-        papers = utils.sample_blocks(tokenizer, held_out, args.length, args.eval_size, 0)
-        other = utils.token_blocks(tokenizer, [manual], args.length, args.eval_size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=utils.bf16_is_faster(torch.device("cpu"))):
-            result["papers"] = utils.perplexity(model, papers, torch.device("cpu"))
-            result["manual"] = utils.perplexity(model, other, torch.device("cpu"))
+        held_out = text_input.read_texts(args.data / "heldout.jsonl")
+        papers = text_input.sample_blocks(tokenizer, held_out, args.length, args.eval_size, 0)
+        other = text_input.token_blocks(tokenizer, [manual], args.length, args.eval_size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=model_io.bf16_is_faster(torch.device("cpu"))):
+            result["papers"] = model_io.perplexity(model, papers, torch.device("cpu"))
+            result["manual"] = model_io.perplexity(model, other, torch.device("cpu"))
     return result
 
 

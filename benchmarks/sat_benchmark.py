@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 from machine import describe_machine  # noqa: E402
 
+import model_io  # noqa: E402
 import sat_data  # noqa: E402
+import text_input  # noqa: E402
 import utils  # noqa: E402
 from sat_trainer import read_log  # noqa: E402
 
@@ -50,17 +52,17 @@ def train(arguments: argparse.Namespace, folder: Path, *more) -> list[dict]:
 
 def held_out_perplexity(arguments: argparse.Namespace, blocks: torch.Tensor, state: Path | None) -> float:
     """Perplexity on blocks [N, T] of the dense model, or with a state; all arms in the same arithmetic."""
-    device = utils.resolve_device("auto")
-    model = utils.load_model(arguments.model, torch.float32)
-    model = utils.restore_sparse(model, state) if state else model
+    device = model_io.resolve_device("auto")
+    model = model_io.load_model(arguments.model, torch.float32)
+    model = model_io.restore_sparse(model, state) if state else model
     with torch.autocast(device.type, torch.bfloat16):
-        return utils.perplexity(model.to(device), blocks, device)
+        return model_io.perplexity(model.to(device), blocks, device)
 
 
 def recovery(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Perplexity and share regained of every arm."""
-    tokenizer = utils.load_tokenizer(arguments.model)
-    blocks = utils.token_blocks(tokenizer, utils.read_texts(arguments.heldout), arguments.context)
+    tokenizer = model_io.load_tokenizer(arguments.model)
+    blocks = text_input.token_blocks(tokenizer, text_input.read_texts(arguments.heldout), arguments.context)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     blocks = blocks[order[: arguments.blocks]]
     dense = held_out_perplexity(arguments, blocks, None)
@@ -92,11 +94,11 @@ def recovery(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, f
 
 def throughput(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Useful tokens per second and final evaluation loss of the ways to batch, over one epoch of the records."""
-    tokenizer = utils.load_tokenizer(arguments.model)
+    tokenizer = model_io.load_tokenizer(arguments.model)
     data = work / "records"
     data.mkdir()
     for name, count in (("cnn_train.json", arguments.records), ("cnn_eval.json", 8)):
-        utils.save_json(utils.read_records(Path(arguments.data_path) / name)[:count], data / name)
+        utils.save_json(text_input.read_records(Path(arguments.data_path) / name)[:count], data / name)
     samples = sat_data.load_records(tokenizer, data / "cnn_train.json", arguments.max_length, work / "cache", 1)
     in_a_row = len(samples) / len(sat_data.Packed(samples, arguments.max_length))
     packed_bs = max(1, round(arguments.train_bs / in_a_row))
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE", help="JSON file for the figures")
     arguments = parser.parse_args()
 
-    results: dict = {"machine": describe_machine(utils.resolve_device("auto")), "arguments": vars(arguments)}
+    results: dict = {"machine": describe_machine(model_io.resolve_device("auto")), "arguments": vars(arguments)}
     with tempfile.TemporaryDirectory() as work:
         for part in arguments.parts:
             results[part] = globals()[part](arguments, Path(work))

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import describe_machine, settings  # noqa: E402
 
+import model_io  # noqa: E402
 import utils  # noqa: E402
 from sparsity_check import is_2_4, kernel_support  # noqa: E402
 
@@ -203,8 +204,8 @@ def main() -> None:
         print(f"nothing to measure: {reason}. 2:4 kernels exist only for NVIDIA GPUs from Ampere on; elsewhere a 2:4")
         print("model runs exactly as fast as a dense one.")
         return
-    device = utils.resolve_device(arguments.device)
-    model = utils.load_model(arguments.model_dir, utils.DTYPES[arguments.dtype]).to(device)
+    device = model_io.resolve_device(arguments.device)
+    model = model_io.load_model(arguments.model_dir, model_io.DTYPES[arguments.dtype]).to(device)
     print(f"{describe_machine(device)}; {arguments.dtype}")
     shapes: dict[tuple[int, int], torch.Tensor] = {}
     for layer in linear_layers(model).values():
@@ -222,7 +223,7 @@ def main() -> None:
     usable = {name for row in products for name in backends() if f"{name}_ms" in row}
     models = []
     for name in sorted(usable):
-        fresh = utils.load_model(arguments.model_dir, utils.DTYPES[arguments.dtype]).to(device)
+        fresh = model_io.load_model(arguments.model_dir, model_io.DTYPES[arguments.dtype]).to(device)
         for layer in linear_layers(fresh).values():
             layer.weight.data = layer.weight.data if is_2_4(layer.weight) else prune_by_magnitude(layer.weight.data)
         models.append(compare_models(fresh, name, backends()[name], arguments))

@@ -11,7 +11,8 @@ import pytest
 import data_prep
 import sources
 import utils
-from utils import DEFAULT_INSTRUCTION, UserError, read_records, read_texts
+from text_input import DEFAULT_INSTRUCTION, read_records, read_texts
+from utils import UserError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import torch
 from conftest import TEXTS, assert_clear_error, tiny_llama
 from forked import dies_replacing, run_forked, small_files
 
-import utils
+import model_io
 
 RECORD = {"instruction": "Summarize.", "input": TEXTS[0], "output": TEXTS[1]}
 
@@ -85,7 +85,7 @@ def run(files, tmp_path):
 def assert_loads(path: Path) -> None:
     """The file is whole: it opens as what its name says."""
     if path.suffix == ".pth":
-        assert utils.load_state(path)["model_state_dict"]
+        assert model_io.load_state(path)["model_state_dict"]
     elif path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -340,14 +340,14 @@ def test_damaged_predictions_log_is_made_anew(run):
 
 def test_damaged_resume_files_of_pruning_are_made_anew(run):
     assert run("PTS").returncode == 0
-    whole = utils.load_state(run.out / RESULTS["PTS"])["model_state_dict"]
+    whole = model_io.load_state(run.out / RESULTS["PTS"])["model_state_dict"]
     shutil.rmtree(run.out / "pts_resume", ignore_errors=True)
     run("PTS", setup=dies_replacing("pts_modelopt_state.pth"))
     files = sorted((run.out / "pts_resume").glob("*.safetensors"))
     files[0].write_bytes(files[0].read_bytes()[:100])
     result = run("PTS")
     assert result.returncode == 0, result.stderr
-    again = utils.load_state(run.out / RESULTS["PTS"])["model_state_dict"]
+    again = model_io.load_state(run.out / RESULTS["PTS"])["model_state_dict"]
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
@@ -401,7 +401,8 @@ def test_widths_that_four_does_not_divide(run, tmp_path, tokenizer):
     assert "Traceback" not in result.stderr
     if result.returncode == 0:
         masks = {
-            name for name, _, _ in utils.sparse_masks(utils.load_state(run.out / RESULTS["PTS"])["model_state_dict"])
+            name
+            for name, _, _ in model_io.sparse_masks(model_io.load_state(run.out / RESULTS["PTS"])["model_state_dict"])
         }
         assert not any("down_proj" in name for name in masks) and masks
 

@@ -17,7 +17,9 @@ import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_script, tiny_llama
 
 import finetune
+import model_io
 import sat_checkpoints
+import text_input
 import utils
 from sat_data import Collator
 from sat_loss import LossWeights, batch_loss
@@ -57,7 +59,7 @@ def finished(tmp_path_factory, model_dir, state_path, data_dir):
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return utils.load_state(folder / finetune.STATE_NAME)["model_state_dict"]
+    return model_io.load_state(folder / finetune.STATE_NAME)["model_state_dict"]
 
 
 def assert_same_weights(first: Path, second: Path, tolerance: float) -> None:
@@ -76,13 +78,13 @@ def test_saved_state_restores_and_masks_are_intact(finished, model_dir, state_pa
 
     folder, result = finished
     assert "100% of" in result.stdout
-    before = utils.load_state(state_path)["model_state_dict"]
+    before = model_io.load_state(state_path)["model_state_dict"]
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     mto.restore(model, folder / finetune.STATE_NAME)  # in the way modelopt documents, without our helpers
     after = weights_of(folder)
     assert after.keys() == before.keys()
     checked = 0
-    for name, weight, mask in utils.sparse_masks(after):
+    for name, weight, mask in model_io.sparse_masks(after):
         assert torch.equal(mask, before[name.removesuffix("weight") + "_weight_mask"])
         pruned = weight[~mask]
         assert (pruned == 0).all() and not torch.signbit(pruned).any()
@@ -116,8 +118,8 @@ def test_evaluation_loss_is_the_models_own(finished, model_dir, data_dir, tokeni
     from sat_data import encode_records
 
     folder, _ = finished
-    model = utils.restore_sparse(utils.load_model(str(model_dir)), folder / finetune.STATE_NAME)
-    samples = encode_records(tokenizer, utils.read_records(data_dir / "cnn_eval.json"), 400, 1)
+    model = model_io.restore_sparse(model_io.load_model(str(model_dir)), folder / finetune.STATE_NAME)
+    samples = encode_records(tokenizer, text_input.read_records(data_dir / "cnn_eval.json"), 400, 1)
     total = count = 0
     for sample in samples:
         ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
@@ -258,13 +260,13 @@ def test_two_sharded_processes_equal_one(finished, sharded):
 
 
 def test_sharded_run_saves_a_whole_state(sharded, model_dir, state_path):
-    before = utils.load_state(state_path)["model_state_dict"]
+    before = model_io.load_state(state_path)["model_state_dict"]
     after = weights_of(sharded[0])
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
-    for name, weight, mask in utils.sparse_masks(after):
+    for name, weight, mask in model_io.sparse_masks(after):
         assert torch.equal(mask, before[name.removesuffix("weight") + "_weight_mask"])
         assert (weight[~mask] == 0).all() and not torch.signbit(weight[~mask]).any()
-    utils.restore_sparse(utils.load_model(str(model_dir)), sharded[0] / finetune.STATE_NAME)
+    model_io.restore_sparse(model_io.load_model(str(model_dir)), sharded[0] / finetune.STATE_NAME)
 
 
 # -------------------------------------------------------------------------------------------------- options
@@ -284,12 +286,12 @@ def test_text_packing_distillation_and_best_checkpoint(run_here, tmp_path):
 def test_other_optimizers_leave_pruned_weights_at_zero(run_here, optimizer):
     more = ["--max_steps", 3, "--check_masks_every", 1, "--weight_decay", 0.5, "--train_bs", 2, "--max_length", 400]
     folder = run_here(*more, "--optim", optimizer)
-    for _, weight, mask in utils.sparse_masks(weights_of(folder)):
+    for _, weight, mask in model_io.sparse_masks(weights_of(folder)):
         assert (weight[~mask] == 0).all()
 
 
 def test_gradients_of_pruned_weights_are_zero(model_dir, state_path, tokenizer):
-    model = utils.restore_sparse(utils.load_model(str(model_dir)), state_path)
+    model = model_io.restore_sparse(model_io.load_model(str(model_dir)), state_path)
     ids = torch.arange(2, 30)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     for name, module in model.named_modules():
@@ -384,7 +386,7 @@ def test_state_of_another_model_is_refused(run_here, tmp_path, tokenizer):
 
 def test_state_without_masks_is_refused(run_here, tmp_path, model_dir):
     path = tmp_path / "dense.pth"
-    weights = utils.load_model(str(model_dir)).state_dict()
+    weights = model_io.load_model(str(model_dir)).state_dict()
     torch.save(
         {"modelopt_state": {"modelopt_state_dict": [], "modelopt_version": "0.47.0"}, "model_state_dict": weights}, path
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,9 @@ from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, ti
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint import LayerStore
-from decoder import Stream, decoder_layers, shared_inputs
+from decoder import Delivery, Stream, decoder_layers, shared_inputs
 from layerwise import QUALITY, Recipe, collect_residual, prune_layer, prune_model
-from utils import load_state, sparse_masks
+from model_io import load_state, sparse_masks
 
 RESTORE = """
 import sys, torch
@@ -98,11 +99,45 @@ def test_killed_run_goes_on_and_ends_with_the_same_bits(pruned, model_dir, calib
     assert finished.exists()
     assert not (tmp_path / "pts_modelopt_state.pth").exists()
     run_script(*arguments, check=True)
-    resumed, whole = (
-        load_state(folder / "pts_modelopt_state.pth")["model_state_dict"] for folder in (tmp_path, pruned[0])
-    )
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert states_equal(tmp_path, pruned[0])
+
+
+def states_equal(left, right) -> bool:
+    one, other = (load_state(folder / "pts_modelopt_state.pth")["model_state_dict"] for folder in (left, right))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_hidden_states_on_disk_change_no_bit_and_leave_no_file(pruned, model_dir, calib, tmp_path):
+    folder = tmp_path / "hidden states"
+    more = ["--quality", "best", "--activations_dir", folder]
+    run_script(*command(model_dir, calib, tmp_path / "out", *more), check=True)
+    assert states_equal(tmp_path / "out", pruned[0])
+    assert not list(folder.iterdir())
+
+
+def test_next_layer_is_read_while_one_is_at_work(monkeypatch):
+    """The part of it that needs no GPU: every layer arrives with its own weights, in pinned memory but the first."""
+    layers, pinned = tiny_llama(layers=3).model.layers, set()
+    before = [{name: weight.clone() for name, weight in layer.named_parameters()} for layer in layers]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.add(self.data_ptr()) or self.clone())
+    delivery = Delivery(layers, torch.device("cpu"))
+    delivery.reader = ThreadPoolExecutor(1)
+    pointers = [{weight.data_ptr() for weight in layer.parameters()} for layer in layers]
+    for index in range(3):
+        layer = delivery.bring(index)
+        assert all(torch.equal(weight, before[index][name]) for name, weight in layer.named_parameters())
+    assert pinned == pointers[1] | pointers[2]
+
+
+def test_two_processes_save_one_state_and_tell_a_mistake_once(model_dir, calib, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    run_script(*launch, *command(model_dir, calib, tmp_path / "out", "--batch_size", 1), check=True)
+    masks = list(sparse_masks(load_state(tmp_path / "out" / "pts_modelopt_state.pth")["model_state_dict"]))
+    assert len(masks) == 14
+    for change in (["--calib_data", "missing.txt"], ["--batch_size", 12]):
+        result = run_script(*launch, *command(model_dir, calib, tmp_path / "no", *change))
+        assert result.returncode != 0
+        assert result.stderr.count("error: ") == 1, result.stderr
 
 
 def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, tmp_path):
@@ -145,10 +180,12 @@ def test_other_choices_leave_a_state_that_restores(model_dir, calib, tmp_path, c
         (["--device", "cuda"], ["--device cuda", "cpu"]),
         (["--pattern", "3:3"], ["--pattern", "3:3"]),
         (["--calib_size", "0"], ["--calib_size", "0"]),
-        (["--model_max_length", "100000"], ["100000", "tokens"]),
+        (["--model_max_length", "100000"], ["100000", "1024 positions"]),
         (["--inference_tensor_parallel", "2"], ["--inference_tensor_parallel"]),
         (["--ignore", "*.no_such"], ["--ignore", "*.no_such"]),
         (["--percdamp", "-1"], ["--percdamp", "-1"]),
+        (["--percdamp", "0.1", "--sparsity_fmt", "wanda"], ["--percdamp", "wanda"]),
+        (["--activations_dir", "setup_env.sh"], ["setup_env.sh"]),
     ],
 )
 def test_wrong_input_gets_one_clear_line(model_dir, calib, tmp_path, change, needles):

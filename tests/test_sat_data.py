@@ -10,7 +10,8 @@ from conftest import TEXTS, tiny_llama
 
 import sat_data
 from sat_data import IGNORE, Collator, EpochSampler, Packed
-from utils import UserError, encode_prompt
+from text_input import encode_prompt
+from utils import UserError
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""utils.py: safe files, data reading, the prompt, devices, models and states."""
+"""utils.py, text_input.py and model_io.py: safe files, data reading, the prompt, devices, models and states."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import TEXTS, tiny_llama
 
+import model_io
+import text_input
 import utils
 from utils import UserError
 
@@ -83,8 +85,8 @@ def test_read_records_takes_json_with_bom_and_jsonl(tmp_path, records):
     # U+2028 is a line break to str.splitlines, but not to JSONL.
     records = [{**records[0], "input": "one\u2028two"}, *records[1:]]
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n")
-    assert utils.read_records(tmp_path / "a.json")[1:] == records[1:]
-    assert utils.read_records(tmp_path / "b.jsonl") == records
+    assert text_input.read_records(tmp_path / "a.json")[1:] == records[1:]
+    assert text_input.read_records(tmp_path / "b.jsonl") == records
 
 
 @pytest.mark.parametrize(
@@ -105,31 +107,31 @@ def test_read_records_takes_json_with_bom_and_jsonl(tmp_path, records):
 def test_read_records_says_what_is_wrong(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        utils.read_records(tmp_path / "a.json")
+        text_input.read_records(tmp_path / "a.json")
 
 
 def test_read_texts(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8-sig")
     (tmp_path / "b.json").write_text(json.dumps(["one", {"article": "two"}, {"text": "three", "input": "no"}, " "]))
-    assert utils.read_texts(tmp_path / "a.txt") == ["one\n\ntwo"]
-    assert utils.read_texts(tmp_path / "b.json") == ["one", "two", "three"]
+    assert text_input.read_texts(tmp_path / "a.txt") == ["one\n\ntwo"]
+    assert text_input.read_texts(tmp_path / "b.json") == ["one", "two", "three"]
     (tmp_path / "c.json").write_text('[{"body": "x"}]')
     with pytest.raises(UserError, match="item 0 has no field text"):
-        utils.read_texts(tmp_path / "c.json")
+        text_input.read_texts(tmp_path / "c.json")
     (tmp_path / "d.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):
-        utils.read_texts(tmp_path / "d.txt")
+        text_input.read_texts(tmp_path / "d.txt")
 
 
 def test_token_blocks_are_full_and_part_texts(tokenizer):
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     stream = [token for text in ids for token in [*text, tokenizer.eos_token_id]]
-    blocks = utils.token_blocks(tokenizer, TEXTS, 16)
+    blocks = text_input.token_blocks(tokenizer, TEXTS, 16)
     assert blocks.shape == (len(stream) // 16, 16)
     assert blocks.flatten().tolist() == stream[: blocks.numel()]
-    assert utils.token_blocks(tokenizer, TEXTS, 16, limit=2).tolist() == blocks[:2].tolist()
+    assert text_input.token_blocks(tokenizer, TEXTS, 16, limit=2).tolist() == blocks[:2].tolist()
     with pytest.raises(UserError, match="less than one block"):
-        utils.token_blocks(tokenizer, TEXTS, 10_000)
+        text_input.token_blocks(tokenizer, TEXTS, 10_000)
 
 
 # --------------------------------------------------------------------------------------------- prompt
@@ -138,37 +140,37 @@ def test_token_blocks_are_full_and_part_texts(tokenizer):
 @pytest.mark.parametrize("room", [0, 1, 7, 40])
 def test_prompt_is_shortened_in_the_article_only(tokenizer, room):
     record = {"instruction": "Sum.", "input": " ".join(TEXTS), "output": "x"}
-    length = len(utils.encode_prompt(tokenizer, {**record, "input": ""}, 1000)) + room
-    ids = utils.encode_prompt(tokenizer, record, length)
+    length = len(text_input.encode_prompt(tokenizer, {**record, "input": ""}, 1000)) + room
+    ids = text_input.encode_prompt(tokenizer, record, length)
     text = tokenizer.decode(ids)
     assert length - 6 <= len(ids) <= length  # as much of the article as fits, but for tokens that merge at the cut
-    assert text.startswith(utils.PROMPT_HEAD.format(instruction="Sum.") + TEXTS[0][: max(0, room - 6)])
-    assert text.endswith(utils.PROMPT_TAIL)
+    assert text.startswith(text_input.PROMPT_HEAD.format(instruction="Sum.") + TEXTS[0][: max(0, room - 6)])
+    assert text.endswith(text_input.PROMPT_TAIL)
 
 
 def test_length_too_small_for_the_prompt_alone_is_refused(tokenizer):
     record = {"instruction": "Sum.", "input": " ".join(TEXTS), "output": "x"}
-    length = len(utils.encode_prompt(tokenizer, {**record, "input": ""}, 1000)) - 1
+    length = len(text_input.encode_prompt(tokenizer, {**record, "input": ""}, 1000)) - 1
     with pytest.raises(UserError, match=f"max_length {length} is too small"):
-        utils.encode_prompt(tokenizer, record, length)
+        text_input.encode_prompt(tokenizer, record, length)
 
 
 def test_short_prompt_is_left_as_it_is(tokenizer):
     record = {"instruction": "Sum.", "input": " hello ", "output": "x"}
-    text = tokenizer.decode(utils.encode_prompt(tokenizer, record, 500))
-    assert text == utils.PROMPT_HEAD.format(instruction="Sum.") + "hello" + utils.PROMPT_TAIL
+    text = tokenizer.decode(text_input.encode_prompt(tokenizer, record, 500))
+    assert text == text_input.PROMPT_HEAD.format(instruction="Sum.") + "hello" + text_input.PROMPT_TAIL
 
 
 # ------------------------------------------------------------------------------------ models and states
 
 
 def test_resolve_device():
-    assert utils.resolve_device("auto").type == "cpu"
+    assert model_io.resolve_device("auto").type == "cpu"
     for name in ("cuda", "cuda:1"):
         with pytest.raises(UserError, match="no CUDA GPU"):
-            utils.resolve_device(name)
+            model_io.resolve_device(name)
     with pytest.raises(UserError, match="unknown device 'gpu0'"):
-        utils.resolve_device("gpu0")
+        model_io.resolve_device("gpu0")
 
 
 def save_config(path, **fields):
@@ -180,23 +182,23 @@ def save_config(path, **fields):
 def test_only_decoders_are_accepted(tmp_path):
     bert = save_config(tmp_path / "bert", model_type="bert", architectures=["BertModel"])
     with pytest.raises(UserError, match="is a BertModel, not a decoder-only"):
-        utils.load_config(bert)
+        model_io.load_config(bert)
     t5 = save_config(
         tmp_path / "t5", model_type="t5", is_encoder_decoder=True, architectures=["T5ForConditionalGeneration"]
     )
     with pytest.raises(UserError, match="not a decoder-only"):
-        utils.load_config(t5)
+        model_io.load_config(t5)
     unknown = save_config(tmp_path / "unknown", model_type="no-such-model")
     with pytest.raises(UserError, match="cannot load a model"):
-        utils.load_config(unknown)
+        model_io.load_config(unknown)
     with pytest.raises(UserError, match="no config.json"):
-        utils.load_config(str(tmp_path))
+        model_io.load_config(str(tmp_path))
     with pytest.raises(UserError, match="cannot load a model from"):
-        utils.load_config("no-such-organisation/no-such-model")
+        model_io.load_config("no-such-organisation/no-such-model")
 
 
 def test_missing_pad_token_falls_back(model_dir):
-    tokenizer = utils.load_tokenizer(str(model_dir))
+    tokenizer = model_io.load_tokenizer(str(model_dir))
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
 
 
@@ -206,15 +208,15 @@ def test_truncated_weights_are_refused(tmp_path, model_dir):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError, match="cannot load the weights"):
-        utils.load_model(str(tmp_path))
+        model_io.load_model(str(tmp_path))
 
 
 def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
-    model = utils.restore_sparse(utils.load_model(str(model_dir)), state_path)
-    state = utils.load_state(state_path)["model_state_dict"]
-    masked = list(utils.sparse_masks(state))
+    model = model_io.restore_sparse(model_io.load_model(str(model_dir)), state_path)
+    state = model_io.load_state(state_path)["model_state_dict"]
+    masked = list(model_io.sparse_masks(state))
     assert len(masked) == 14
-    reference = utils.load_model(str(model_dir))
+    reference = model_io.load_model(str(model_dir))
     weights = dict(reference.named_parameters())
     with torch.no_grad():
         for name, weight, mask in masked:
@@ -223,7 +225,7 @@ def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, reference(ids).logits)
-    folded = utils.restore_sparse(utils.load_model(str(model_dir)), state_path, fold=True)
+    folded = model_io.restore_sparse(model_io.load_model(str(model_dir)), state_path, fold=True)
     assert type(folded.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert folded.state_dict().keys() == reference.state_dict().keys()
     with torch.no_grad():
@@ -232,9 +234,9 @@ def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
 
 def test_state_of_another_model_is_refused(state_path):
     with pytest.raises(UserError, match="belongs to another model"):
-        utils.restore_sparse(tiny_llama(hidden=64), state_path)
+        model_io.restore_sparse(tiny_llama(hidden=64), state_path)
     with pytest.raises(UserError, match="belongs to another model"):
-        utils.restore_sparse(tiny_llama(layers=3), state_path)
+        model_io.restore_sparse(tiny_llama(layers=3), state_path)
 
 
 class Malicious:
@@ -253,7 +255,7 @@ def test_pickled_code_in_a_state_is_not_run(tmp_path):
     for save in (lambda value: torch.save(value, state), lambda value: state.write_bytes(pickle.dumps(value))):
         save({"modelopt_state": Malicious(str(trap)), "model_state_dict": {}})
         with pytest.raises(UserError, match="not a readable modelopt state"):
-            utils.load_state(state)
+            model_io.load_state(state)
         assert not trap.exists()
 
 
@@ -262,16 +264,16 @@ def test_truncated_state_is_refused(tmp_path, state_path, keep):
     damaged = tmp_path / "state.pth"
     damaged.write_bytes(state_path.read_bytes()[:keep])
     with pytest.raises(UserError, match="not a readable modelopt state"):
-        utils.load_state(damaged)
+        model_io.load_state(damaged)
 
 
 def test_perplexity_is_exp_of_the_mean_loss(model_dir):
-    model = utils.load_model(str(model_dir))
+    model = model_io.load_model(str(model_dir))
     blocks = torch.randint(0, 400, (5, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         losses = [model(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
     expected = math.exp(sum(losses) / len(losses))
-    assert utils.perplexity(model, blocks, torch.device("cpu"), batch_size=2) == pytest.approx(expected, rel=1e-5)
+    assert model_io.perplexity(model, blocks, torch.device("cpu"), batch_size=2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_output_folder_is_held_until_the_run_ends(tmp_path):
