@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calibration import collect_residual
 from checkpoint import LayerStore
 from decoder import Delivery, Stream, decoder_layers, shared_inputs
-from layerwise import QUALITY, Recipe, collect_residual, prune_layer, prune_model
+from layerwise import QUALITY, Recipe, prune_layer, prune_model
 from model_io import load_state, sparse_masks
 
 RESTORE = """
