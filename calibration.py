@@ -37,6 +37,7 @@ class Statistics:
         inputs = inputs.float()
         add_gram(self.hessian, inputs)
         if wanted is not None:
+            assert self.cross is not None
             self.cross.addmm_(wanted.float().t(), inputs)
         self.tokens += len(inputs)
 
@@ -102,7 +103,9 @@ def collect(
 
 
 @torch.no_grad()
-def collect_residual(stream: Stream, layer: nn.Module, index: int, name: str, linear: nn.Linear, targets: list[Tensor]):
+def collect_residual(
+    stream: Stream, layer: nn.Module, index: int, name: str, linear: nn.Linear, targets: list[Tensor]
+) -> tuple[Statistics, list[Tensor]] | None:
     """Statistics of the layer's last linear, wanting it to make up for all that the layer's output has lost so far.
 
     Where the linear's output is added to the residual stream R, the output Y that would bring the layer to its target T

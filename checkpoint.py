@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils import atomic_path, save_json
+
+
+def fingerprint(settings: list, batches: list[dict[str, Tensor]], model: nn.Module) -> str:
+    """A hash of all that decides the result, so that a resumed run never mixes two settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for batch in batches:
+        digest.update(batch["input_ids"].numpy().tobytes())
+    for name, tensor in model.state_dict().items():
+        # A few values of every weight tell one checkpoint from another without reading all of it.
+        digest.update(name.encode() + repr(tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()).encode())
+    return digest.hexdigest()
 
 
 class LayerStore:
@@ -82,4 +94,5 @@ class LayerStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
+        assert self.folder is not None  # callers ask before
         return self.folder / f"layer_{index:04d}.safetensors"

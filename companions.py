@@ -5,8 +5,12 @@ from __future__ import annotations
 import fnmatch
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils import UserError, first_line, read_json, save_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # What makes a model folder complete beside its weights.
 COMPANIONS = (
@@ -31,7 +35,7 @@ def source_folder(model: str) -> Path:
         raise UserError(f"cannot fetch the tokenizer and settings of '{model}': {first_line(error)}") from error
 
 
-def write_companions(source: Path, model_config, dtype: str, folder: Path) -> None:
+def write_companions(source: Path, model_config: PretrainedConfig, dtype: str, folder: Path) -> None:
     """Copy tokenizer, settings, licence and model code as they are, which opens in more programs than a re-saved set.
 
     Changed are only: the dtype, leftovers of compression tools, and what transformers 5 writes in a way that

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,17 @@ from model_io import bf16_is_faster
 from sparsegpt import Pattern
 from utils import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Call = tuple[tuple, dict[str, Any]]  # what a layer is called with beside the hidden states: args, kwargs
+
 
 class Stop(Exception):
     """Ends a forward pass once what was wanted has been seen."""
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers: the largest ModuleList of config.num_hidden_layers equal modules."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [
@@ -42,7 +47,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def choose_linears(model: nn.Module, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
+def choose_linears(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
     """Which weights to prune.
 
     Returns:
@@ -76,7 +81,7 @@ def choose_linears(model: nn.Module, pattern: Pattern, ignore: list[str]) -> tup
     return chosen, left_dense
 
 
-def shared_inputs(model: nn.Module, chosen: set[str]) -> list[list[list[str]]]:
+def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[str]]]:
     """For each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order.
 
     Found with one forward pass over eight tokens. Layers that did not run in it (experts) come last, one to a group.
@@ -130,7 +135,7 @@ def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
     def watch(index: int) -> Callable:
         original = layers[index].forward
 
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             tuples[index] = isinstance(output, tuple)
             return output
@@ -142,7 +147,9 @@ def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
     return tuples
 
 
-def record_calls(model: nn.Module, layers: nn.ModuleList, tuples: list[bool], batch: dict[str, Tensor]):
+def record_calls(
+    model: nn.Module, layers: nn.ModuleList, tuples: list[bool], batch: dict[str, Tensor]
+) -> tuple[Tensor, list[Call]]:
     """Run all but the decoder layers on one batch.
 
     Returns:
@@ -150,10 +157,10 @@ def record_calls(model: nn.Module, layers: nn.ModuleList, tuples: list[bool], ba
         from the hidden states. Masks and position embeddings may differ from layer to layer (sliding windows).
     """
     first: list[Tensor] = []
-    calls: list[tuple[tuple, dict]] = []
+    calls: list[Call] = []
 
     def recorder(index: int) -> Callable:
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             first[:] = first or [hidden]
             calls.append((tuple(args[1:]), kwargs))
@@ -182,7 +189,7 @@ class Stream:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         layers: nn.ModuleList,
         batches: list[dict[str, Tensor]],
         device: torch.device,
@@ -191,18 +198,20 @@ class Stream:
         self.device, self.folder = device, folder
         self.hidden: list[Tensor] = []
         self.keep: list[Tensor | None] = []  # bool [batch · length], False on padding
-        self.calls: list[list[tuple[tuple, dict]]] = []
+        self.calls: list[list[Call]] = []
         # Float32 models run the linear layers of their calibration passes in bfloat16 where the CPU has instructions
         # for it (twice the speed); weights, residual stream and Hessians stay float32.
         self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
-        tuples, seen = returns_tuple(model, layers), {}
+        tuples = returns_tuple(model, layers)
+        seen: dict[torch.Size, list[Call]] = {}
         for batch in batches:
             hidden, calls = record_calls(model, layers, tuples, batch)
             mask = batch.get("attention_mask")
-            padded = mask is not None and not bool(mask.all())
+            if mask is not None and bool(mask.all()):
+                mask = None  # nothing is padded
             self.hidden.append(self.store(hidden))
-            self.keep.append(mask.flatten().bool().to(device) if padded else None)
-            self.calls.append(calls if padded else seen.setdefault(hidden.shape, calls))
+            self.keep.append(None if mask is None else mask.flatten().bool().to(device))
+            self.calls.append(seen.setdefault(hidden.shape, calls) if mask is None else calls)
 
     def store(self, hidden: Tensor) -> Tensor:
         """Bring activations to where the stream keeps them: memory, or a file that is mapped."""

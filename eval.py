@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,10 @@ from processes import fail_together, start_processes
 from rouge import ROUGE_TYPES, bootstrap_interval, rouge_f_measures
 from text_input import PROMPT_HEAD, PROMPT_TAIL, encode_prompt, read_records
 from utils import UserError, prepare_output_dir, require_file, run_cli, save_json
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def settings_key(arguments: argparse.Namespace, records: list[dict[str, str]], config, device: torch.device) -> str:
+def settings_key(
+    arguments: argparse.Namespace, records: list[dict[str, str]], config: PretrainedConfig, device: torch.device
+) -> str:
     """Digest of all that can change a prediction: data, model, state, prompt, generation settings and versions."""
     import transformers
 
@@ -90,7 +96,16 @@ def settings_key(arguments: argparse.Namespace, records: list[dict[str, str]], c
     )
 
 
-def predict(model, tokenizer, prompts, records, batches, config, process, log) -> dict[int, str]:
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    records: list[dict[str, str]],
+    batches: list[list[int]],
+    config: GenerationConfig,
+    process: PartialState,
+    log: PredictionLog | None,
+) -> dict[int, str]:
     """Generate this process's share of the batches (every num_processes-th), logging each as it is done."""
     from tqdm import tqdm
 
@@ -112,7 +127,9 @@ def prediction_line(index: int, text: str, records: list[dict[str, str]]) -> dic
     return {"index": index, "prediction": text, "reference": records[index]["output"]}
 
 
-def report(records, predictions: dict[int, str], arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
+def report(
+    records: list[dict[str, str]], predictions: dict[int, str], arguments: argparse.Namespace, facts: dict[str, Any]
+) -> None:
     """Score, print samples, intervals and the final line, and save the figures."""
     texts = [predictions[index] for index in range(len(records))]
     if not any(texts):

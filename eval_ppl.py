@@ -16,13 +16,16 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from model_io import DTYPES, check_lengths, load_config, load_for_inference, load_tokenizer, perplexity, resolve_device
 from text_input import read_texts, token_blocks
 from utils import UserError, first_line, prepare_output_dir, require_file, run_cli, save_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,7 +78,9 @@ def read_dataset(name: str, config: str | None, split: str, column: str) -> list
     return ["\n\n".join(rows[column])]
 
 
-def token_windows(tokenizer, texts: list[str], context: int, stride: int, limit: int | None) -> torch.Tensor:
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], context: int, stride: int, limit: int | None
+) -> torch.Tensor:
     """Full windows of the texts' token stream, each starting `stride` tokens after the one before.
 
     Returns:

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from model_card import load_figures, write_model_card
 from model_io import DTYPES, check_state_fits, empty_model, load_config, load_state, load_tokenizer, sparse_masks
 from sparsity_check import inspect_path
 from utils import UserError, first_line, prepare_output_dir, run_cli, save_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tied_names(model) -> set[str]:
+def tied_names(model: PreTrainedModel) -> set[str]:
     """Names of parameters that share another one's tensor, which a checkpoint leaves out (e.g. a tied lm_head)."""
     first: dict[int, str] = {}
     names = set()
@@ -73,7 +77,7 @@ def folded(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype | None)
     return tensor.contiguous()
 
 
-def in_checkpoint_format(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under the names and in the shapes that checkpoints of this model have on disk.
 
     They differ from those in memory where transformers 5 fuses weights on loading, as it does the experts of a mixture.
@@ -96,7 +100,14 @@ def in_checkpoint_format(model, tensors: dict[str, torch.Tensor]) -> dict[str, t
     return {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
 
 
-def write_weights(model, state: dict[str, torch.Tensor], names: list[str], dtype, shard_size: str, folder: Path) -> int:
+def write_weights(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    names: list[str],
+    dtype: torch.dtype | None,
+    shard_size: str,
+    folder: Path,
+) -> int:
     """Write safetensors shards and, if there are several, their index. Returns the number of files."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

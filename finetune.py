@@ -10,10 +10,11 @@ Killed runs go on with the same command and --resume.
 
 from __future__ import annotations
 
-import math
+import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import sat_memory
 from model_io import (
@@ -28,8 +29,16 @@ from model_io import (
     sparse_masks,
 )
 from processes import fail_together, start_processes
-from sat_arguments import check_arguments, parse_arguments, training_arguments
+from sat_arguments import check_arguments, parse_arguments, planned_steps, training_arguments
 from utils import UserError, lock_output_dir, prepare_output_dir, require_file, run_cli, save_torch
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sat_data import Packed
+    from sat_trainer import SparseTrainer
 
 STATE_NAME = "finetuned_modelopt_state.pth"
 
@@ -54,7 +63,9 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def load_data(arguments, tokenizer, output_dir: Path):
+def load_data(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> tuple[Dataset | Packed, Dataset | None]:
     """Training and evaluation samples, tokenized once and kept under output_dir/cache.
 
     Raises:
@@ -82,23 +93,16 @@ def load_data(arguments, tokenizer, output_dir: Path):
     return train, evaluation
 
 
-def planned_steps(arguments, samples: int, processes: int) -> tuple[int, int]:
-    """Optimizer steps in all and per epoch.
-
-    Raises:
-        UserError: the data does not fill one batch of every process.
-    """
-    batch = arguments.train_bs * processes
-    if samples < batch:
-        raise UserError(
-            f"{samples} training samples do not fill one batch of {arguments.train_bs} on {processes} process(es); "
-            "add data or lower --train_bs or --num_processes"
-        )
-    per_epoch = math.ceil(math.ceil(samples / batch) / arguments.gradient_accumulation_steps)
-    return arguments.max_steps or math.ceil(per_epoch * arguments.num_epochs), per_epoch
-
-
-def build_trainer(arguments, model, teacher, tokenizer, data, output_dir: Path, precision: str, sharded: bool):
+def build_trainer(
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: tuple[Dataset | Packed, Dataset | None],
+    output_dir: Path,
+    precision: str,
+    sharded: bool,
+) -> SparseTrainer:
     """Assemble the Trainer; the model is wrapped only once training starts."""
     import sat_data
     from sat_loss import LossWeights
@@ -126,7 +130,9 @@ def build_trainer(arguments, model, teacher, tokenizer, data, output_dir: Path, 
     )
 
 
-def save_and_verify(trainer, modelopt_state, dtypes, path: Path) -> None:
+def save_and_verify(
+    trainer: SparseTrainer, modelopt_state: dict[str, Any], dtypes: dict[str, torch.dtype], path: Path
+) -> None:
     """Gather the weights, save them with the masks, and check on the saved file that all pruned weights are +0.0."""
     import torch
 

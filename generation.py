@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from utils import UserError, atomic_path, prepare_output_dir
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def length_sorted_batches(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
@@ -24,7 +27,9 @@ def length_sorted_batches(prompts: list[list[int]], batch_size: int) -> list[lis
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def beam_search_config(model, tokenizer, beams: int, max_new_tokens: int, min_new_tokens: int):
+def beam_search_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beams: int, max_new_tokens: int, min_new_tokens: int
+) -> GenerationConfig:
     """A GenerationConfig of beam search alone (greedy for one beam), free of the checkpoint's sampling settings.
 
     Generation stops at the tokenizer's end-of-text token, which training appends to answers, and at those the
@@ -46,7 +51,9 @@ def beam_search_config(model, tokenizer, beams: int, max_new_tokens: int, min_ne
     )
 
 
-def generate_batch(model, tokenizer, prompts: list[list[int]], config) -> list[str]:
+def generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: GenerationConfig
+) -> list[str]:
     """Continue every prompt and return only the new text.
 
     Args:
@@ -77,7 +84,9 @@ def generate_batch(model, tokenizer, prompts: list[list[int]], config) -> list[s
     return [text.strip() for text in texts]
 
 
-def shared_prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, beams: int) -> dict[str, Any]:
+def shared_prefill(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, beams: int
+) -> dict[str, Any]:
     """Process each prompt once for all its beams; `generate` alone would process it once per beam.
 
     Args:

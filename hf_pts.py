@@ -12,11 +12,11 @@ is started with `torchrun --nproc_per_node=N hf_pts.py …`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,7 @@ import model_io
 import pts_report
 import text_input
 import utils
-from checkpoint import LayerStore
+from checkpoint import LayerStore, fingerprint
 from decoder import choose_linears, decoder_layers
 from layerwise import QUALITY, Recipe, peak_memory_mib, prune_model
 from model_io import DTYPES
@@ -33,6 +33,10 @@ from pts_state import logits_of, save_state, verify
 from sources import CNN_DAILYMAIL
 from sparsegpt import Pattern
 from utils import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import PreTrainedModel
 
 METHODS = {"sparsegpt": "sparsegpt", "sparse_magnitude": "magnitude", "wanda": "wanda"}
 
@@ -144,27 +148,14 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     return Recipe(method=METHODS[args.sparsity_fmt], pattern=pattern)
 
 
-def fingerprint(args: argparse.Namespace, recipe: Recipe, batches: list[dict[str, torch.Tensor]], model) -> str:
-    """A hash of all that decides the result, so that a resumed run never mixes two settings."""
-    digest = hashlib.sha256(
-        json.dumps([asdict(recipe), args.ignore, args.dtype, args.batch_size], sort_keys=True).encode()
-    )
-    for batch in batches:
-        digest.update(batch["input_ids"].numpy().tobytes())
-    for name, tensor in model.state_dict().items():
-        # A few values of every weight tell one checkpoint from another without reading all of it.
-        digest.update(name.encode() + repr(tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()).encode())
-    return digest.hexdigest()
-
-
-def describe(model, args: argparse.Namespace, recipe: Recipe) -> None:
+def describe(model: PreTrainedModel, args: argparse.Namespace, recipe: Recipe) -> None:
     """Print what will be pruned and what stays dense."""
     chosen, left_dense = choose_linears(model, recipe.pattern, args.ignore)
     print(f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}")
     print(pts_report.describe_dense(left_dense), end="")
 
 
-def share(batches: list[dict[str, torch.Tensor]], process) -> list[dict[str, torch.Tensor]]:
+def share(batches: list[dict[str, torch.Tensor]], process: PartialState) -> list[dict[str, torch.Tensor]]:
     """This process's part of the calibration batches, as many as every other's."""
     world = process.num_processes
     if len(batches) < world:
@@ -172,7 +163,14 @@ def share(batches: list[dict[str, torch.Tensor]], process) -> list[dict[str, tor
     return batches[: len(batches) // world * world][process.process_index :: world]
 
 
-def save_result(args: argparse.Namespace, recipe: Recipe, model, masks, rows: list[dict], probe) -> Path:
+def save_result(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    masks: dict[str, torch.Tensor],
+    rows: list[dict],
+    probe: torch.Tensor,
+) -> Path:
     """Print the table of errors and write the state, which replaces an earlier one only if it restores."""
     path = Path(args.output_dir) / "pts_modelopt_state.pth"
     expected = logits_of(model, probe)
@@ -218,7 +216,7 @@ def main() -> None:
             utils.lock_output_dir(output_dir)
         batches = load_calibration(args)
         own = share(batches, process)
-        key = fingerprint(args, recipe, batches, model)
+        key = fingerprint([asdict(recipe), args.ignore, args.dtype, args.batch_size], batches, model)
         store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
 
     # Phase 2: pruning, with a log line of every layer as it is finished.

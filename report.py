@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder for report.html and the PNG files")
     what = parser.add_argument_group("what to compare")
-    pair = {"action": "append", "default": []}
+    pair: dict[str, Any] = {"action": "append", "default": []}
     what.add_argument("--run", metavar="NAME=FOLDER", **pair, help="results of one model; repeat, in the order to show")
     what.add_argument(
         "--state", metavar="NAME=FILE", **pair, help="state file of a run, to measure its sparsity; repeat"

@@ -6,10 +6,15 @@ import base64
 import html
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rouge import ROUGE_TYPES
 from utils import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from report import Run
 
 ROUGE_NAMES = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum")
 COLOURS = ("#6b7785", "#c8553d", "#2a7f62", "#3f6fb5", "#8a5fa8", "#b0892b", "#4d9fa8")
@@ -39,7 +44,7 @@ dd { margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; f
 # ------------------------------------------------------------------------------------------------- plots
 
 
-def new_figure(ratios: tuple[float, ...], height: float = 3.4):
+def new_figure(ratios: tuple[float, ...], height: float = 3.4) -> tuple[Figure, Any]:
     """A figure as wide as the page with one panel for each of the relative widths `ratios`; sizes in inches."""
     import matplotlib
 
@@ -55,7 +60,7 @@ def new_figure(ratios: tuple[float, ...], height: float = 3.4):
     return figure, axes[0]
 
 
-def save_figure(figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     with atomic_path(path) as temporary:
@@ -64,30 +69,30 @@ def save_figure(figure, path: Path) -> Path:
     return path
 
 
-def plot_scores(runs, path: Path) -> Path:
+def plot_scores(runs: list[Run], path: Path) -> Path:
     """Bars of perplexity (lower is better) and ROUGE in percent with its 95% intervals (higher is better)."""
     figure, (left, right) = new_figure((1, 1.2))
-    measured = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.perplexity]
-    for place, (run, colour) in enumerate(measured):
-        value = run.perplexity["perplexity"]
+    coloured = list(zip(runs, COLOURS, strict=False))
+    measured = [(run.name, run.perplexity["perplexity"], colour) for run, colour in coloured if run.perplexity]
+    for place, (_, value, colour) in enumerate(measured):
         left.bar(place, value, 0.62, color=colour)
         left.annotate(f"{value:.1f}", (place, value), (0, 3), textcoords="offset points", ha="center")
-    left.set_xticks(range(len(measured)), [run.name for run, _ in measured])
+    left.set_xticks(range(len(measured)), [name for name, _, _ in measured])
     left.set_title("Held-out perplexity (lower is better)", fontsize=10.5)
     left.margins(y=0.12)
 
-    scored = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.rouge]
+    scored = [(run.name, run.rouge, colour) for run, colour in coloured if run.rouge]
     width = 0.8 / max(1, len(scored))
-    for number, (run, colour) in enumerate(scored):
+    for number, (name, rouge, colour) in enumerate(scored):
         places = [group + (number - (len(scored) - 1) / 2) * width for group in range(len(ROUGE_TYPES))]
-        values = [100 * run.rouge[key] for key in ROUGE_TYPES]
-        intervals = run.rouge.get("confidence_intervals_95", {})
+        values = [100 * rouge[key] for key in ROUGE_TYPES]
+        intervals = rouge.get("confidence_intervals_95", {})
         ends = [[100 * end for end in intervals[key]] if key in intervals else None for key in ROUGE_TYPES]
-        right.bar(places, values, width * 0.92, color=colour, label=run.name)
-        for place, value, pair in zip(places, values, ends, strict=True):
+        right.bar(places, values, width * 0.92, color=colour, label=name)
+        for middle, value, pair in zip(places, values, ends, strict=True):
             if pair:
                 errors = [[max(0, value - pair[0])], [max(0, pair[1] - value)]]
-                right.errorbar(place, value, errors, color="#1d2733", linewidth=1, capsize=2)
+                right.errorbar(middle, value, errors, color="#1d2733", linewidth=1, capsize=2)
     right.set_xticks(range(len(ROUGE_TYPES)), ROUGE_NAMES)
     right.set_title("ROUGE F-measure in percent, 95% intervals (higher is better)", fontsize=10.5)
     if scored:
@@ -164,7 +169,7 @@ def squeeze(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", text.strip())
 
 
-def html_samples(runs, count: int) -> str:
+def html_samples(runs: list[Run], count: int) -> str:
     """The first examples that every run with predictions has, reference first."""
     speaking = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.predictions]
     if not speaking:
@@ -183,7 +188,7 @@ def html_samples(runs, count: int) -> str:
     return "".join(blocks)
 
 
-def protocol_notes(runs) -> list[str]:
+def protocol_notes(runs: list[Run]) -> list[str]:
     """One sentence each on how perplexity and ROUGE were measured, as far as the result files say."""
     notes = []
     for run in runs:
@@ -199,7 +204,15 @@ def protocol_notes(runs) -> list[str]:
     return notes
 
 
-def write_report(output: Path, title: str, rows: list[list[str]], runs, layers, curve, samples: int) -> Path:
+def write_report(
+    output: Path,
+    title: str,
+    rows: list[list[str]],
+    runs: list[Run],
+    layers: list[dict[str, Any]] | None,
+    curve: list[dict[str, Any]] | None,
+    samples: int,
+) -> Path:
     """Write the PNG files and report.html into `output`; returns the path of the page."""
     parts = [f"<h1>{html.escape(title)}</h1>", html_table(rows)]
     parts += [f'<p class="note">{html.escape(" ".join(protocol_notes(runs)))}</p>']

@@ -7,8 +7,12 @@ rougeLsum is the same on every machine.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -31,7 +35,7 @@ according what who where why how most many some all both each another one no not
 
 
 @functools.cache
-def sentence_tokenizer():
+def sentence_tokenizer() -> PunktSentenceTokenizer:
     """NLTK's Punkt algorithm with the lists above in place of its downloadable English model."""
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from utils import UserError, require_file
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 OPTIMIZERS = {
     "adamw_torch_fused": 8,  # bytes of state per trained parameter
@@ -19,7 +24,7 @@ OPTIMIZERS = {
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             self.exit(2)  # one process speaks for all
         super().error(message)
@@ -146,16 +151,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option, its value and what to choose.
     """
-    positive = ("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit")
-    positive += (
-        "logging_steps",
-        "max_steps",
-        "text_length",
-        "save_steps",
-        "eval_steps",
-        "num_epochs",
-        "lr",
-        "world_size",
+    positive = (
+        *("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit"),
+        *("logging_steps", "max_steps", "text_length", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
     )
     for name in positive:
         value = getattr(arguments, name)
@@ -177,6 +175,22 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--optim adamw_bnb_8bit needs bitsandbytes; pip install bitsandbytes, or use adafactor")
 
 
+def planned_steps(arguments: argparse.Namespace, samples: int, processes: int) -> tuple[int, int]:
+    """Optimizer steps in all and per epoch.
+
+    Raises:
+        UserError: the data does not fill one batch of every process.
+    """
+    batch = arguments.train_bs * processes
+    if samples < batch:
+        raise UserError(
+            f"{samples} training samples do not fill one batch of {arguments.train_bs} on {processes} process(es); "
+            "add data or lower --train_bs or --num_processes"
+        )
+    per_epoch = math.ceil(math.ceil(samples / batch) / arguments.gradient_accumulation_steps)
+    return arguments.max_steps or math.ceil(per_epoch * arguments.num_epochs), per_epoch
+
+
 def training_arguments(
     arguments: argparse.Namespace,
     checkpoints: Path,
@@ -185,7 +199,7 @@ def training_arguments(
     precision: str,
     sharded: bool,
     evaluates: bool,
-):
+) -> TrainingArguments:
     """The Hugging Face TrainingArguments of a run of `steps` optimizer steps, `per_epoch` of them to an epoch."""
     import torch
     from transformers import TrainingArguments

@@ -10,14 +10,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from text_input import PROMPT_HEAD, PROMPT_TAIL, encode_prompt, read_records, read_texts, token_blocks
 from utils import UserError, first_line, require_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 FORMAT = 2  # raise it when the layout of samples changes, so that older caches are not read
@@ -28,7 +32,7 @@ Sample = dict[str, list[int]]
 # ---------------------------------------------------------------------------------------------- tokenizing
 
 
-def encode_record(tokenizer, record: dict[str, str], max_length: int) -> Sample | None:
+def encode_record(tokenizer: PreTrainedTokenizerBase, record: dict[str, str], max_length: int) -> Sample | None:
     """Prompt, answer and end-of-text token, with loss on the answer only; the prompt's article is cut to fit.
 
     Returns:
@@ -43,7 +47,9 @@ def encode_record(tokenizer, record: dict[str, str], max_length: int) -> Sample 
     return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
 
 
-def encode_records(tokenizer, records: list[dict[str, str]], max_length: int, workers: int):
+def encode_records(
+    tokenizer: PreTrainedTokenizerBase, records: list[dict[str, str]], max_length: int, workers: int
+) -> Dataset:
     """Tokenize records in `workers` processes.
 
     Returns:
@@ -83,7 +89,7 @@ def encode_records(tokenizer, records: list[dict[str, str]], max_length: int, wo
     return dataset
 
 
-def encode_texts(tokenizer, texts: list[str], block_size: int):
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int) -> Dataset:
     """Plain text as full blocks of `block_size` tokens with loss on every token; columns as in `encode_records`."""
     from datasets import Dataset
 
@@ -95,7 +101,7 @@ def encode_texts(tokenizer, texts: list[str], block_size: int):
 # --------------------------------------------------------------------------------------------------- cache
 
 
-def tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything the tokenizer would save: vocabulary, merges, normalization, special tokens."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
@@ -114,9 +120,9 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cached(cache_dir: Path, key: Sequence[str], build):
+def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) -> Dataset:
     """Load the Arrow dataset that `build()` made for `key`, or build it and keep it; whole or not at all."""
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
+    from datasets import disable_progress_bars, enable_progress_bars, load_from_disk
 
     name = hashlib.sha256("\0".join([str(FORMAT), *key]).encode()).hexdigest()[:24]
     folder = cache_dir / name
@@ -125,7 +131,7 @@ def cached(cache_dir: Path, key: Sequence[str], build):
             return load_from_disk(str(folder))
         except Exception as error:  # datasets and Arrow have no common class for damaged files
             print(f"the cached data in {folder} is damaged ({first_line(error)}); making it anew")
-    dataset: Dataset = build()
+    dataset = build()
     cache_dir.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".building.", dir=cache_dir))
     disable_progress_bars()  # writing takes a moment; tokenizing keeps its bar
@@ -140,14 +146,16 @@ def cached(cache_dir: Path, key: Sequence[str], build):
     return load_from_disk(str(folder))
 
 
-def load_records(tokenizer, path: str | Path, max_length: int, cache_dir: Path, workers: int):
+def load_records(
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, max_length: int, cache_dir: Path, workers: int
+) -> Dataset:
     """Tokenized records of a file, from the cache where data, tokenizer, template and length are the same."""
     path = require_file(path, "data file")
     key = ["records", file_digest(path), tokenizer_digest(tokenizer), PROMPT_HEAD, PROMPT_TAIL, str(max_length)]
     return cached(cache_dir, key, lambda: encode_records(tokenizer, read_records(path), max_length, workers))
 
 
-def load_texts(tokenizer, path: str | Path, block_size: int, cache_dir: Path):
+def load_texts(tokenizer: PreTrainedTokenizerBase, path: str | Path, block_size: int, cache_dir: Path) -> Dataset:
     """Blocks of a plain-text file, from the cache where text, tokenizer and block size are the same."""
     path = require_file(path, "text file")
     key = ["texts", file_digest(path), path.suffix, tokenizer_digest(tokenizer), str(block_size)]
@@ -157,7 +165,7 @@ def load_texts(tokenizer, path: str | Path, block_size: int, cache_dir: Path):
 # ----------------------------------------------------------------------------------------- mixing and packing
 
 
-def mix(records, texts, text_ratio: float, seed: int):
+def mix(records: Dataset | None, texts: Dataset, text_ratio: float, seed: int) -> Dataset:
     """Add so many text blocks, drawn without replacement, that `text_ratio` of all tokens are plain text.
 
     Fewer are added if the text does not suffice. At ratio 1 only the text is trained on.
@@ -181,7 +189,7 @@ class Packed(torch.utils.data.Dataset):
     An item holds lists over its samples: {"input_ids": [[…], …], "labels": [[…], …], "record": […]}.
     """
 
-    def __init__(self, samples, max_length: int):
+    def __init__(self, samples: Dataset, max_length: int):
         self.samples = samples
         lengths = list(samples["length"])
         self.rows: list[list[int]] = []
@@ -204,7 +212,7 @@ class Packed(torch.utils.data.Dataset):
         return self.samples[self.rows[index]]
 
 
-def sample_lengths(dataset) -> list[int]:
+def sample_lengths(dataset: Dataset | Packed) -> list[int]:
     """Tokens per item of a packed or plain dataset."""
     return dataset.lengths if isinstance(dataset, Packed) else list(dataset["length"])
 

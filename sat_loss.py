@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from sat_data import IGNORE
+from sat_data import IGNORE, Collator
 from utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class LossWeights:
         return self.kl > 0 or self.hidden > 0
 
 
-def model_inputs(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries of a batch that this model's forward takes."""
     accepted = inspect.signature(model.forward).parameters
     names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in accepted]
@@ -63,7 +68,13 @@ def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return columns, selected, targets[:, columns][selected]
 
 
-def forward(model, batch: dict[str, torch.Tensor], columns: torch.Tensor, hidden: bool, unwrapped=None):
+def forward(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    columns: torch.Tensor,
+    hidden: bool,
+    unwrapped: PreTrainedModel | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Run a model for the logits at `columns` only, which spares the largest activation of small models.
 
     Returns:
@@ -79,7 +90,7 @@ def forward(model, batch: dict[str, torch.Tensor], columns: torch.Tensor, hidden
     return logits, tuple(output.hidden_states[1:]) if hidden else ()
 
 
-def check_packing(model, collate, vocabulary: int) -> None:
+def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) -> None:
     """Run two short samples packed and apart.
 
     Raises:
@@ -99,7 +110,9 @@ def check_packing(model, collate, vocabulary: int) -> None:
         raise UserError(f"{type(model).__name__} lets packed samples see each other; train without --packing")
 
 
-def hidden_error(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], real: torch.Tensor):
+def hidden_error(
+    student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], real: torch.Tensor
+) -> torch.Tensor:
     """Mean over layers and real tokens (bool [B, T]) of |student - teacher|² / |teacher|²; a scalar."""
     terms = []
     for ours, theirs in zip(student, teacher, strict=True):
@@ -110,7 +123,12 @@ def hidden_error(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor,
 
 
 def batch_loss(
-    model, batch: dict[str, torch.Tensor], total: torch.Tensor | int, weights: LossWeights, teacher=None, unwrapped=None
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    total: torch.Tensor | int,
+    weights: LossWeights,
+    teacher: nn.Module | None = None,
+    unwrapped: PreTrainedModel | None = None,
 ) -> torch.Tensor:
     """Loss of a micro-batch that sums to the mean over `total` labelled tokens when micro-batches are added up."""
     columns, selected, targets = label_positions(batch["labels"])

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from sat_arguments import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GIB = 2**30
 
@@ -62,7 +66,7 @@ def settings_of(arguments: argparse.Namespace, precision: str) -> Settings:
     )
 
 
-def model_shapes(config, trust_remote_code: bool = False) -> Shapes:
+def model_shapes(config: PretrainedConfig, trust_remote_code: bool = False) -> Shapes:
     """Read the shapes off a model built without memory for its weights."""
     from decoder import decoder_layers
     from model_io import empty_model

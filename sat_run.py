@@ -6,15 +6,18 @@ import argparse
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import sat_checkpoints
 from processes import told_by_main
 from utils import UserError, read_json, save_json
+
+if TYPE_CHECKING:
+    from sat_trainer import SparseTrainer
 
 PIECE = 1 << 16  # bytes
 
@@ -102,11 +105,11 @@ def open_run(arguments: argparse.Namespace, output_dir: Path, is_main: bool) -> 
 
 
 @contextlib.contextmanager
-def explain_failures(trainer, advice) -> Iterator[None]:
+def explain_failures(trainer: SparseTrainer, advice: Callable[[], str]) -> Iterator[None]:
     """Turn errors that all processes meet alike into one message, and a GPU out of memory into advice.
 
     Args:
-        advice: called without arguments for a line on what to change when memory ran out.
+        advice: gives a line on what to change when memory ran out.
     """
     try:
         with told_by_main(trainer.accelerator.state):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from model_io import sparse_masks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
@@ -31,7 +34,7 @@ def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing
     )
 
 
-def force_fsdp(accelerator) -> None:
+def force_fsdp(accelerator: Accelerator) -> None:
     """Make accelerate shard on CPU processes too.
 
     accelerate 1.15 looks at ACCELERATE_USE_FSDP only for accelerators and quietly falls back to DDP on CPU processes.
@@ -74,7 +77,8 @@ def shard_teacher(teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_
     for module in teacher.modules():
         if type(module).__name__ == layer_class:
             fully_shard(module, **options)
-    return fully_shard(teacher, **options)
+    fully_shard(teacher, **options)  # in place
+    return teacher
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,7 +107,7 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
         yield f"{name}.weight", local(weight.data), local(mask)
 
 
-def full_state(accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
     """Whole weights and masks on the CPU of the main process (elsewhere possibly empty), pruned weights exactly +0.0.
 
     All processes must call it. Weights are cast to `dtypes`, the types they had in the restored state.

@@ -7,16 +7,23 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import sat_checkpoints
-from sat_data import IGNORE, EpochSampler, sample_lengths
+from sat_data import IGNORE, EpochSampler, Packed, sample_lengths
 from sat_loss import LossWeights, batch_loss
 from sat_sharding import assert_sharded, force_fsdp, local, masked_weights, shard_teacher
 from utils import UserError, atomic_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+Batch = dict[str, torch.Tensor]  # as sat_data.Collator makes it
 
 
 class SparseTrainer(Trainer):
@@ -30,17 +37,20 @@ class SparseTrainer(Trainer):
         log_path: JSONL file for the training curve.
     """
 
+    is_fsdp_enabled: bool  # these two are Trainer's own
+    control: TrainerControl
+
     def __init__(
         self,
-        *args,
+        *args: Any,
         loss_weights: LossWeights,
-        teacher=None,
+        teacher: PreTrainedModel | None = None,
         use_fsdp: bool = False,
         group_by_length: bool = True,
         keep_checkpoints: int = 2,
         check_masks_every: int = 100,
         log_path: Path,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.use_fsdp = use_fsdp
         super().__init__(*args, **kwargs)
@@ -71,18 +81,25 @@ class SparseTrainer(Trainer):
         else:
             self.teacher = self.teacher.to(self.args.device, dtype)
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Dataset | Packed | None = None) -> EpochSampler:
         return self.sampler
 
     # ------------------------------------------------------------------------------------------------- loss
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Labelled tokens of one optimizer step, over all micro-batches and processes; int64 scalar."""
         count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
         count = torch.as_tensor(count, device=device)
         return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        assert num_items_in_batch is not None  # as model_accepts_loss_kwargs asks for
         unwrapped = self.accelerator.unwrap_model(model)
         loss = batch_loss(model, inputs, num_items_in_batch, self.loss_weights, self.teacher, unwrapped)
         # Gradients are averaged over processes, while the loss is already divided by the tokens of all of them.
@@ -94,7 +111,9 @@ class SparseTrainer(Trainer):
             return flag
         return self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum").item() > 0
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.progress.tokens += int(inputs["real"].sum())
         if self.any_process(not torch.isfinite(loss)):
@@ -109,7 +128,9 @@ class SparseTrainer(Trainer):
             )
         return loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Cross entropy per labelled token over the evaluation set, each sample counted once."""
         samples, size = self.eval_dataset, self.args.per_device_eval_batch_size
         unwrapped = self.accelerator.unwrap_model(self.model)
@@ -133,7 +154,7 @@ class SparseTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.any_process(not all(torch.isfinite(local(weight.data)).all() for weight in model.parameters())):
             raise UserError(
                 f"weights have become infinite or NaN by step {self.state.global_step}, which is therefore not saved; "
@@ -157,15 +178,19 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, trainer: SparseTrainer):
         self.trainer, self.asked = trainer, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: setattr(self, "asked", True))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.any_process(self.asked) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.trainer.interrupted = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -179,13 +204,17 @@ class MaskKeeper(TrainerCallback):
     def __init__(self, every: int, trainer: SparseTrainer):
         self.every, self.trainer = every, trainer
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         # modelopt itself may store the dense weights beside the masks
         with torch.no_grad():
             for _, weight, mask in masked_weights(model):
                 weight.masked_fill_(~mask, 0.0)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         check = self.every and (state.global_step == 1 or state.global_step % self.every == 0)
         zeros = total = 0
         with torch.no_grad():
@@ -211,7 +240,9 @@ class Progress(TrainerCallback):
         self.path, self.trainer, self.tokens, self.since = path, trainer, 0, time.perf_counter()
         self.sparsity: float | None = None  # share of zeros in the pruned layers, at the last check
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.use_fsdp:
             count = assert_sharded(self.trainer.model)
             self.trainer.accelerator.print(f"{count} weights are sharded over {args.world_size} processes")
@@ -222,11 +253,20 @@ class Progress(TrainerCallback):
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # accelerate does not reach the sampler of a resumed, sharded data loader
         self.trainer.sampler.set_epoch(int(round(state.epoch or 0, 6)))
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         logs = logs or {}
         line: dict[str, Any] = {"step": state.global_step}
         if "loss" in logs:

@@ -182,7 +182,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 def aclsum_folder() -> Path:
     """The data folder inside the installed wheel, found without importing it (its dependencies are not needed)."""
     spec = importlib.util.find_spec("aclsum")
-    for folder in spec.submodule_search_locations if spec else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         if (Path(folder) / "dataset" / "test.jsonl").is_file():
             return Path(folder) / "dataset"
     raise UserError("the ACLSum data set is not installed; run: pip install --no-deps aclsum==0.1.2")

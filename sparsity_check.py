@@ -57,6 +57,7 @@ def is_2_4(weight: torch.Tensor) -> bool:
 
 def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = None) -> MatrixReport:
     """Report on one matrix [rows, columns]; with a bool mask of that shape, on what the mask leaves of it."""
+    rows, columns = weight.shape
     stored = weight.dtype
     under_mask = 0
     if weight.element_size() == 1 and weight.is_floating_point():
@@ -68,13 +69,13 @@ def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = 
     negative = zeros & torch.signbit(weight) if weight.is_floating_point() else zeros & False
     return MatrixReport(
         name=name,
-        shape=tuple(weight.shape),
+        shape=(rows, columns),
         dtype=str(stored).removeprefix("torch."),
         zero_share=zeros.sum().item() / max(1, weight.numel()),
         is_2_4=is_2_4(weight),
         negative_zeros=int(negative.sum()),
         under_mask=under_mask,
-        kernels=kernel_support(*weight.shape, stored),
+        kernels=kernel_support(rows, columns, stored),
     )
 
 

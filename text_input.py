@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from utils import UserError, read_json, require_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Headed sections in the manner of Alpaca; training and evaluation must see the very same text.
 PROMPT_HEAD = (
@@ -78,7 +81,9 @@ def _text_of(item: Any, number: int, path: Path) -> str:
     raise UserError(f"text file {path}: item {number} has no field text, input, article or document")
 
 
-def token_blocks(tokenizer, texts: list[str], block_size: int, limit: int | None = None) -> torch.Tensor:
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int, limit: int | None = None
+) -> torch.Tensor:
     """Join the texts' tokens (an end-of-text token between texts) and cut them into full blocks.
 
     Returns:
@@ -105,7 +110,9 @@ def _cut_blocks(stream: list[int], block_size: int, limit: int | None) -> torch.
     return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
 
 
-def sample_blocks(tokenizer, texts: list[str], block_size: int, limit: int, seed: int) -> torch.Tensor:
+def sample_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int, limit: int, seed: int
+) -> torch.Tensor:
     """Like `token_blocks`, but drawn from as many texts as there are: a window at a random place in each.
 
     Texts that are short give all they have, and the longer ones share the rest evenly.
@@ -137,7 +144,7 @@ def sample_blocks(tokenizer, texts: list[str], block_size: int, limit: int, seed
     return _cut_blocks(stream, block_size, limit)
 
 
-def encode_prompt(tokenizer, record: dict[str, str], max_length: int) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: dict[str, str], max_length: int) -> list[int]:
     """Token ids of a record's prompt in at most `max_length` tokens; only the article is ever shortened.
 
     Raises:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,8 +28,17 @@ import text_input  # noqa: E402
 import utils  # noqa: E402
 from generation import beam_search_config, generate_batch, length_sorted_batches  # noqa: E402
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-def run_arm(model, tokenizer, prompts, batches, config) -> tuple[float, dict[int, str]]:
+
+def run_arm(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    batches: list[list[int]],
+    config: GenerationConfig,
+) -> tuple[float, dict[int, str]]:
     """Seconds and texts by example of one pass over `batches` (lists of indices into `prompts`)."""
     texts: dict[int, str] = {}
     start = time.perf_counter()

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,6 +32,9 @@ import model_io  # noqa: E402
 import text_input  # noqa: E402
 import utils  # noqa: E402
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ARMS = ("dense", "modelopt", "balanced", "fast", "reference", "best")
 
 
@@ -42,7 +46,7 @@ def memory_kib(field: str) -> int:
     raise SystemExit("peak memory is read from /proc, which only Linux has")
 
 
-def deepen(model, times: int):
+def deepen(model: PreTrainedModel, times: int) -> PreTrainedModel:
     """A model with every decoder layer repeated `times` times in a row (copies, each pruned for itself)."""
     import copy
 
@@ -56,11 +60,11 @@ def deepen(model, times: int):
     return model
 
 
-def prune(arm: str, model, batches: list[torch.Tensor], store: Path) -> None:
+def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], store: Path) -> None:
     if arm == "modelopt":
         import modelopt.torch.sparsity as mts
 
-        def forward_loop(model) -> None:
+        def forward_loop(model: PreTrainedModel) -> None:
             with torch.no_grad():
                 for batch in batches:
                     model(batch)

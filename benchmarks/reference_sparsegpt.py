@@ -7,9 +7,13 @@ One forward pass per decoder layer gathers the Hessians of all its linear layers
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def prune_weight(weight: Tensor, hessian: Tensor, percdamp: float = 0.01, block_size: int = 128) -> Tensor:
@@ -39,14 +43,14 @@ def prune_weight(weight: Tensor, hessian: Tensor, percdamp: float = 0.01, block_
 
 
 @torch.no_grad()
-def prune_llama(model: nn.Module, batches: list[Tensor]) -> None:
+def prune_llama(model: PreTrainedModel, batches: list[Tensor]) -> None:
     """Prune every decoder layer of a Llama-type model in place; batches of token ids [batch, length]."""
     hidden, arguments = [], {}
 
     class Caught(Exception):
         pass
 
-    def catch(module, args, kwargs):
+    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs.pop("hidden_states"))
         arguments.update(kwargs)
         raise Caught
@@ -60,7 +64,7 @@ def prune_llama(model: nn.Module, batches: list[Tensor]) -> None:
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         hessians = {linear: torch.zeros(linear.in_features, linear.in_features) for linear in linears}
 
-        def add(linear, args, hessians=hessians):
+        def add(linear: nn.Linear, args: tuple, hessians: dict[nn.Linear, Tensor] = hessians) -> None:
             inputs = args[0].flatten(0, 1).float()
             hessians[linear] += inputs.t() @ inputs
 

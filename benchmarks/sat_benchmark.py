@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ RECOVERY = {
 }
 
 
-def train(arguments: argparse.Namespace, folder: Path, *more) -> list[dict]:
+def train(arguments: argparse.Namespace, folder: Path, *more: Any) -> list[dict]:
     """Run the launcher with settings common to all arms; returns its log."""
     common = ["--model", arguments.model, "--restore_path", arguments.restore_path, "--data_path", arguments.data_path]
     common += ["--output_dir", folder, "--train_bs", arguments.train_bs, "--lr", arguments.lr, "--logging_steps", 1]

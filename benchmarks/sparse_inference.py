@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from machine import describe_machine, settings  # noqa: E402
 import model_io  # noqa: E402
 import utils  # noqa: E402
 from sparsity_check import is_2_4, kernel_support  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Compress = Callable[[torch.Tensor], torch.Tensor]
 # Sums of thousands of half-precision products taken in another order differ by a few units of the last place.
@@ -63,7 +67,7 @@ def prune_by_magnitude(weight: torch.Tensor) -> torch.Tensor:
     return groups.scatter(-1, smallest, 0).view_as(weight)
 
 
-def linear_layers(model) -> dict[str, torch.nn.Linear]:
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """Linear layers of the decoder; the output head stays dense."""
     head = model.get_output_embeddings()
     return {
@@ -92,18 +96,18 @@ def time_products(weight: torch.Tensor, tokens: list[int], compress: dict[str, C
     for name, function in compress.items():
         try:
             packed[name] = function(weight)
-        except (RuntimeError, NotImplementedError) as error:
-            print(f"  {name} does not take {rows}x{columns} here: {utils.first_line(error)}")
+        except (RuntimeError, NotImplementedError) as failure:
+            print(f"  {name} does not take {rows}x{columns} here: {utils.first_line(failure)}")
     results = []
     for count in tokens:
         x = torch.randn(count, columns, device=weight.device, dtype=weight.dtype)
         reference = F.linear(x, weight)
         row: dict[str, Any] = {"rows": rows, "columns": columns, "tokens": count}
-        row["dense_ms"] = milliseconds(lambda x=x: F.linear(x, weight), seconds)
+        row["dense_ms"] = milliseconds(partial(F.linear, x, weight), seconds)
         for name, sparse in packed.items():
             try:
                 error = relative_error(F.linear(x, sparse), reference)
-                row[f"{name}_ms"] = milliseconds(lambda x=x, sparse=sparse: F.linear(x, sparse), seconds)
+                row[f"{name}_ms"] = milliseconds(partial(F.linear, x, sparse), seconds)
             except (RuntimeError, NotImplementedError) as failure:
                 print(f"  {name} cannot multiply {count} tokens here: {utils.first_line(failure)}")
                 continue
@@ -120,7 +124,7 @@ def time_products(weight: torch.Tensor, tokens: list[int], compress: dict[str, C
     return results
 
 
-def time_model(model, batch_sizes: list[int], prompt: int, new: int, seconds: float) -> list[dict]:
+def time_model(model: PreTrainedModel, batch_sizes: list[int], prompt: int, new: int, seconds: float) -> list[dict]:
     """Prefill time and decode time per step of a whole model, for each batch size."""
     results = []
     vocabulary = model.config.get_text_config().vocab_size
@@ -128,17 +132,17 @@ def time_model(model, batch_sizes: list[int], prompt: int, new: int, seconds: fl
         ids = torch.randint(vocabulary, (batch, prompt), device=model.device)
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
 
-        def generate(count: int, ids=ids, options=options) -> None:
+        def generate(count: int, ids: torch.Tensor = ids, options: dict[str, Any] = options) -> None:
             model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
 
         with torch.inference_mode():
-            prefill = milliseconds(lambda ids=ids: model(ids, logits_to_keep=1), seconds)
+            prefill = milliseconds(partial(model, ids, logits_to_keep=1), seconds)
             one, many = milliseconds(lambda: generate(1), seconds), milliseconds(lambda: generate(1 + new), seconds)
         results.append({"batch": batch, "prefill_ms": prefill, "decode_ms": (many - one) / new})
     return results
 
 
-def compress_model(model, compress: Compress) -> int:
+def compress_model(model: PreTrainedModel, compress: Compress) -> int:
     """Replace the weights of all layers the backend takes by compressed ones; returns how many it took."""
     count = 0
     for layer in linear_layers(model).values():
@@ -150,7 +154,9 @@ def compress_model(model, compress: Compress) -> int:
     return count
 
 
-def compare_models(model, name: str, compress: Compress, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare_models(
+    model: PreTrainedModel, name: str, compress: Compress, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Time the model dense and compressed (in that order: compression is in place), checking the logits."""
     setting = (arguments.batch_sizes, arguments.prompt, arguments.new_tokens, arguments.seconds)
     ids = torch.arange(64, device=model.device).view(1, 64)
@@ -207,7 +213,7 @@ def main() -> None:
     device = model_io.resolve_device(arguments.device)
     model = model_io.load_model(arguments.model_dir, model_io.DTYPES[arguments.dtype]).to(device)
     print(f"{describe_machine(device)}; {arguments.dtype}")
-    shapes: dict[tuple[int, int], torch.Tensor] = {}
+    shapes: dict[tuple[int, ...], torch.Tensor] = {}
     for layer in linear_layers(model).values():
         if not is_2_4(layer.weight):
             layer.weight.data = prune_by_magnitude(layer.weight.data)
