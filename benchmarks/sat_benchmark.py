@@ -4,10 +4,10 @@
     python benchmarks/sat_benchmark.py --restore_path PTS_DIR/pts_modelopt_state.pth --output sat_results.json
 
 Part "recovery" trains the same pruned model with cross entropy, with the dense model as teacher, and with the teacher's
-hidden states as well, each for the same steps on the same data in the same order. It reports the held-out perplexity
-and the share of PTS's rise that each regains: (PTS - SAT) / (PTS - dense). Part "throughput" trains one epoch on the
-records with batches padded to --max_length, to their longest sample, grouped by length, and packed; each batch of the
-packed arm holds as many samples on average as the others, so that the losses can be compared.
+hidden states as well, each for the same steps on the same data in the same order. It reports the held-out perplexity,
+the share of PTS's rise that each regains, (PTS - SAT) / (PTS - dense), and ROUGE on test records. Part "throughput"
+trains one epoch on the records with batches padded to --max_length, to their longest sample, grouped by length, and
+packed; each batch of the packed arm holds as many samples on average as the others, so that losses can be compared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,36 +61,44 @@ def held_out_perplexity(arguments: argparse.Namespace, blocks: torch.Tensor, sta
         return model_io.perplexity(model.to(device), blocks, device)
 
 
+def rouge(arguments: argparse.Namespace, state: Path | None, folder: Path) -> dict[str, float]:
+    """F-measures of greedy summaries of the first --examples test records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, ROOT / "eval.py", "--model_dir", arguments.model, "--limit", arguments.examples]
+    command += ["--data_path", Path(arguments.data_path) / "cnn_eval.json", "--beam_size", 1, "--batch_size", 8]
+    command += ["--model_max_length", arguments.context, "--output_json", folder / "rouge.json", "--samples", 0]
+    command += ["--modelopt_restore_path", state] if state else []
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    scores = utils.read_json(folder / "rouge.json", "scores")
+    return {name: scores[name] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
+
+
 def recovery(arguments: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
-    """Perplexity and share regained of every arm."""
+    """Perplexity, share regained and ROUGE of every arm."""
     tokenizer = model_io.load_tokenizer(arguments.model)
     blocks = text_input.token_blocks(tokenizer, text_input.read_texts(arguments.heldout), arguments.context)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     blocks = blocks[order[: arguments.blocks]]
-    dense = held_out_perplexity(arguments, blocks, None)
-    pruned = held_out_perplexity(arguments, blocks, Path(arguments.restore_path))
-    results = {"dense": {"perplexity": dense, "regained": 1.0}, "PTS": {"perplexity": pruned, "regained": 0.0}}
-    for name, options in RECOVERY.items():
-        folder = work / name.replace(" ", "")
-        more = [
-            "--text_path",
-            arguments.text_path,
-            "--text_ratio",
-            arguments.text_ratio,
-            "--packing",
-            "--weight_decay",
-            0,
-        ]
-        more += ["--max_length", arguments.context, "--max_steps", arguments.steps, "--eval_steps", 10**6]
-        log = train(arguments, folder, *more, *options)
-        value = held_out_perplexity(arguments, blocks, folder / "finetuned_modelopt_state.pth")
-        rates = [line["tokens_per_second"] for line in log if "loss" in line]
-        results[name] = {
-            "perplexity": value,
-            "regained": (pruned - value) / (pruned - dense),
-            "tokens_per_second": sum(rates) / len(rates),
-        }
+    results: dict[str, dict[str, float]] = {}
+    for name in ("dense", "PTS", *arguments.arms):
+        folder, speed = work / name.replace(" ", ""), {}
+        state = None if name == "dense" else Path(arguments.restore_path)
+        if name in RECOVERY:
+            more = ["--text_path", arguments.text_path, "--text_ratio", arguments.text_ratio, "--packing"]
+            more += ["--weight_decay", 0, "--max_length", arguments.context, "--max_steps", arguments.steps]
+            # One checkpoint, of the last step: on a CPU, saving them takes as long as some steps.
+            more += ["--eval_steps", 10**6, "--save_steps", 10**6, "--max_eval_samples", 8]
+            log = train(arguments, folder, *more, *RECOVERY[name])
+            state = folder / "finetuned_modelopt_state.pth"
+            rates = [line["tokens_per_second"] for line in log if "loss" in line]
+            speed = {"tokens_per_second": sum(rates) / len(rates)}
+        value = held_out_perplexity(arguments, blocks, state)
+        dense, pruned = (results.get(base, {}).get("perplexity", value) for base in ("dense", "PTS"))
+        results[name] = {"perplexity": value} | rouge(arguments, state, folder) | speed
+        if name in RECOVERY:
+            results[name]["regained"] = (pruned - value) / (pruned - dense)
         print(json.dumps({name: results[name]}), flush=True)
+        shutil.rmtree(folder)  # gigabytes of checkpoints
     return results
 
 
@@ -133,6 +142,8 @@ def main() -> None:
     parser.add_argument("--text_path", default=str(ROOT / "data/aclsum/calib.jsonl"), help="plain text to train on")
     parser.add_argument("--heldout", default=str(ROOT / "data/aclsum/heldout.jsonl"), help="text for the perplexity")
     parser.add_argument("--parts", nargs="+", choices=("recovery", "throughput"), default=["recovery", "throughput"])
+    parser.add_argument("--arms", nargs="+", choices=RECOVERY, default=list(RECOVERY), help="of the recovery")
+    parser.add_argument("--examples", type=int, default=32, help="test records for ROUGE (default %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="steps of each recovery arm (default %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--train_bs", type=int, default=4)
