@@ -218,7 +218,7 @@ def main() -> None:
     # Phase 4: training.
     layer_class = type(decoder_layers(model)[1][0]).__name__
     if sharded:
-        configure_fsdp(layer_class, arguments.cpu_offload, arguments.gradient_checkpointing)
+        configure_fsdp(arguments.fsdp_version, layer_class, arguments.cpu_offload, arguments.gradient_checkpointing)
     trainer = build_trainer(arguments, model, teacher, tokenizer, (train, evaluation), output_dir, precision, sharded)
     trainer.place_teacher(layer_class, compute, arguments.teacher_offload)
     with sat_run.explain_failures(trainer, lambda: sat_memory.advice(sat_memory.model_shapes(config), memory)):

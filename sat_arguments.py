@@ -122,7 +122,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
     group.add_argument(
         "--fsdp", choices=("auto", "off"), default="auto", help="shard over several processes (default), or copy"
     )
-    group.add_argument("--fsdp_version", type=int, choices=(2,), default=2, help="FSDP2, torch's fully_shard")
+    group.add_argument(
+        "--fsdp_version", type=int, choices=(1, 2), default=2, help="2: torch's fully_shard; 1: its forerunner"
+    )
     group.add_argument(
         "--cpu_offload", action="store_true", help="keep sharded weights and optimizer in CPU memory: slow"
     )

@@ -1,11 +1,13 @@
-"""Sharded training with FSDP2 through accelerate, and what modelopt's masks need beside sharded weights.
+"""Sharded training with FSDP through accelerate, and what modelopt's masks need beside sharded weights.
 
-With torch's fully_shard the parameters become DTensors under their own names, while the masks stay whole boolean
+FSDP2 (torch's fully_shard) turns the parameters into DTensors under their own names. FSDP1 joins the parameters of a
+decoder layer into one flat tensor, of which every process holds a stretch. With both, the masks stay whole boolean
 buffers on every process; the model is thus saved by gathering its weights and taking the buffers as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,15 +21,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
-    """Tell accelerate, by the variables that its own launcher sets, to shard with FSDP2. Call before the Trainer."""
+def configure_fsdp(version: int, layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
+    """Tell accelerate, by the variables that its own launcher sets, to shard with FSDP. Call before the Trainer."""
     os.environ.update(
         ACCELERATE_USE_FSDP="true",
-        FSDP_VERSION="2",
+        FSDP_VERSION=str(version),
         FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
         FSDP_TRANSFORMER_CLS_TO_WRAP=layer_class,
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
-        FSDP_RESHARD_AFTER_FORWARD="true",
+        FSDP_RESHARD_AFTER_FORWARD="true" if version == 2 else "FULL_SHARD",
+        FSDP_USE_ORIG_PARAMS="true",  # FSDP1: the optimizer, our masks and our checks see each weight under its name
         FSDP_OFFLOAD_PARAMS=str(cpu_offload).lower(),
         FSDP_ACTIVATION_CHECKPOINTING=str(activation_checkpointing).lower(),
         FSDP_CPU_RAM_EFFICIENT_LOADING="false",
@@ -38,7 +41,7 @@ def force_fsdp(accelerator: Accelerator) -> None:
     """Make accelerate shard on CPU processes too.
 
     accelerate 1.15 looks at ACCELERATE_USE_FSDP only for accelerators and quietly falls back to DDP on CPU processes.
-    Its FSDP2 path itself works over gloo once the state says FSDP, so that the sharded run can be tested without GPUs.
+    Its FSDP path itself works over gloo once the state says FSDP, so that the sharded run can be tested without GPUs.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -46,21 +49,30 @@ def force_fsdp(accelerator: Accelerator) -> None:
     plugin = FullyShardedDataParallelPlugin()
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
+    if plugin.fsdp_version == 1:
+        # accelerate gathers states on the CPU. torch frees what was gathered elsewhere, even if it was there already.
+        from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+        FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if accelerator.device.type == "cpu":
+        # FSDP1 stumbles over the index in accelerate's "cpu:0".
+        accelerator.state.device = PartialState._shared_state["device"] = torch.device("cpu")
 
 
 def assert_sharded(model: nn.Module) -> int:
     """Number of sharded parameters.
 
     Raises:
-        RuntimeError: some parameter is not a DTensor, i.e. FSDP was asked for but is not at work.
+        RuntimeError: some parameter is whole, i.e. FSDP was asked for but is not at work.
     """
     from torch.distributed.tensor import DTensor
 
     parameters = dict(model.named_parameters())
-    whole = [name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)]
+    flat = {id(module._parameters[name]) for module, name, _, _ in flat_stretches(model)}
+    whole = [name for name, weight in parameters.items() if not isinstance(weight, DTensor) and id(weight) not in flat]
     if whole:
         raise RuntimeError(f"FSDP was asked for, but {len(whole)} parameters are not sharded, the first is {whole[0]}")
     return len(parameters)
@@ -86,6 +98,24 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def flat_stretches(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, int]]:
+    """For every parameter under FSDP1: (module, name in it, start, end) of this process's stretch of its flat values.
+
+    A parameter that lies on other processes altogether has start = end. FSDP1 has no public way to ask for this.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        flat = unit._handle.flat_param if unit._handle else None
+        if flat is None:
+            continue
+        for (name, module, _), info in zip(flat._param_infos, flat._shard_param_infos, strict=True):
+            inside = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
+            yield module, name, *inside
+        for name, module, *_ in flat._shared_param_infos:  # tied to one of those above
+            yield module, name, 0, 0
+
+
 def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield (name, stored weight, bool mask), both as this process's shards, for every pruned layer.
 
@@ -93,6 +123,7 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    stretches = {id(module): (start, end) for module, name, start, end in flat_stretches(model) if name == "weight"}
     for name, module in model.named_modules():
         mask = getattr(module, "_weight_mask", None)
         if mask is None:
@@ -104,7 +135,9 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
                 kept = distribute_tensor(mask, weight.device_mesh, weight.placements)
                 module.__dict__["_mask_shard"] = kept
             mask = kept
-        yield f"{name}.weight", local(weight.data), local(mask)
+        elif id(module) in stretches:
+            mask = mask.flatten()[slice(*stretches[id(module)])]
+        yield f"{name.replace('_fsdp_wrapped_module.', '')}.weight", local(weight.data), local(mask)
 
 
 def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:

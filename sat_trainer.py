@@ -31,7 +31,7 @@ class SparseTrainer(Trainer):
 
     Args:
         loss_weights, teacher: see sat_loss; `teacher` is None for plain cross entropy.
-        use_fsdp: shard with FSDP2, on CPU processes too.
+        use_fsdp: shard with FSDP, on CPU processes too.
         group_by_length: put samples of similar length into a batch.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
         log_path: JSONL file for the training curve.

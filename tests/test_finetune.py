@@ -230,11 +230,12 @@ def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------- several processes
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory, model_dir, state_path, data_dir):
+@pytest.fixture(scope="module", params=[2, 1], ids=["FSDP2", "FSDP1"])
+def sharded(tmp_path_factory, model_dir, state_path, data_dir, request):
     """The run of `finished` on two processes with half the batch each."""
     folder = tmp_path_factory.mktemp("sharded") / "out put"
-    arguments = command(model_dir, state_path, data_dir, folder, *COURSE, "--train_bs", 1)[1:]
+    more = ["--train_bs", 1, "--fsdp_version", request.param]
+    arguments = command(model_dir, state_path, data_dir, folder, *COURSE, *more)[1:]
     result = subprocess.run(
         ["bash", "launch_finetune.sh", "--num_processes=2", *arguments],
         cwd=ROOT,
