@@ -22,7 +22,16 @@ import torch
 
 from companions import source_folder, write_companions
 from model_card import load_figures, write_model_card
-from model_io import DTYPES, check_state_fits, empty_model, load_config, load_state, load_tokenizer, sparse_masks
+from model_io import (
+    DTYPES,
+    check_state_fits,
+    empty_model,
+    load_config,
+    load_state,
+    load_tokenizer,
+    require_masks,
+    sparse_masks,
+)
 from sparsity_check import inspect_path
 from utils import UserError, first_line, prepare_output_dir, run_cli, save_json
 
@@ -174,8 +183,7 @@ def main() -> None:
     load_tokenizer(arguments.model_dir, arguments.trust_remote_code)  # only to find a broken one before the long work
     source = source_folder(arguments.model_dir)
     state = load_state(arguments.modelopt_restore_path)["model_state_dict"]
-    if not any(name.endswith("._weight_mask") for name in state):
-        raise UserError(f"state {arguments.modelopt_restore_path} holds no masks: its model was never made sparse")
+    require_masks(state, arguments.modelopt_restore_path)
     model = empty_model(config, trust_remote_code=arguments.trust_remote_code)  # tells the tensors, and which are tied
     model.tie_weights()
     check_state_fits(state, model, arguments.modelopt_restore_path)

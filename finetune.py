@@ -25,6 +25,7 @@ from model_io import (
     load_model,
     load_state,
     load_tokenizer,
+    require_masks,
     restore_sparse,
     sparse_masks,
 )
@@ -208,11 +209,11 @@ def main() -> None:
         model = load_model(arguments.model, "float32", arguments.trust_remote_code)
         model = restore_sparse(model, arguments.restore_path)
         modelopt_state = mto.modelopt_state(model)
-        dtypes = {name: tensor.dtype for name, tensor in load_state(arguments.restore_path)["model_state_dict"].items()}
+        state = load_state(arguments.restore_path)["model_state_dict"]
+        require_masks(state, arguments.restore_path)
+        dtypes = {name: tensor.dtype for name, tensor in state.items()}
         if arguments.packing:
             check_packing(model, sat_data.Collator(tokenizer.pad_token_id), config.get_text_config().vocab_size)
-        if not any(True for _ in sparse_masks(model.state_dict())):
-            raise UserError(f"state {arguments.restore_path} has no masks; make it with hf_pts.py")
         teacher = load_model(arguments.model, compute) if arguments.distill else None
 
     # Phase 4: training.

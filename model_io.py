@@ -155,6 +155,18 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def require_masks(state_dict: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+    """Names of the masks of a state that was read from `path`.
+
+    Raises:
+        UserError: it has none.
+    """
+    masks = [name for name in state_dict if name.endswith("._weight_mask")]
+    if not masks:
+        raise UserError(f"state {path} holds no masks: its model was never made sparse; make one with hf_pts.py")
+    return masks
+
+
 def check_state_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> None:
     """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
 

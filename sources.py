@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from text_input import DEFAULT_INSTRUCTION
-from utils import UserError, first_line, read_json
+from utils import UserError, first_line, read_json, read_jsonl
 
 Triple = tuple[str, str, str]
 
@@ -125,7 +124,12 @@ def _field(row: dict[str, Any], wanted: str | None, known: tuple[str, ...], flag
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a .json (list), .jsonl, .csv (with header) or .parquet file; all but .json are streamed."""
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": lambda path: read_jsonl(path, "source"),
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
     try:
         yield from readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
@@ -144,13 +148,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"source {path} line {number} is not valid JSON: {error}") from error
+    return read_jsonl(path, "source")
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model_io import load_state
+from model_io import load_state, require_masks
 from utils import UserError, first_line, read_json
 
 # Token and position embeddings and output heads stay dense by design, whatever a model family calls them.
@@ -104,10 +104,7 @@ def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[M
 
 def _inspect_state(path: Path) -> Iterator[MatrixReport]:
     tensors = load_state(path)["model_state_dict"]
-    masks = [name for name in tensors if name.endswith("._weight_mask")]
-    if not masks:
-        raise UserError(f"state {path} holds no masks: its model was never made sparse")
-    for mask_name in masks:
+    for mask_name in require_masks(tensors, path):
         name = mask_name.removesuffix("_weight_mask") + "weight"
         if name not in tensors or tensors[name].shape != tensors[mask_name].shape:
             raise UserError(f"state {path} is damaged: mask '{mask_name}' has no weight of its shape")

@@ -157,20 +157,26 @@ def require_file(path: str | Path, what: str) -> Path:
 def read_json(path: str | Path, what: str) -> Any:
     """Parse a JSON file, or one value per line if it is named .jsonl; UserError on anything malformed."""
     path = require_file(path, what)
+    if path.suffix.lower() == ".jsonl":
+        return list(read_jsonl(path, what))
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    if path.suffix != ".jsonl":
-        try:
-            return json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{what} {path} is not valid JSON: {error}") from error
-    values = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                values.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{what} {path} line {number} is not valid JSON: {error}") from error
-    return values
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def read_jsonl(path: Path, what: str) -> Iterator[Any]:
+    """The values of a file with one JSON value per line, one at a time; UserError on anything malformed."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            for line in stream:
+                number += 1
+                if line.strip():
+                    yield json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} line {number} is not valid JSON: {error}") from error

@@ -391,7 +391,7 @@ def test_state_without_masks_is_refused(run_here, tmp_path, model_dir):
     torch.save(
         {"modelopt_state": {"modelopt_state_dict": [], "modelopt_version": "0.47.0"}, "model_state_dict": weights}, path
     )
-    with pytest.raises(utils.UserError, match="has no masks"):
+    with pytest.raises(utils.UserError, match="holds no masks"):
         run_here("--restore_path", path)
 
 
