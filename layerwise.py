@@ -59,7 +59,7 @@ class Recipe:
 QUALITY = {
     "fast": Recipe(percdamp=0.1, refit_iterations=6, dense_inputs=True),
     "balanced": Recipe(percdamp=0.1, refit_iterations=6, dense_inputs=True, asymmetric=True),
-    "best": Recipe(percdamp=0.1, refit_iterations=6, admm_iterations=30, asymmetric=True),
+    "best": Recipe(percdamp=0.1, refit_iterations=6, admm_iterations=16, dense_inputs=True, asymmetric=True),
 }
 
 # Decoder layers have about four groups of linear layers: before attention, after it, before and after the activation.

@@ -53,7 +53,7 @@ def force_fsdp(accelerator: Accelerator) -> None:
         # accelerate gathers states on the CPU. torch frees what was gathered elsewhere, even if it was there already.
         from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-        FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()
+        FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()  # type: ignore[assignment,method-assign,return-value]
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -110,8 +110,8 @@ def flat_stretches(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, int]
         if flat is None:
             continue
         for (name, module, _), info in zip(flat._param_infos, flat._shard_param_infos, strict=True):
-            inside = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
-            yield module, name, *inside
+            first, last = info.intra_param_start_idx, info.intra_param_end_idx
+            yield module, name, *((0, 0) if first is None or last is None else (first, last + 1))
         for name, module, *_ in flat._shared_param_infos:  # tied to one of those above
             yield module, name, 0, 0
 
