@@ -94,7 +94,9 @@ def run_arm(args: argparse.Namespace) -> dict:
     if args.arm == "modelopt":
         import modelopt.torch.sparsity  # noqa: F401  its import is not part of the pruning
     if args.deepen > 1:
-        model = deepen(model, args.deepen)
+        with tempfile.TemporaryDirectory() as folder:  # mapped from a file, as every model is
+            deepen(model, args.deepen).save_pretrained(folder)
+            model = model_io.load_model(folder, torch.float32)
     calibration = text_input.read_texts(args.data / "calib.jsonl")
     batches = list(
         text_input.sample_blocks(tokenizer, calibration, args.length, args.calib_size, 0).split(args.batch_size)
