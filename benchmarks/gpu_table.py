@@ -1,99 +1,180 @@
-"""The table of gpu_check.sh: what its parts left in a folder, one line per figure."""
+"""The one table of gpu_check.sh, from the files that its parts have left in its folder.
+
+    python benchmarks/gpu_table.py FOLDER [--rehearse] [--output FILE]
+
+FOLDER/parts.tsv lists the steps that ran: part, step, exit code, seconds, and the reason where one failed.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
+import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 from machine import describe_machine  # noqa: E402
 
-import model_io  # noqa: E402
 import utils  # noqa: E402
-from sat_trainer import read_log  # noqa: E402
 
-Row = tuple[str, str, str]  # part, figure, value
+GIB = 2**30
+MODEL_LAYERS = 32  # of Llama-2-7B
+MOST_MEMORY = 6e9 / GIB  # GiB; the target is 6 GB, the stricter of the two readings
+MOST_TIME = 0.5  # of modelopt's
 
 
-def pts_rows(folder: Path) -> list[Row]:
-    """Time and memory of each arm, and ours divided by modelopt's."""
-    arms = utils.read_json(folder / "pts.json", "figures")["arms"]
-    rows, base = [], arms.get("modelopt", {"failed": "not run"})
-    for arm, figures in arms.items():
-        if "failed" in figures:
-            rows.append(("PTS", arm, figures["failed"]))
-            continue
-        seconds, scaled = figures["seconds"], figures["seconds_scaled"]
-        text = f"{figures['peak_gib']:.2f} GiB, {seconds:.1f} s ({scaled:.0f} s for 32 layers)"
-        if arm != "modelopt" and "failed" not in base:
-            time, memory = (figures[key] / base[key] for key in ("seconds", "peak_gib"))
-            text += f"; {time:.2f} of modelopt's time, {memory:.2f} of its memory"
-        rows.append(("PTS", arm, text))
+@dataclass
+class Row:
+    """One line of the table: a figure with its unit, or in place of a number the text that says why there is none."""
+
+    part: str
+    figure: str
+    value: float | str
+    unit: str = ""
+    most: float | None = None  # the target: at most this
+
+    def met(self) -> bool | None:
+        """Whether the target is met; None without one or without a number."""
+        return self.value <= self.most if self.most is not None and not isinstance(self.value, str) else None
+
+
+def pts_rows(folder: Path, arm: str) -> list[Row]:
+    """Memory and time of one arm, and for ours what they are of modelopt's (if that has run)."""
+    found = utils.read_json(folder / f"pts_{arm}.json", "figures")
+    layers = found["layers"]
+    if "out_of_memory" in found:
+        return [Row("pts", f"{arm}, {layers} layers", f"out of memory: {found['out_of_memory']}")]
+    ours = arm != "modelopt"
+    peak, seconds = found["peak_bytes"] / GIB, found["seconds"]
+    rows = [Row("pts", f"{arm}: peak memory" if ours else f"{arm}: peak memory of {layers} layers", peak, "GiB")]
+    rows[0].most = MOST_MEMORY if ours else None
+    rows.append(Row("pts", f"{arm}: time of {layers} layers", seconds, "s"))
+    if layers != MODEL_LAYERS:
+        rows.append(Row("pts", f"{arm}: time scaled to {MODEL_LAYERS} layers", seconds * MODEL_LAYERS / layers, "s"))
+    base = folder / "pts_modelopt.json"
+    if ours and base.is_file() and (base := utils.read_json(base, "figures")).keys() >= {"seconds"}:
+        memory = found["peak_bytes"] / base["peak_bytes"]
+        rows.append(Row("pts", f"{arm}: memory / modelopt's of {layers} layers", memory, "x"))
+        rows.append(Row("pts", f"{arm}: time / modelopt's", seconds / base["seconds"], "x", MOST_TIME))
     return rows
 
 
-def sat_rows(folder: Path) -> list[Row]:
-    """Speed after the first log line, in which everything warms up; loss; and what the saved state was checked for."""
-    lines = [line for line in read_log(folder / "sat" / "train_log.jsonl") if "loss" in line]
-    later = lines[1:] or lines
-    rate = len(later) / sum(1 / line["tokens_per_second"] for line in later)
-    log = (folder / "sat.log").read_text()
-    checked = re.search(r"\d+% of [\d,]+ pruned weights are 0", log)
-    sharding = re.search(r"\d+ weights are sharded over \d+ processes", log)
+def sat_rows(folder: Path, step: str) -> list[Row]:
+    """Speed (median of the log lines behind the first, which warms up), last loss, and what finetune.py verified."""
+    log = utils.read_json(folder / "sat/finetuned/train_log.jsonl", "training log")
+    lines = [line for line in log if "loss" in line]
+    rates = [line["tokens_per_second"] for line in lines[1:] or lines]
+    verified = [line for line in (folder / "sat.log").read_text(errors="replace").splitlines() if "verified" in line]
+    zeros = verified[-1].partition(": ")[2] if verified else "NOT VERIFIED"
     return [
-        ("SAT", "tokens per second", f"{rate:,.0f}"),
-        ("SAT", "loss, first and last", f"{lines[0]['loss']:.3f}, {lines[-1]['loss']:.3f}"),
-        ("SAT", "sharding", sharding[0] if sharding else "one process, none"),
-        ("SAT", "masks in the saved state", checked[0] if checked else "not verified"),
+        Row("sat", "tokens per second", statistics.median(rates)),
+        Row("sat", "optimizer steps", lines[-1]["step"]),
+        Row("sat", "first loss", lines[0]["loss"]),
+        Row("sat", "last loss", lines[-1]["loss"]),
+        Row("sat", "masks", zeros),
     ]
 
 
-def eval_rows(folder: Path) -> list[Row]:
-    figures = utils.read_json(folder / "rouge.json", "figures")
+def eval_rows(folder: Path, step: str) -> list[Row]:
+    """Speed over all processes, and ROUGE-L in percent."""
+    found = utils.read_json(folder / "rouge.json", "figures")
     return [
-        ("eval", "examples per second", f"{figures['examples_per_second']:.2f}"),
-        ("eval", "ROUGE-L", f"{100 * figures['rougeL']:.2f} on {figures['examples']} examples"),
+        Row("eval", "examples per second", found["examples_per_second"]),
+        Row("eval", f"rougeL of {found['examples']} examples", 100 * found["rougeL"], "%"),
     ]
 
 
-def speed_rows(folder: Path) -> list[Row]:
-    """Median over shapes of dense time / best sparse time, by number of tokens."""
-    products = utils.read_json(folder / "speed.json", "figures")["products"]
-    ratios: dict[int, list[float]] = {}
-    for row in products:
-        sparse = [value for key, value in row.items() if key.endswith("_ms") and key != "dense_ms"]
-        if sparse:
-            ratios.setdefault(row["tokens"], []).append(row["dense_ms"] / min(sparse))
-    return [("speed", f"2:4 products, {n} tokens", f"{sorted(r)[len(r) // 2]:.2f}x dense") for n, r in ratios.items()]
+def sparse_rows(folder: Path, step: str) -> list[Row]:
+    """Dense time / time of the faster sparse kernel: the best product, the means, and the best whole-model phase."""
+    if not (folder / "sparse.json").is_file():
+        return [Row("sparse", "2:4 products", "not measured: 2:4 kernels need a CUDA GPU")]
+    found = utils.read_json(folder / "sparse.json", "figures")
+    gains: dict[tuple[int, int, int], float] = {}
+    for row in found["products"]:
+        times = [value for key, value in row.items() if key.endswith("_ms") and key != "dense_ms"]
+        if times:
+            gains[row["rows"], row["columns"], row["tokens"]] = row["dense_ms"] / min(times)
+    if not gains:
+        return [Row("sparse", "2:4 products", "no sparse kernel took any of the shapes")]
+    best = max(gains, key=gains.__getitem__)
+    rows = [Row("sparse", f"best speedup, {best[0]}x{best[1]}, {best[2]} tokens", gains[best], "x")]
+    rows.append(Row("sparse", "mean speedup of all products", statistics.mean(gains.values()), "x"))
+    for tokens in sorted({key[2] for key in gains}):
+        mean = statistics.mean(gain for key, gain in gains.items() if key[2] == tokens)
+        rows.append(Row("sparse", f"mean speedup, {tokens} tokens", mean, "x"))
+    for phase in ("prefill_ms", "decode_ms"):
+        pairs = [pair for model in found["models"] for pair in zip(model["dense"], model["sparse"], strict=True)]
+        if pairs:
+            gain = max(dense[phase] / sparse[phase] for dense, sparse in pairs)
+            rows.append(Row("sparse", f"best speedup of one-layer model, {phase[:-3]}", gain, "x"))
+    return rows
 
 
-PARTS = {"pts": pts_rows, "sat": sat_rows, "eval": eval_rows, "speed": speed_rows}
+READERS: dict[str, Callable[[Path, str], list[Row]]] = {
+    "pts": pts_rows,
+    "sat": sat_rows,
+    "eval": eval_rows,
+    "sparse": sparse_rows,
+}
+
+
+def shown(value: float | str, unit: str) -> str:
+    """A number with two decimals (none from 1,000 on) and its unit; words as they are."""
+    if isinstance(value, str):
+        return value
+    number = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+    return f"{number} {unit}".strip()
+
+
+def table(rows: list[Row], rehearsal: bool) -> str:
+    """Aligned text. A rehearsal's figures are not held against the targets."""
+    cells = [("part", "figure", "value", "target", "met")]
+    for row in rows:
+        met = None if rehearsal else row.met()
+        target = f"<= {shown(float(row.most), row.unit)}" if row.most is not None else ""
+        cells.append(
+            (row.part, row.figure, shown(row.value, row.unit), target, {True: "yes", False: "NO"}.get(met, ""))
+        )
+    # A reason in words may be long and stands in the value's column, so it does not set that column's width.
+    widths = [max(len(line[i]) for line in cells if i != 2 or len(line[2]) <= 24) for i in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, required=True)
-    parser.add_argument("--failed", nargs="*", default=[], help="parts that ended with an error")
-    parser.add_argument("--note", default="", help="a line above the table")
-    parser.add_argument("--output", metavar="FILE", help="JSON file for the table")
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where gpu_check.sh left its files")
+    parser.add_argument("--rehearse", action="store_true", help="say that these are toy figures of a CPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the table")
+    arguments = parser.parse_args()
+    path = utils.require_file(arguments.folder / "parts.tsv", "list of steps")
+    steps = [line.split("\t") for line in path.read_text().splitlines()]
     rows: list[Row] = []
-    for part in args.parts:
-        rows += [(part, "", "failed")] if part in args.failed else PARTS[part](args.folder)
-    machine = describe_machine(model_io.resolve_device("auto"))
-    count = torch.cuda.device_count()
-    print(f"\n{machine}{f', {count} GPUs' if count > 1 else ''}{args.note and f'. {args.note}'}")
-    for part, figure, value in rows:
-        print(f"{part:<6} {figure:<26} {value}")
-    if args.output:
-        utils.save_json({"machine": machine, "gpus": count, "note": args.note, "rows": rows}, args.output)
+    for part, step, code, _, reason in steps:
+        if code == "0":
+            rows += READERS[part](arguments.folder, step.partition("_")[2])
+        else:
+            rows.append(Row(part, step, f"failed: {reason}"))
+    gpus = 0 if arguments.rehearse else torch.cuda.device_count()
+    machine = describe_machine(torch.device("cuda" if gpus else "cpu"))
+    if arguments.rehearse:
+        print("\nREHEARSAL on the CPU at toy sizes: it shows that the parts run; the figures say nothing about a GPU")
+    print(f"\n{machine}; {gpus} GPU{'' if gpus == 1 else 's'}\n{table(rows, arguments.rehearse)}")
+    print("seconds: " + ", ".join(f"{step} {seconds}" for _, step, _, seconds, _ in steps))
+    if arguments.output:
+        figures = [asdict(row) | {"met": None if arguments.rehearse else row.met()} for row in rows]
+        failed = {step: reason for _, step, code, _, reason in steps if code != "0"}
+        times = {step: int(seconds) for _, step, _, seconds, _ in steps}
+        facts = {"machine": machine, "gpus": gpus, "rehearsal": arguments.rehearse, "failed": failed, "seconds": times}
+        utils.save_json({**facts, "rows": figures}, arguments.output)
+        print(f"table saved in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,10 @@ def test_unknown_argument_is_refused(project):
     assert "unknown argument '--fast'" in result.stderr and not calls
 
 
-@pytest.mark.parametrize("name", ["quickstart.sh", "run_tests.sh", "setup_env.sh", ".ci/run"])
+SHELL_SCRIPTS = ["quickstart.sh", "run_tests.sh", "setup_env.sh", "benchmarks/gpu_check.sh", ".ci/run"]
+
+
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
 def test_shell_syntax(name):
     subprocess.run(["bash", "-n", ROOT / name], check=True, timeout=60)
 
