@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,12 +31,15 @@ from checkpoint import LayerStore  # noqa: E402
 from layerwise import QUALITY, peak_memory_mib, prune_model  # noqa: E402
 from sparsity_check import is_2_4  # noqa: E402
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ARMS = ("balanced", "fast", "modelopt")
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "vocab_size": 256}
 
 
-def random_llama(shape: dict[str, int], layers: int, device: torch.device, home: torch.device):
+def random_llama(shape: dict[str, int], layers: int, device: torch.device, home: torch.device) -> PreTrainedModel:
     """A Llama in fp16, its weights drawn on `device` one module after another (fast on a GPU) and kept on `home`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -54,12 +57,12 @@ def random_llama(shape: dict[str, int], layers: int, device: torch.device, home:
     return model
 
 
-def prune(arm: str, model, batches: list[torch.Tensor], device: torch.device, folder: Path) -> None:
+def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], device: torch.device, folder: Path) -> None:
     """Prune `model` in place on batches of input_ids [batch, length]; ours keeps layers on disk, as hf_pts.py does."""
     if arm == "modelopt":
         import modelopt.torch.sparsity as mts
 
-        def forward_loop(model) -> None:
+        def forward_loop(model: PreTrainedModel) -> None:
             with torch.no_grad():
                 for batch in batches:
                     model(batch.to(device), use_cache=False)
@@ -108,7 +111,7 @@ def measure(arguments: argparse.Namespace, shape: dict[str, int], device: torch.
     return result
 
 
-def check(model) -> None:
+def check(model: PreTrainedModel) -> None:
     """Raises RuntimeError if a linear layer of the decoder is not 2:4, for then the time is worth nothing."""
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear) and not is_2_4(module.weight.detach()):

@@ -57,8 +57,9 @@ def pts_rows(folder: Path, arm: str) -> list[Row]:
     rows.append(Row("pts", f"{arm}: time of {layers} layers", seconds, "s"))
     if layers != MODEL_LAYERS:
         rows.append(Row("pts", f"{arm}: time scaled to {MODEL_LAYERS} layers", seconds * MODEL_LAYERS / layers, "s"))
-    base = folder / "pts_modelopt.json"
-    if ours and base.is_file() and (base := utils.read_json(base, "figures")).keys() >= {"seconds"}:
+    other = folder / "pts_modelopt.json"
+    base = utils.read_json(other, "figures") if ours and other.is_file() else {}
+    if "seconds" in base:
         memory = found["peak_bytes"] / base["peak_bytes"]
         rows.append(Row("pts", f"{arm}: memory / modelopt's of {layers} layers", memory, "x"))
         rows.append(Row("pts", f"{arm}: time / modelopt's", seconds / base["seconds"], "x", MOST_TIME))
@@ -136,11 +137,9 @@ def table(rows: list[Row], rehearsal: bool) -> str:
     """Aligned text. A rehearsal's figures are not held against the targets."""
     cells = [("part", "figure", "value", "target", "met")]
     for row in rows:
-        met = None if rehearsal else row.met()
+        met = "" if rehearsal else {True: "yes", False: "NO", None: ""}[row.met()]
         target = f"<= {shown(float(row.most), row.unit)}" if row.most is not None else ""
-        cells.append(
-            (row.part, row.figure, shown(row.value, row.unit), target, {True: "yes", False: "NO"}.get(met, ""))
-        )
+        cells.append((row.part, row.figure, shown(row.value, row.unit), target, met))
     # A reason in words may be long and stands in the value's column, so it does not set that column's width.
     widths = [max(len(line[i]) for line in cells if i != 2 or len(line[2]) <= 24) for i in range(5)]
     return "\n".join(
