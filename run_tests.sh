@@ -26,7 +26,7 @@ setup_env "$environment" "$constraints" requirements.txt requirements-test.txt r
 failed=()
 "$ENV_PYTHON" -m ruff check . || failed+=("ruff check")
 "$ENV_PYTHON" -m ruff format --check . || failed+=("ruff format")
-# Not on the oldest releases: stubs of safetensors' old ones lack what those releases do have (mypy then errs on our calls).
+# Not on the oldest releases: the stubs in old safetensors lack names that the module itself has.
 if [[ -z $constraints ]]; then
   "$ENV_PYTHON" -m mypy || failed+=("mypy")
 fi
