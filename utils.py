@@ -30,7 +30,7 @@ def _is_failed_write(error: Exception) -> bool:
     """Whether a library's error, of a class of its own, says that a file could not be written."""
     text = str(error)
     if type(error).__name__ == "SafetensorError":
-        return "I/O error" in text
+        return "I/O error" in text or "IoError" in text  # the second up to safetensors 0.5
     signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
