@@ -128,6 +128,11 @@ class SparseTrainer(Trainer):
             )
         return loss
 
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if hasattr(grad_norm, "full_tensor"):  # of a sharded norm, item() gives this process's part under older torch
+            grad_norm = grad_norm.full_tensor()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
