@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import runpy
@@ -32,6 +33,9 @@ def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None
             for descriptor in (read_out, write_out, read_err, write_err):
                 os.close(descriptor)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            for handler in logging.getLogger("transformers").handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setStream(sys.stderr)  # from before the fork it has pytest's, which is a file
             sys.argv = [script, *map(str, arguments)]
             setup()
             runpy.run_path(str(ROOT / script), run_name="__main__")
