@@ -226,7 +226,7 @@ class Stream:
                 mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
             return mapped.view(hidden.shape).copy_(hidden)
         if self.device.type == "cpu":
-            return hidden.to("cpu")
+            return hidden
         # Only the device reads it again, in the order of its stream, so that nothing needs to wait for the copy.
         return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden, non_blocking=True)
 

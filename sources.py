@@ -147,10 +147,6 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    return read_jsonl(path, "source")
-
-
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is less than a long article
     with open(path, encoding="utf-8-sig", newline="") as stream:
