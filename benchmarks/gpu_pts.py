@@ -23,12 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from arms import prune  # noqa: E402
 from machine import describe_machine  # noqa: E402
 
 import model_io  # noqa: E402
 import utils  # noqa: E402
-from checkpoint import LayerStore  # noqa: E402
-from layerwise import QUALITY, peak_memory_mib, prune_model  # noqa: E402
+from layerwise import peak_memory_mib  # noqa: E402
 from sparsity_check import is_2_4  # noqa: E402
 
 if TYPE_CHECKING:
@@ -55,22 +55,6 @@ def random_llama(shape: dict[str, int], layers: int, device: torch.device, home:
                 parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
         module.to(home)
     return model
-
-
-def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], device: torch.device, folder: Path) -> None:
-    """Prune `model` in place on batches of input_ids [batch, length]; ours keeps layers on disk, as hf_pts.py does."""
-    if arm == "modelopt":
-        import modelopt.torch.sparsity as mts
-
-        def forward_loop(model: PreTrainedModel) -> None:
-            with torch.no_grad():
-                for batch in batches:
-                    model(batch.to(device), use_cache=False)
-
-        mts.sparsify(model, "sparsegpt", config={"forward_loop": forward_loop, "verbose": False})
-    else:
-        inputs = [{"input_ids": batch} for batch in batches]
-        prune_model(model, inputs, QUALITY[arm], device, LayerStore(folder / "layers", arm))
 
 
 def measure(arguments: argparse.Namespace, shape: dict[str, int], device: torch.device) -> dict[str, Any]:

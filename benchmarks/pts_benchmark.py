@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from arms import prune  # noqa: E402
 from machine import describe_machine  # noqa: E402
+from reference_sparsegpt import prune_llama  # noqa: E402
 
 import model_io  # noqa: E402
 import text_input  # noqa: E402
@@ -60,31 +61,6 @@ def deepen(model: PreTrainedModel, times: int) -> PreTrainedModel:
     return model
 
 
-def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], store: Path) -> None:
-    if arm == "modelopt":
-        import modelopt.torch.sparsity as mts
-
-        def forward_loop(model: PreTrainedModel) -> None:
-            with torch.no_grad():
-                for batch in batches:
-                    model(batch)
-
-        with open(os.devnull, "w") as quiet:
-            stdout, sys.stdout = sys.stdout, quiet
-            mts.sparsify(model, "sparsegpt", config={"forward_loop": forward_loop, "verbose": False})
-            sys.stdout = stdout
-    elif arm == "reference":
-        from reference_sparsegpt import prune_llama
-
-        prune_llama(model, batches)
-    elif arm != "dense":
-        from checkpoint import LayerStore
-        from layerwise import QUALITY, prune_model
-
-        inputs = [{"input_ids": batch} for batch in batches]
-        prune_model(model, inputs, QUALITY[arm], torch.device("cpu"), LayerStore(store, arm))
-
-
 def run_arm(args: argparse.Namespace) -> dict:
     """Prune with one arm in this process and measure it."""
     import pydoc_data.topics
@@ -105,7 +81,10 @@ def run_arm(args: argparse.Namespace) -> dict:
     Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
     before, started = memory_kib("VmRSS"), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        prune(args.arm, model, batches, Path(folder) / "layers")
+        if args.arm == "reference":
+            prune_llama(model, batches)
+        elif args.arm != "dense":
+            prune(args.arm, model, batches, torch.device("cpu"), Path(folder))
     result = {
         "seconds": round(time.perf_counter() - started, 1),
         "memory_mib": round((memory_kib("VmHWM") - before) / 1024, 1),
