@@ -4,41 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from decoder import Stop, Stream
+from decoder import Stop, Stream, replaced_forward
 from utils import UserError
 
-
-def add_gram(hessian: Tensor, inputs: Tensor) -> None:
-    """hessian [cols, cols] += inputsᵀ inputs for inputs [tokens, cols], both float32."""
-    if inputs.device.type == "cpu":
-        # NumPy sees that both factors are one array and computes half of the symmetric product (BLAS syrk).
-        array = inputs.numpy()
-        hessian += torch.from_numpy(array.T @ array)
-    else:
-        hessian.addmm_(inputs.t(), inputs)
+TOKENS_AT_ONCE = 1024  # in float32 beside what the model computed: enough for full speed, little memory
 
 
-@dataclass
 class Statistics:
-    """What calibration tells about linear layers that share an input X [cols, tokens]; means over all tokens."""
+    """What calibration tells about linear layers that share an input X [cols, tokens]; means over all tokens.
 
-    hessian: Tensor  # X Xᵀ [cols, cols] float32
-    cross: Tensor | None = None  # Y Xᵀ [rows, cols] float32, for a wanted output Y [rows, tokens]
-    tokens: int = 0
+    Attributes:
+        hessian: X Xᵀ [cols, cols] float32.
+        cross: Y Xᵀ [rows, cols] float32, for a wanted output Y [rows, tokens]; None if `rows` is 0.
+    """
+
+    def __init__(self, cols: int, device: torch.device, rows: int = 0):
+        self.hessian = torch.zeros(cols, cols, device=device)
+        self.cross = torch.zeros(rows, cols, device=device) if rows else None
+        self.tokens = 0
+        # Memory that is taken once, not for every batch between those of the model, leaves no holes.
+        self._part = torch.empty(TOKENS_AT_ONCE, cols, device=device)
+        self._gram = torch.empty_like(self.hessian) if device.type == "cpu" else None
 
     def add(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
         """Take in inputs [tokens, cols] and, with a cross product, wanted outputs [tokens, rows]."""
-        inputs = inputs.float()
-        add_gram(self.hessian, inputs)
-        if wanted is not None:
-            assert self.cross is not None
-            self.cross.addmm_(wanted.float().t(), inputs)
+        for start in range(0, len(inputs), TOKENS_AT_ONCE):
+            given = inputs[start : start + TOKENS_AT_ONCE]
+            part = self._part[: len(given)].copy_(given)
+            if self._gram is None:
+                self.hessian.addmm_(part.t(), part)
+            else:
+                # NumPy sees that both factors are one array and computes half of the symmetric product (BLAS syrk).
+                array = part.numpy()
+                self.hessian += torch.from_numpy(np.matmul(array.T, array, out=self._gram.numpy()))
+            if wanted is not None:
+                assert self.cross is not None
+                self.cross.addmm_(wanted[start : start + TOKENS_AT_ONCE].float().t(), part)
         self.tokens += len(inputs)
 
     def finish(self, name: str) -> None:
@@ -47,6 +54,7 @@ class Statistics:
         Raises:
             UserError: an activation was NaN or infinite; names the linear layer.
         """
+        del self._part, self._gram
         sums = [self.hessian] + ([self.cross] if self.cross is not None else [])
         count = torch.tensor(float(self.tokens), device=self.hessian.device)
         if dist.is_initialized():
@@ -74,7 +82,7 @@ def collect(
     found = []
     for group in groups:
         width = next(iter(group.values())).in_features
-        found.append(Statistics(torch.zeros(width, width, device=stream.device)))
+        found.append(Statistics(width, stream.device))
 
     def hook(statistics: Statistics, keep: Tensor | None) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
@@ -94,7 +102,7 @@ def collect(
             if advance is None:
                 stream.run(layer, index, batch)
             else:
-                advance[batch] = stream.store(stream.run(layer, index, batch, advance[batch]))
+                stream.put(stream.run(layer, index, batch, advance[batch]), advance[batch])
         for handle in handles:
             handle.remove()
     for group, statistics in zip(groups, found, strict=True):
@@ -117,39 +125,47 @@ def collect_residual(
         the linear's output does not simply add to the layer's (Gemma's normalizes it first) or was not seen.
     """
     rows, cols = linear.weight.shape
-    found = Statistics(torch.zeros(cols, cols, device=stream.device), torch.zeros(rows, cols, device=stream.device))
+    found = Statistics(cols, stream.device, rows)
+    dtype = torch.bfloat16 if stream.autocast else linear.weight.dtype
     seen: list[Tensor] = []
     kept_inputs: list[Tensor] = []
 
-    def silence(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        seen[:] = [args[0], output]
-        return torch.zeros_like(output)
+    def silent(_: int) -> Callable:
+        def forward(inputs: Tensor) -> Tensor:
+            seen[:] = [inputs]
+            return inputs.new_zeros(*inputs.shape[:-1], rows, dtype=dtype)
+
+        return forward
 
     for batch, keep in enumerate(stream.keep):
-        handle = linear.register_forward_hook(silence)
-        residual = stream.run(layer, index, batch)
-        handle.remove()
+        with replaced_forward([linear], silent):
+            residual = stream.run(layer, index, batch)
         if batch == 0:
-            if not seen or seen[1].numel() != residual.numel() or seen[1].shape[-1] != residual.shape[-1]:
+            if not seen or not _adds_up(stream.run(layer, index, 0) - residual, stream.linear(linear, seen[0])):
                 return None
-            added = stream.run(layer, index, batch) - residual
-            if (added - seen[1].view_as(added)).float().norm() > 0.05 * added.float().norm():
-                return None
-        stream.hidden[batch] = stream.store(residual)
-        kept_inputs.append(stream.store(seen[0]))
+            shapes = [torch.Size((*hidden.shape[:-1], cols)) for hidden in stream.hidden]
+            kept_inputs = stream.allocate(shapes, seen[0].dtype)
+        stream.put(seen[0].view(kept_inputs[batch].shape), kept_inputs[batch])
         wanted = targets[batch].to(stream.device, non_blocking=True).float() - residual.float()
         if linear.bias is not None:
             wanted -= linear.bias.float()
+        stream.put(residual, stream.hidden[batch])
         inputs, wanted = seen[0].flatten(0, -2), wanted.flatten(0, -2)
         found.add(*(t if keep is None else t[keep] for t in (inputs, wanted)))
     found.finish(name)
     return found, kept_inputs
 
 
+def _adds_up(added: Tensor, output: Tensor) -> bool:
+    """Whether what a linear adds to its layer's output is its own output, but for rounding."""
+    if output.numel() != added.numel() or output.shape[-1] != added.shape[-1]:
+        return False
+    return bool((added - output.view_as(added)).float().norm() <= 0.05 * added.float().norm())
+
+
 @torch.no_grad()
 def add_output(stream: Stream, linear: nn.Linear, inputs: list[Tensor]) -> None:
     """Bring a stream of residuals to the layer's output: R + W X, to the bit what the layer itself would give."""
-    for batch, (hidden, given) in enumerate(zip(stream.hidden, inputs, strict=True)):
-        with stream.precision():
-            output = linear(given.to(stream.device, non_blocking=True))
-        stream.hidden[batch] = stream.store(hidden.to(stream.device, non_blocking=True) + output.view_as(hidden))
+    for hidden, given in zip(stream.hidden, inputs, strict=True):
+        output = stream.linear(linear, given.to(stream.device, non_blocking=True))
+        stream.put(hidden.to(stream.device, non_blocking=True) + output.view_as(hidden), hidden)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -121,14 +121,15 @@ def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[st
 
 
 @contextmanager
-def _replaced_forward(layers: nn.ModuleList, forward: Callable[[int], Callable]) -> Iterator[None]:
-    for index, layer in enumerate(layers):
-        layer.forward = forward(index)
+def replaced_forward(modules: Iterable[nn.Module], forward: Callable[[int], Callable]) -> Iterator[None]:
+    """Let module number `index` run forward(index) instead of its own forward for a while."""
+    for index, module in enumerate(modules):
+        module.forward = forward(index)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in modules:
+            del module.forward
 
 
 def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
@@ -145,7 +146,7 @@ def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
 
         return forward
 
-    with _replaced_forward(layers, watch), torch.inference_mode():
+    with replaced_forward(layers, watch), torch.inference_mode():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     return tuples
 
@@ -173,7 +174,7 @@ def record_calls(
 
         return forward
 
-    with _replaced_forward(layers, recorder), torch.no_grad(), suppress(Stop):
+    with replaced_forward(layers, recorder), torch.no_grad(), suppress(Stop):
         model(**batch, use_cache=False)
     return first[0], calls
 
@@ -199,7 +200,7 @@ class Stream:
         folder: Path | None = None,
     ):
         self.device, self.folder = device, folder
-        self.hidden: list[Tensor] = []
+        self.hidden: list[Tensor] = []  # [batch, length, width]
         self.keep: list[Tensor | None] = []  # bool [batch · length], False on padding
         self.calls: list[list[Call]] = []
         # Float32 models run the linear layers of their calibration passes in bfloat16 where the CPU has instructions
@@ -207,36 +208,65 @@ class Stream:
         self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
         tuples = returns_tuple(model, layers)
         seen: dict[torch.Size, list[Call]] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches):
             hidden, calls = record_calls(model, layers, tuples, batch)
             mask = batch.get("attention_mask")
             if mask is not None and bool(mask.all()):
                 mask = None  # nothing is padded
-            self.hidden.append(self.store(hidden))
+            if not self.hidden:
+                shapes = [torch.Size((*batch["input_ids"].shape, hidden.shape[-1])) for batch in batches]
+                self.hidden = self.allocate(shapes, hidden.dtype)
+            self.put(hidden, self.hidden[number])
             self.keep.append(None if mask is None else mask.flatten().bool().to(device))
             self.calls.append(seen.setdefault(hidden.shape, calls) if mask is None else calls)
 
-    def store(self, hidden: Tensor) -> Tensor:
-        """Bring activations to where the stream keeps them: memory, or a file that is mapped."""
-        hidden = hidden.detach()
+    def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+        """Room for activations of every batch where the stream keeps them: memory, pinned for CUDA, or a mapped file.
+
+        It is one piece, which unlike many small ones goes back to the system as soon as it is free.
+        """
+        counts = [shape.numel() for shape in shapes]
         if self.folder:
             with tempfile.NamedTemporaryFile(dir=self.folder) as file:
                 # A mapped file that outgrows the disk would end the process with SIGBUS; this raises OSError.
-                os.posix_fallocate(file.fileno(), 0, hidden.nbytes)
-                mapped = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
-            return mapped.view(hidden.shape).copy_(hidden)
-        if self.device.type == "cpu":
-            return hidden
-        # Only the device reads it again, in the order of its stream, so that nothing needs to wait for the copy.
-        return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden, non_blocking=True)
+                os.posix_fallocate(file.fileno(), 0, sum(counts) * dtype.itemsize)
+                piece = torch.from_file(file.name, shared=True, size=sum(counts), dtype=dtype)
+        else:
+            piece = torch.empty(sum(counts), dtype=dtype, pin_memory=self.device.type == "cuda")
+        return [part.view(shape) for part, shape in zip(piece.split(counts), shapes, strict=True)]
+
+    def put(self, activations: Tensor, room: Tensor) -> None:
+        """Write activations of one batch into their room.
+
+        Only the device reads them again, in the order of its queue, so that nothing needs to wait for the copy.
+        """
+        room.copy_(activations.detach(), non_blocking=True)
+
+    def copy_hidden(self) -> list[Tensor]:
+        """The hidden states once more, in room of their own.
+
+        Where layers run in bfloat16 these are kept in it too, as a model in bfloat16 would keep them: they become the
+        dense model's, which serve as targets. What pruned layers are given stays in the model's own dtype.
+        """
+        dtype = torch.bfloat16 if self.autocast else self.hidden[0].dtype
+        copies = self.allocate([hidden.shape for hidden in self.hidden], dtype)
+        for hidden, copy in zip(self.hidden, copies, strict=True):
+            self.put(hidden, copy)
+        return copies
 
     def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """Output [batch, length, width] of decoder layer `index` for one batch (on the stream, or on `hidden`)."""
         args, kwargs = _to_device(self.calls[batch][index], self.device)
         hidden = (self.hidden[batch] if hidden is None else hidden).to(self.device, non_blocking=True)
+        hidden = hidden.to(self.hidden[batch].dtype)
         with self.precision():
             output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def linear(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """Output of a linear layer for inputs on the device, to the bit as in `run`."""
+        with self.precision():
+            return linear(inputs)
 
     def precision(self) -> torch.autocast:
         """The context in which layers run on the stream."""
@@ -244,9 +274,9 @@ class Stream:
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, index: int, hidden: list[Tensor]) -> None:
-        """Replace each of `hidden` (one per batch) by the layer's output for it."""
-        for batch in range(len(hidden)):
-            hidden[batch] = self.store(self.run(layer, index, batch, hidden[batch]))
+        """Replace each of `hidden` (one per batch) by the layer's output for it, in place."""
+        for batch, room in enumerate(hidden):
+            self.put(self.run(layer, index, batch, room), room)
 
 
 class Delivery:

@@ -26,9 +26,9 @@ import text_input
 import utils
 from checkpoint import LayerStore, fingerprint
 from decoder import choose_linears, decoder_layers
-from layerwise import QUALITY, Recipe, peak_memory_mib, prune_model
+from layerwise import QUALITY, Recipe, prune_model
 from model_io import DTYPES
-from processes import fail_together, start_processes, told_by_main
+from processes import fail_together, peak_memory_mib, start_processes, told_by_main
 from pts_state import logits_of, save_state, verify
 from sources import CNN_DAILYMAIL
 from sparsegpt import Pattern

@@ -8,7 +8,6 @@ is the mathematics of a single weight.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import Statistics, add_output, collect, collect_residual
 from checkpoint import LayerStore
 from decoder import Delivery, Stream, choose_linears, decoder_layers, shared_inputs
+from processes import is_main_process, peak_memory_mib, return_freed_memory
 from sparsegpt import (
     Pattern,
     admm,
@@ -83,12 +82,14 @@ def prune_group(
 ) -> tuple[dict[str, Tensor], list[dict]]:
     """Prune the linear layers that share an input as one tall matrix and write the new weights into them.
 
+    The statistics are used up: a second copy would be as large as the first.
+
     Returns:
         mask [out, in] by name; a log row by linear layer.
     """
     started = time.perf_counter()
     weight, hessian = torch.cat([linear.weight for linear in group.values()]).float(), statistics.hessian
-    damping = None
+    percdamp, damping = None, weight.new_zeros(())
     if recipe.method == "magnitude":
         mask = magnitude_mask(weight, recipe.pattern)
         pruned = weight * mask
@@ -96,20 +97,24 @@ def prune_group(
         mask = wanda_mask(weight, hessian, recipe.pattern)
         pruned = weight * mask
     else:
-        damped, inverse_factor, damping = damp(hessian, recipe.percdamp)
-        if damping > recipe.percdamp and is_main_process():
-            tqdm.write(f"warning: {next(iter(group))}: its Hessian needed damping {damping:g}, not {recipe.percdamp:g}")
+        damping, inverse_factor, percdamp = damp(hessian, recipe.percdamp)
+        if percdamp > recipe.percdamp and is_main_process():
+            tqdm.write(
+                f"warning: {next(iter(group))}: its Hessian needed damping {percdamp:g}, not {recipe.percdamp:g}"
+            )
         if statistics.cross is not None:
-            weight = least_squares(weight, statistics.cross, damped - hessian, inverse_factor)
+            weight = least_squares(weight, statistics.cross, damping, inverse_factor)
+            statistics.cross = None
         if recipe.admm_iterations:
-            del inverse_factor  # as large as the Hessian, which for 11008 columns is 485 MB
-            start = weight * wanda_mask(weight, damped, recipe.pattern)
-            pruned, mask = admm(weight, damped, start, recipe.pattern, recipe.admm_iterations)
+            del inverse_factor  # as large as the Hessian
+            start = weight * wanda_mask(weight, hessian, recipe.pattern)
+            pruned, mask = admm(weight, hessian, start, recipe.pattern, recipe.admm_iterations)
         else:
             pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size)
+            del inverse_factor
         if recipe.refit_iterations:
-            pruned = refit(weight, damped, pruned, mask, recipe.refit_iterations)
-    lost, energy = layer_error(pruned - weight, hessian), layer_error(weight, hessian)
+            pruned = refit(weight, hessian, pruned, mask, recipe.refit_iterations)
+    lost, energy = layer_error(pruned - weight, hessian, damping), layer_error(weight, hessian, damping)
     seconds = time.perf_counter() - started
     sizes = [linear.out_features for linear in group.values()]
     masks, rows = {}, []
@@ -118,31 +123,21 @@ def prune_group(
     ):
         new, kept, error, total = parts
         # Adding zero turns a -0.0 left by a multiplication into +0.0.
-        linear.weight.data.copy_(new.masked_fill(~kept, 0.0) + 0.0)
+        # A new tensor instead of the old one's memory, which may be mapped from the checkpoint: written to, its pages
+        # would stay for as long as anything of the checkpoint is mapped.
+        linear.weight.data = (new.masked_fill(~kept, 0.0) + 0.0).to(linear.weight.dtype)
         masks[name] = kept.cpu()
         rows.append(
             {
                 "name": name,
                 "shape": list(kept.shape),
-                "relative_error": float(error.sum() / total.sum().clamp(min=1e-30)),
+                "relative_error": float(error.sum().clamp(min=0) / total.sum().clamp(min=1e-30)),
                 "sparsity": 1 - float(kept.float().mean()),
-                "percdamp": damping,
+                "percdamp": percdamp,
                 "seconds": round(seconds * linear.out_features / len(weight), 4),
             }
         )
     return masks, rows
-
-
-def is_main_process() -> bool:
-    """True in a single process and on rank 0 of several."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far in MiB: of the CUDA device, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
 
 def prune_layer(
@@ -157,8 +152,8 @@ def prune_layer(
     """Prune one decoder layer that is on the device, and move the stream behind it.
 
     Args:
-        known: statistics of the first groups, from the dense model. The other groups are pruned one after the other,
-            each on the inputs that the ones before it, pruned, produce.
+        known: statistics of the first groups, from the dense model; empty afterwards. The other groups are pruned one
+            after the other, each on the inputs that the ones before it, pruned, produce.
         targets: hidden states of the dense model behind this layer, one per batch; the stream's own list where only
             they are needed; None where they are not.
 
@@ -169,13 +164,14 @@ def prune_layer(
     rows: list[dict] = []
 
     def prune(stage: list[dict[str, nn.Linear]], found: list[Statistics]) -> None:
-        for group, statistics in zip(stage, found, strict=True):
-            new_masks, new_rows = prune_group(group, statistics, recipe)
+        for group in stage:
+            new_masks, new_rows = prune_group(group, found.pop(0), recipe)  # a Hessian is not needed any longer
             masks.update(new_masks)
             rows.extend(new_rows)
 
-    prune(groups[: len(known)], known)
-    rest = groups[len(known) :]
+    count = len(known)
+    prune(groups[:count], known)
+    rest = groups[count:]
     if recipe.asymmetric and rest and len(rest[-1]) == 1 and len(groups) <= MOST_STAGES:
         *rest, last = rest
     else:
@@ -229,7 +225,9 @@ def prune_model(
     modules = dict(layers.named_modules(prefix=prefix))
     stream, delivery = Stream(model, layers, batches, device, activations_dir), Delivery(layers, device)
     # Hidden states of the dense model: a stream of their own where the pruned model's are needed beside them.
-    dense_hidden = list(stream.hidden) if recipe.asymmetric else stream.hidden if recipe.dense_inputs else None
+    dense_hidden = stream.hidden if recipe.dense_inputs else None
+    if recipe.asymmetric:
+        dense_hidden = stream.copy_hidden()
     masks: dict[str, Tensor] = {}
     rows: list[dict] = []
     bar = tqdm(layers, desc="pruning", unit="layer", disable=None if is_main_process() else True)
@@ -262,6 +260,7 @@ def prune_model(
         masks |= layer_masks
         rows += layer_rows
         on_rows(rows)
+        return_freed_memory()
         if layer_rows:
             bar.set_postfix(error=f"{sum(row['relative_error'] for row in layer_rows) / len(layer_rows):.4f}")
     return masks

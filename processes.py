@@ -1,12 +1,17 @@
-"""Several processes of one script, as torchrun or accelerate starts them: joining, and failing with one message."""
+"""The processes of a script: joining those that torchrun or accelerate started, failing with one message, memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from model_io import resolve_device
 from utils import UserError
@@ -68,3 +73,25 @@ def told_by_main(process: PartialState) -> Iterator[None]:
             raise
         process.destroy_process_group()
         sys.exit(1)
+
+
+def is_main_process() -> bool:
+    """True in a single process and on rank 0 of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the CUDA device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc.
+
+    It would keep it, and where small things that live on lie between the pieces, could not use it for large ones again:
+    after thirty decoder layers that was as much as was in use.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

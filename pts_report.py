@@ -45,6 +45,18 @@ def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
     )
 
 
+def working_bytes(rows: int, cols: int, recipe: Recipe) -> int:
+    """Peak bytes of float32 while weights [rows, cols] that share a Hessian [cols, cols] are pruned.
+
+    Wide matrices need most when their Hessian is inverted (or its eigenvectors found), tall ones in the refit (or in
+    ADMM). Counted on the code, workspace of the libraries added; processes on the CPU peaked 1 to 26% below.
+    """
+    hessian, weights = cols * cols, rows * cols
+    if recipe.admm_iterations:
+        return 4 * max(6 * hessian + 3 * weights, 2 * hessian + 10 * weights)
+    return 4 * max(4 * hessian + 2 * weights, hessian + 9 * weights)
+
+
 def estimate(
     model: PreTrainedModel, recipe: Recipe, ignore: list[str], calibration: tuple[int, int, int], kind: str
 ) -> str:
@@ -53,9 +65,8 @@ def estimate(
     Args:
         calibration: sequences, tokens per sequence, sequences per batch.  kind: "cpu" or "cuda".
 
-    Memory on the device is the largest decoder layer, the float32 working set of its largest group (of matrices like
-    the Hessian: itself, damped, scaled, eigenvectors and two of workspace; of matrices like the weights that share it:
-    the weights, their target, and ADMM's iterates, projection and indices), and one batch of activations.
+    Memory on the device is the largest decoder layer, what its largest group needs at once (`working_bytes`), and one
+    batch of activations.
     """
     sequences, length, batch_size = calibration
     prefix, layers = decoder_layers(model)
@@ -77,11 +88,13 @@ def estimate(
             forward = 2 * tokens * rows * cols * passes
             search = 2 * rows * cols * cols * (2 + recipe.refit_iterations + 2 * recipe.admm_iterations)
             flops += forward + 2 * tokens * cols * cols + search + (20 * cols**3 if recipe.admm_iterations else cols**3)
-            working = max(working, 6 * cols * cols * 4 + 9 * rows * cols * 4 + 2 * batch_tokens * cols * 4)
+            working = max(working, working_bytes(rows, cols, recipe) + 2 * batch_tokens * cols * 4)
     layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
     width = model.get_input_embeddings().weight.shape[1]
     element = next(model.parameters()).element_size()
     streams = tokens * width * element * (2 if recipe.asymmetric else 1)
+    if recipe.asymmetric:  # beside them, for one layer at a time, the inputs of its last linear layer
+        streams += tokens * max(shapes[groups[-1][0]][1] for groups in plan if groups) * element
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return "\n".join(
         [
@@ -90,7 +103,7 @@ def estimate(
             f"{len(chosen)} linear layers are pruned to {recipe.pattern}, {len(left_dense)} beside them stay dense",
             f"calibration: {sequences} sequences of {length} tokens, {batch_size} at a time",
             f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
-            f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB hidden states "
+            f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB activations "
             f"+ {sum(r * c for r, c in shapes.values()) / MIB:,.0f} MiB masks",
             f"computed time: about {flops / FLOPS[kind]:,.0f} s ({flops:.1e} operations, {FLOPS[kind]:.1e} a second)",
         ]

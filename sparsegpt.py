@@ -77,14 +77,18 @@ def damp(hessian: Tensor, percdamp: float, most: float = 10.0) -> tuple[Tensor, 
 
     An input that never fires has a zero row in H; its diagonal entry becomes 1 so that its weights cost nothing.
 
+    Args:
+        hessian: [cols, cols], damped in place: for 11008 columns each matrix of its size is 485 MB. Three are needed.
+
     Returns:
-        damped Hessian [cols, cols]; U [cols, cols], upper triangular with Uᵀ U = H⁻¹; the percdamp that worked.
+        what was added to the diagonal [cols]; U [cols, cols], upper triangular with Uᵀ U = H⁻¹; the percdamp that
+        worked.
 
     Raises:
         UserError: even percdamp = `most` does not make it positive definite (non-finite activations).
     """
-    hessian = hessian.clone()
     diagonal = hessian.diagonal()
+    undamped = diagonal.clone()
     diagonal[diagonal <= 0] = 1.0
     mean = diagonal.mean()
     added = 0.0
@@ -93,17 +97,22 @@ def damp(hessian: Tensor, percdamp: float, most: float = 10.0) -> tuple[Tensor, 
         added = percdamp
         # H reversed = L Lᵀ gives H = M Mᵀ with M upper triangular, hence H⁻¹ = M⁻ᵀ M⁻¹ and U = M⁻¹:
         # one Cholesky and one triangular inverse where the textbook does Cholesky, inverse, Cholesky.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower = hessian.flip(0, 1)
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and torch.isfinite(lower.diagonal()).all():
-            identity = torch.eye(len(hessian), device=hessian.device)
-            return hessian, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), percdamp
+            upper = lower.flip(0, 1)
+            del lower
+            inverse = torch.eye(len(hessian), device=hessian.device)
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            return diagonal - undamped, inverse, percdamp
         percdamp = max(percdamp * 10, 1e-4)
     raise UserError("the Hessian is not positive definite at any damping: the calibration activations are not finite")
 
 
-def layer_error(delta: Tensor, hessian: Tensor) -> Tensor:
-    """tr(Δ H Δᵀ) per row, shape [rows], for a weight change Δ [rows, cols]."""
-    return (delta @ hessian).mul_(delta).sum(1)
+def layer_error(delta: Tensor, hessian: Tensor, damping: Tensor | float = 0.0) -> Tensor:
+    """tr(Δ (H - D) Δᵀ) per row [rows], for a weight change Δ [rows, cols] and `damping` the diagonal of D [cols]."""
+    return (delta @ hessian).sub_(delta * damping).mul_(delta).sum(1)
 
 
 # ------------------------------------------------------------------------------------------- SparseGPT
@@ -231,9 +240,9 @@ def least_squares(weight: Tensor, cross: Tensor, damping: Tensor, inverse_factor
     """The dense weight [rows, cols] that minimizes ‖W' X - Y‖² + ‖W' - W‖²_D, D being what was added to H = X Xᵀ.
 
     Args:
-        cross: Y Xᵀ [rows, cols].  damping: D [cols, cols].  inverse_factor: U with Uᵀ U = (H + D)⁻¹.
+        cross: Y Xᵀ [rows, cols].  damping: diagonal of D [cols].  inverse_factor: U with Uᵀ U = (H + D)⁻¹.
     """
-    return (cross + weight @ damping) @ inverse_factor.t() @ inverse_factor
+    return (cross + weight * damping) @ inverse_factor.t() @ inverse_factor
 
 
 def refit(
@@ -252,22 +261,25 @@ def refit(
     """
     inverse_diagonal = hessian.diagonal().reciprocal()
     s = start.clone()
-    residual = ((weight - s) @ hessian).mul_(mask)
-    z = residual * inverse_diagonal
-    direction = z.clone()
-    rz = (residual * z).sum(1, keepdim=True)
+    direction = weight - start
+    residual = direction @ hessian
+    start_error = (direction * residual).sum(1)
+    residual *= mask
+    torch.mul(residual, inverse_diagonal, out=direction)
+    rz = (residual * direction).sum(1, keepdim=True)
     stop = rz.sum() * tolerance**2
     for _ in range(iterations):
         curved = (direction @ hessian).mul_(mask)
         alpha = rz / (direction * curved).sum(1, keepdim=True).clamp(min=1e-30)
         s.addcmul_(alpha, direction)
         residual.addcmul_(alpha, curved, value=-1)
-        torch.mul(residual, inverse_diagonal, out=z)
-        rz_next = (residual * z).sum(1, keepdim=True)
+        torch.mul(residual, inverse_diagonal, out=curved)  # its memory now holds the preconditioned residual
+        rz_next = (residual * curved).sum(1, keepdim=True)
         if rz_next.sum() <= stop:
             break
-        direction.mul_(rz_next / rz.clamp(min=1e-30)).add_(z)
+        direction.mul_(rz_next / rz.clamp(min=1e-30)).add_(curved)
         rz = rz_next
-    worse = layer_error(s - weight, hessian) > layer_error(start - weight, hessian)
+    del direction, residual
+    worse = layer_error(s - weight, hessian) > start_error
     s[worse] = start[worse]
     return s

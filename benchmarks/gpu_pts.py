@@ -28,7 +28,7 @@ from machine import describe_machine  # noqa: E402
 
 import model_io  # noqa: E402
 import utils  # noqa: E402
-from layerwise import peak_memory_mib  # noqa: E402
+from processes import peak_memory_mib  # noqa: E402
 from sparsity_check import is_2_4  # noqa: E402
 
 if TYPE_CHECKING:

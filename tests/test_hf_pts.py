@@ -332,7 +332,7 @@ def test_stream_behind_a_layer_is_the_pruned_layers_own_output_to_the_bit(qualit
     stream = Stream(model, layers, calibration(), torch.device("cpu"))
     before = [hidden.clone() for hidden in stream.hidden]
     groups = [{n: model.get_submodule(n) for n in names} for names in shared_inputs(model, linears(model))[0]]
-    targets = list(before)
+    targets = [hidden.clone() for hidden in before]
     stream.advance(layers[0], 0, targets)
     with torch.no_grad():
         prune_layer(stream, layers[0], 0, groups, [], targets, replace(recipe, dense_inputs=False))
