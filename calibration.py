@@ -130,22 +130,19 @@ def collect_residual(
     seen: list[Tensor] = []
     kept_inputs: list[Tensor] = []
 
-    def silent(_: int) -> Callable:
-        def forward(inputs: Tensor) -> Tensor:
-            seen[:] = [inputs]
-            return inputs.new_zeros(*inputs.shape[:-1], rows, dtype=dtype)
-
-        return forward
+    def silent(inputs: Tensor) -> Tensor:
+        seen[:] = [inputs]
+        return inputs.new_zeros(*inputs.shape[:-1], rows, dtype=dtype)
 
     for batch, keep in enumerate(stream.keep):
-        with replaced_forward([linear], silent):
+        with replaced_forward([linear], lambda index: silent):
             residual = stream.run(layer, index, batch)
         if batch == 0:
             if not seen or not _adds_up(stream.run(layer, index, 0) - residual, stream.linear(linear, seen[0])):
                 return None
             shapes = [torch.Size((*hidden.shape[:-1], cols)) for hidden in stream.hidden]
             kept_inputs = stream.allocate(shapes, seen[0].dtype)
-        stream.put(seen[0].view(kept_inputs[batch].shape), kept_inputs[batch])
+        stream.put(seen[0].reshape(kept_inputs[batch].shape), kept_inputs[batch])
         wanted = targets[batch].to(stream.device, non_blocking=True).float() - residual.float()
         if linear.bias is not None:
             wanted -= linear.bias.float()

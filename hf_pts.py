@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--seed", type=int, default=0, help="order in which calibration texts are drawn")
     group.add_argument(
-        "--activations_dir", help="folder for hidden states, which else stay in memory (--dry_run tells their size)"
+        "--activations_dir", help="folder for activations, which else stay in memory (--dry_run tells their size)"
     )
     group = parser.add_argument_group("pruning")
     group.add_argument(
