@@ -16,6 +16,24 @@ from utils import UserError
 TOKENS_AT_ONCE = 1024  # in float32 beside what the model computed: enough for full speed, little memory
 
 
+class Scratch:
+    """Float32 memory for products, shared by all statistics of a pass through a layer: a mixture has many of one width.
+
+    Memory that is taken once, not for every batch between those of the model, leaves no holes.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._taken: dict[tuple[str, int, int], Tensor] = {}
+
+    def take(self, use: str, rows: int, cols: int) -> Tensor:
+        """[rows, cols] float32 of any content, the same memory for the same use and shape."""
+        key = (use, rows, cols)
+        if key not in self._taken:
+            self._taken[key] = torch.empty(rows, cols, device=self.device)
+        return self._taken[key]
+
+
 class Statistics:
     """What calibration tells about linear layers that share an input X [cols, tokens]; means over all tokens.
 
@@ -24,25 +42,25 @@ class Statistics:
         cross: Y Xᵀ [rows, cols] float32, for a wanted output Y [rows, tokens]; None if `rows` is 0.
     """
 
-    def __init__(self, cols: int, device: torch.device, rows: int = 0):
-        self.hessian = torch.zeros(cols, cols, device=device)
-        self.cross = torch.zeros(rows, cols, device=device) if rows else None
+    def __init__(self, cols: int, scratch: Scratch, rows: int = 0):
+        self.hessian = torch.zeros(cols, cols, device=scratch.device)
+        self.cross = torch.zeros(rows, cols, device=scratch.device) if rows else None
         self.tokens = 0
-        # Memory that is taken once, not for every batch between those of the model, leaves no holes.
-        self._part = torch.empty(TOKENS_AT_ONCE, cols, device=device)
-        self._gram = torch.empty_like(self.hessian) if device.type == "cpu" else None
+        self._scratch = scratch
 
     def add(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
         """Take in inputs [tokens, cols] and, with a cross product, wanted outputs [tokens, rows]."""
+        cols = len(self.hessian)
         for start in range(0, len(inputs), TOKENS_AT_ONCE):
             given = inputs[start : start + TOKENS_AT_ONCE]
-            part = self._part[: len(given)].copy_(given)
-            if self._gram is None:
-                self.hessian.addmm_(part.t(), part)
-            else:
+            part = self._scratch.take("inputs", TOKENS_AT_ONCE, cols)[: len(given)].copy_(given)
+            if part.device.type == "cpu":
                 # NumPy sees that both factors are one array and computes half of the symmetric product (BLAS syrk).
-                array = part.numpy()
-                self.hessian += torch.from_numpy(np.matmul(array.T, array, out=self._gram.numpy()))
+                array, gram = part.numpy(), self._scratch.take("gram", cols, cols)
+                np.matmul(array.T, array, out=gram.numpy())
+                self.hessian += gram
+            else:
+                self.hessian.addmm_(part.t(), part)
             if wanted is not None:
                 assert self.cross is not None
                 self.cross.addmm_(wanted[start : start + TOKENS_AT_ONCE].float().t(), part)
@@ -54,7 +72,7 @@ class Statistics:
         Raises:
             UserError: an activation was NaN or infinite; names the linear layer.
         """
-        del self._part, self._gram
+        del self._scratch  # which would otherwise live as long as the statistics
         sums = [self.hessian] + ([self.cross] if self.cross is not None else [])
         count = torch.tensor(float(self.tokens), device=self.hessian.device)
         if dist.is_initialized():
@@ -79,10 +97,8 @@ def collect(
     Without `advance` the stream's are run, and only as far as needed. With it, that list of hidden states (one per
     batch) is run and replaced by the layer's outputs.
     """
-    found = []
-    for group in groups:
-        width = next(iter(group.values())).in_features
-        found.append(Statistics(width, stream.device))
+    scratch = Scratch(stream.device)
+    found = [Statistics(next(iter(group.values())).in_features, scratch) for group in groups]
 
     def hook(statistics: Statistics, keep: Tensor | None) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
@@ -125,7 +141,7 @@ def collect_residual(
         the linear's output does not simply add to the layer's (Gemma's normalizes it first) or was not seen.
     """
     rows, cols = linear.weight.shape
-    found = Statistics(cols, stream.device, rows)
+    found = Statistics(cols, Scratch(stream.device), rows)
     dtype = torch.bfloat16 if stream.autocast else linear.weight.dtype
     seen: list[Tensor] = []
     kept_inputs: list[Tensor] = []

@@ -188,7 +188,7 @@ class Stream:
     Batches without padding and of one shape share their layers' arguments; others keep their own.
 
     Args:
-        folder: keep the hidden states in files here instead, which have no names and vanish with the process.
+        folder: keep the activations in files here instead, which have no names and vanish with the process.
     """
 
     def __init__(

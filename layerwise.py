@@ -209,7 +209,7 @@ def prune_model(
             attention_mask. With torch.distributed initialized, this process's share of the calibration set.
         store: takes every finished layer, and supplies the ones that an earlier run finished.
         on_rows: called after each layer with all log rows so far.
-        activations_dir: folder for hidden states, which are otherwise kept in CPU memory.
+        activations_dir: folder for activations, which are otherwise kept in CPU memory.
 
     Returns:
         mask [out, in] (bool, True is kept) by name of the linear layer.

@@ -261,7 +261,7 @@ def refit(
     """
     inverse_diagonal = hessian.diagonal().reciprocal()
     s = start.clone()
-    direction = weight - start
+    direction = weight - start  # at first the change of the weights: matrices of this size are what memory goes to
     residual = direction @ hessian
     start_error = (direction * residual).sum(1)
     residual *= mask

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calibration import collect_residual
+from calibration import TOKENS_AT_ONCE, Scratch, Statistics, collect_residual
 from checkpoint import LayerStore
 from decoder import Delivery, Stream, decoder_layers, shared_inputs
 from layerwise import QUALITY, Recipe, prune_layer, prune_model
@@ -338,6 +338,20 @@ def test_stream_behind_a_layer_is_the_pruned_layers_own_output_to_the_bit(qualit
         prune_layer(stream, layers[0], 0, groups, [], targets, replace(recipe, dense_inputs=False))
         stream.advance(layers[0], 0, before)
     assert all(torch.equal(left, right) for left, right in zip(stream.hidden, before, strict=True))
+
+
+@pytest.mark.parametrize("cols", [8, TOKENS_AT_ONCE])
+def test_statistics_that_share_memory_for_products_are_those_of_all_tokens(cols):
+    generator, scratch = torch.Generator().manual_seed(0), Scratch(torch.device("cpu"))
+    inputs, wanted = (torch.randn(2, TOKENS_AT_ONCE + 500, n, generator=generator) for n in (cols, 4))
+    found = [Statistics(cols, scratch, rows=4) for _ in inputs]
+    for part in (slice(0, 300), slice(300, None)):  # the second is more than is taken in at once
+        for statistics, given, target in zip(found, inputs, wanted, strict=True):
+            statistics.add(given[part], target[part])
+    for statistics, given, target in zip(found, inputs, wanted, strict=True):
+        statistics.finish("a linear")
+        torch.testing.assert_close(statistics.hessian, given.t() @ given / len(given), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.cross, target.t() @ given / len(given), rtol=1e-4, atol=1e-4)
 
 
 WORKER = """
