@@ -21,13 +21,15 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-import sources
-from text_input import valid_unicode
-from utils import UserError, atomic_path, lock_output_dir, prepare_output_dir, run_cli
+from sparsity import sources
+from sparsity.errors import UserError
+from sparsity.files import atomic_path, json_lines, lock_output_dir, prepare_output_dir
+from sparsity.text import valid_unicode
+from utils import Parser, check_at_least, run_cli
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("--save_path", required=True, help="folder for cnn_train.json and cnn_eval.json")
 
     source = parser.add_argument_group("source")
@@ -43,61 +45,58 @@ def parse_arguments() -> argparse.Namespace:
         "--eval_fraction",
         type=float,
         default=0.05,
-        help="share of a local source set aside for evaluation if it has no evaluation files (default: 0.05)",
+        help="share of a local source set aside for evaluation if it has no evaluation files",
     )
     source.add_argument(
         "--eval_split",
         choices=("test", "validation"),
         default="test",
-        help="hub split to evaluate on; papers report test (default)",
+        help="hub split to evaluate on; papers report test",
     )
 
     record = parser.add_argument_group("records")
     record.add_argument(
-        "--input_column", help=f"article column of local files (default: {', '.join(sources.INPUT_COLUMNS)})"
+        "--input_column", help=f"article column of local files (by default {' or '.join(sources.INPUT_COLUMNS)})"
     )
     record.add_argument(
-        "--output_column", help=f"summary column of local files (default: {', '.join(sources.OUTPUT_COLUMNS)})"
+        "--output_column", help=f"summary column of local files (by default {' or '.join(sources.OUTPUT_COLUMNS)})"
     )
-    record.add_argument("--instruction", help="the task as the model reads it (default: fits the source)")
-    record.add_argument("--max_train", type=int, help="write at most so many training records")
-    record.add_argument("--max_eval", type=int, help="write at most so many evaluation records")
-    arguments = parser.parse_args()
+    record.add_argument("--instruction", help="the task as the model reads it (by default one that fits the source)")
+    record.add_argument("--max_train", type=int, help="write at most this many training records")
+    record.add_argument("--max_eval", type=int, help="write at most this many evaluation records")
+    return parser.parse_args()
 
-    if not 0 < arguments.eval_fraction < 1:
-        raise UserError(f"--eval_fraction must lie between 0 and 1, found {arguments.eval_fraction}")
-    for name in ("max_train", "max_eval"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, found {value}")
-    if arguments.eval_source and arguments.source in ("hub", "aclsum"):
-        raise UserError(
-            f"--eval_source goes with local files; --source {arguments.source} has its own evaluation split"
-        )
-    return arguments
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read."""
+    if not 0 < args.eval_fraction < 1:
+        raise UserError(f"--eval_fraction must lie between 0 and 1, found {args.eval_fraction}")
+    check_at_least(args, 1, "max_train", "max_eval")
+    if args.eval_source and args.source in ("hub", "aclsum"):
+        raise UserError(f"--eval_source goes with local files; --source {args.source} has its own evaluation split")
 
 
 # --------------------------------------------------------------------------------------------- splitting
 
 
-def open_splits(arguments: argparse.Namespace) -> tuple[Iterator[sources.Triple], Iterator[sources.Triple]]:
+def open_splits(args: argparse.Namespace) -> tuple[Iterator[sources.Triple], Iterator[sources.Triple]]:
     """The (training, evaluation) triples of the chosen source, both lazy."""
-    instruction = arguments.instruction
-    if arguments.source == "hub":
-        return sources.hub_triples("train", instruction), sources.hub_triples(arguments.eval_split, instruction)
-    if arguments.source == "aclsum":
+    instruction = args.instruction
+    if args.source == "hub":
+        return sources.hub_triples("train", instruction), sources.hub_triples(args.eval_split, instruction)
+    if args.source == "aclsum":
         return sources.aclsum_triples(("train", "val"), instruction), sources.aclsum_triples(("test",), instruction)
 
     def read(files: list[Path]) -> Iterator[sources.Triple]:
-        return sources.file_triples(files, arguments.input_column, arguments.output_column, instruction)
+        return sources.file_triples(files, args.input_column, args.output_column, instruction)
 
-    train_files, eval_files = sources.list_files(arguments.source)
+    train_files, eval_files = sources.list_files(args.source)
     if not train_files:
         raise UserError(
-            f"source {arguments.source} holds evaluation files only ({eval_files[0].name}, …); add training files"
+            f"source {args.source} holds evaluation files only ({eval_files[0].name}, …); add training files"
         )
-    if arguments.eval_source:
-        held_out, named_eval = sources.list_files(arguments.eval_source)
+    if args.eval_source:
+        held_out, named_eval = sources.list_files(args.eval_source)
         return read(train_files), read(held_out + named_eval)
     if eval_files:
         return read(train_files), read(eval_files)
@@ -105,7 +104,7 @@ def open_splits(arguments: argparse.Namespace) -> tuple[Iterator[sources.Triple]
     def share(wanted: bool) -> Iterator[sources.Triple]:
         """The evaluation part takes the first record and then every further (1/fraction)-th, the same in every run."""
         for index, triple in enumerate(read(train_files)):
-            is_eval = index == 0 or int(index * arguments.eval_fraction) != int((index - 1) * arguments.eval_fraction)
+            is_eval = index == 0 or int(index * args.eval_fraction) != int((index - 1) * args.eval_fraction)
             if is_eval == wanted:
                 yield triple
 
@@ -115,8 +114,8 @@ def open_splits(arguments: argparse.Namespace) -> tuple[Iterator[sources.Triple]
 # ----------------------------------------------------------------------------------------------- writing
 
 
-def fingerprint(article: str) -> bytes:
-    """16-byte digest of the article, blind to case and white space."""
+def article_key(article: str) -> bytes:
+    """16-byte digest of the article that ignores case and white space."""
     return hashlib.blake2b(" ".join(article.lower().split()).encode("utf-8", "replace"), digest_size=16).digest()
 
 
@@ -126,7 +125,7 @@ def write_records(
     """Stream `triples` into a JSON array, skipping empty ones and articles among `excluded`.
 
     Returns:
-        The fingerprints of the written articles.
+        The keys of the written articles.
 
     Raises:
         UserError: nothing was left to write.
@@ -137,7 +136,7 @@ def write_records(
         if not article.strip() or not summary.strip():
             empty += 1
             continue
-        key = fingerprint(article)
+        key = article_key(article)
         if key in excluded:
             seen += 1
             continue
@@ -150,10 +149,10 @@ def write_records(
             break
     if count == 0:
         raise UserError(
-            f"the {what} set is empty: {empty} records of the source lack text, {seen} stand in the evaluation set"
+            f"the {what} set is empty: {empty} records of the source lack text, {seen} are in the evaluation set"
         )
     stream.write("\n]\n")
-    skipped = [f"{empty} without text"] * bool(empty) + [f"{seen} that stand in the evaluation set"] * bool(seen)
+    skipped = [f"{empty} without text"] * bool(empty) + [f"{seen} that are in the evaluation set"] * bool(seen)
     print(f"{what}: {count} records" + (f" (left out: {', '.join(skipped)})" if skipped else ""))
     return written
 
@@ -162,27 +161,28 @@ def write_lines(items: Iterable[dict[str, str]], stream: TextIO, what: str) -> N
     """Write one JSON object per line."""
     count = 0
     for item in tqdm(items, what, unit="", disable=None):
-        stream.write(json.dumps(item, ensure_ascii=False) + "\n")
+        stream.writelines(json_lines([item]))
         count += 1
     print(f"{what}: {count} papers")
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    train, held_out = open_splits(arguments)
-    folder = prepare_output_dir(arguments.save_path)
+    args = parse_args()
+    check_args(args)
+    train, held_out = open_splits(args)
+    folder = prepare_output_dir(args.save_path)
     lock_output_dir(folder)
     names = ["cnn_train.json", "cnn_eval.json"]
-    if arguments.source == "aclsum":
+    if args.source == "aclsum":
         names += ["calib.jsonl", "heldout.jsonl"]
     # The files replace older ones together, at the end: training and evaluation sets never come from two runs.
     with ExitStack() as stack:
         temporaries = [stack.enter_context(atomic_path(folder / name)) for name in names]
         with ExitStack() as open_files:
             streams = [open_files.enter_context(open(path, "w", encoding="utf-8")) for path in temporaries]
-            evaluation = write_records(held_out, streams[1], "evaluation", arguments.max_eval, set())
-            write_records(train, streams[0], "training", arguments.max_train, evaluation)
-            if arguments.source == "aclsum":
+            evaluation = write_records(held_out, streams[1], "evaluation", args.max_eval, set())
+            write_records(train, streams[0], "training", args.max_train, evaluation)
+            if args.source == "aclsum":
                 write_lines(sources.aclsum_bodies("train", without="test"), streams[2], "calibration text")
                 write_lines(sources.aclsum_bodies("test"), streams[3], "held-out text")
     print("wrote " + ", ".join(str(folder / name) for name in names))

@@ -1,241 +1,130 @@
-"""Step 2: sparsity-aware training (SAT). Trains the weights that pruning left, with the 2:4 masks held.
+r"""Step 2: sparsity-aware training (SAT). Trains the weights that pruning left, with the 2:4 masks held.
 
-    bash launch_finetune.sh --model MODEL --restore_path PTS_DIR/pts_modelopt_state.pth --output_dir OUT \\
+    bash launch_finetune.sh --model MODEL --restore_path PTS_DIR/pts_modelopt_state.pth --output_dir OUT \
         --max_length 1024 --num_epochs 3
 
 Reads DATA_PATH/cnn_train.json and cnn_eval.json (see data_prep.py). Loss is taken on the answers only, and on every
 token of --text_path. Writes OUT/finetuned_modelopt_state.pth, OUT/train_log.jsonl, OUT/loss.png and OUT/checkpoints.
-Killed runs go on with the same command and --resume.
+A killed run resumes with the same command and --resume.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import sat_memory
-from model_io import (
-    DTYPES,
-    bf16_is_faster,
-    check_lengths,
-    load_config,
-    load_model,
-    load_state,
-    load_tokenizer,
-    require_masks,
-    restore_sparse,
-    sparse_masks,
-)
-from processes import fail_together, start_processes
-from sat_arguments import check_arguments, parse_arguments, planned_steps, training_arguments
-from utils import UserError, lock_output_dir, prepare_output_dir, require_file, run_cli, save_torch
+from utils import dataclass_parser, run_cli
 
 if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from sat_data import Packed
-    from sat_trainer import SparseTrainer
-
-STATE_NAME = "finetuned_modelopt_state.pth"
+    from sparsity.sat.arguments import SatArguments
 
 
-def choose_precision(wanted: str) -> str:
-    """Resolve --mixed_precision auto: bf16 where the hardware computes in it, else fp16 on a GPU, else none."""
-    import torch
+def parse_args() -> SatArguments:
+    from sparsity.sat.arguments import ARGUMENT_TYPES, SatArguments
 
-    cuda = torch.cuda.is_available()
-    if wanted == "auto":
-        if cuda:
-            return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        return "bf16" if bf16_is_faster(torch.device("cpu")) else "no"
-    if wanted == "fp16" and not cuda:
-        raise UserError("--mixed_precision fp16 needs a CUDA GPU and torch sees none; use bf16 or no")
-    return wanted
-
-
-def has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def load_data(
-    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, output_dir: Path
-) -> tuple[Dataset | Packed, Dataset | None]:
-    """Training and evaluation samples, tokenized once and kept under output_dir/cache.
-
-    Raises:
-        UserError: missing, malformed or too small data, or a length that does not fit.
-    """
-    import sat_data
-
-    cache, records, evaluation = output_dir / "cache", None, None
-    if arguments.text_ratio < 1 or not arguments.text_path:
-        folder = Path(arguments.data_path)
-        files = [folder / "cnn_train.json", folder / "cnn_eval.json"]
-        records, evaluation = (
-            sat_data.load_records(tokenizer, path, arguments.max_length, cache, arguments.workers) for path in files
-        )
-        if arguments.max_eval_samples and len(evaluation) > arguments.max_eval_samples:
-            evaluation = evaluation.select(range(arguments.max_eval_samples))
-    train = records
-    if arguments.text_path:
-        texts = sat_data.load_texts(
-            tokenizer, arguments.text_path, arguments.text_length or arguments.max_length, cache
-        )
-        train = sat_data.mix(records, texts, arguments.text_ratio, arguments.seed)
-    if arguments.packing:
-        train = sat_data.Packed(train, arguments.max_length)
-    return train, evaluation
-
-
-def build_trainer(
-    arguments: argparse.Namespace,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    data: tuple[Dataset | Packed, Dataset | None],
-    output_dir: Path,
-    precision: str,
-    sharded: bool,
-) -> SparseTrainer:
-    """Assemble the Trainer; the model is wrapped only once training starts."""
-    import sat_data
-    from sat_loss import LossWeights
-    from sat_trainer import SparseTrainer
-
-    train, evaluation = data
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    steps, per_epoch = planned_steps(arguments, len(train), processes)
-    weights = LossWeights(arguments.distill_kl, arguments.distill_hidden, arguments.distill_temperature)
-    return SparseTrainer(
-        model=model,
-        args=training_arguments(
-            arguments, output_dir / "checkpoints", steps, per_epoch, precision, sharded, evaluation is not None
-        ),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=sat_data.Collator(tokenizer.pad_token_id, arguments.max_length if arguments.pad_to_max else None),
-        loss_weights=weights if arguments.distill else LossWeights(),
-        teacher=teacher,
-        use_fsdp=sharded,
-        group_by_length=arguments.group_by_length,
-        keep_checkpoints=arguments.save_total_limit,
-        check_masks_every=arguments.check_masks_every,
-        log_path=output_dir / "train_log.jsonl",
+    program = os.environ.get("FINETUNE_PROG", "finetune.py")
+    parser = dataclass_parser(
+        ARGUMENT_TYPES,
+        __doc__,
+        prog=program,
+        usage="%(prog)s --model MODEL --restore_path STATE --output_dir FOLDER [options; --help lists them]",
     )
-
-
-def save_and_verify(
-    trainer: SparseTrainer, modelopt_state: dict[str, Any], dtypes: dict[str, torch.dtype], path: Path
-) -> None:
-    """Gather the weights, save them with the masks, and check on the saved file that all pruned weights are +0.0."""
-    import torch
-
-    from sat_sharding import full_state
-
-    weights = full_state(trainer.accelerator, trainer.model, dtypes)
-    if not trainer.args.should_save:
-        return
-    save_torch({"modelopt_state": modelopt_state, "model_state_dict": weights}, path)
-    pruned = intact = 0
-    for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
-        kept_zero = weight[~mask]
-        pruned += kept_zero.numel()
-        intact += int(((kept_zero == 0) & ~torch.signbit(kept_zero)).sum())
-        if not torch.isfinite(weight).all():
-            raise UserError(f"'{name}' in {path} is not finite; train again with a lower --lr")
-    if pruned == 0 or intact != pruned:
-        raise RuntimeError(f"{pruned - intact} of {pruned} pruned weights in {path} are not zero")
-    print(f"verified {path}: {100 * intact / pruned:.0f}% of {pruned:,} pruned weights are 0")
+    parser.add_argument(
+        *("--no_gradient_checkpointing", "--no-gradient_checkpointing", "--no-gradient-checkpointing"),
+        dest="gradient_checkpointing",
+        action="store_false",
+        default=None,
+        help="keep activations; by default on the CPU",
+    )
+    return SatArguments(*parser.parse_args_into_dataclasses(look_for_args_file=False))
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__)
-    check_arguments(arguments)
-    precision = choose_precision(arguments.mixed_precision)
+    from sparsity.sat.arguments import check_arguments
+
+    args = parse_args()
+    check_arguments(args)
+    model_args, training = args.model, args.training
 
     # Phase 1: cheap checks, before anything heavy is loaded.
-    require_file(arguments.restore_path, "PTS state (--restore_path)")
-    if arguments.gradient_checkpointing is None:
-        arguments.gradient_checkpointing = has_cuda()
-    config = load_config(arguments.model, arguments.trust_remote_code)
-    check_lengths(config, {"--max_length": arguments.max_length})
-    output_dir = prepare_output_dir(arguments.output_dir)
-    if arguments.check_only:
+    from sparsity import files, models, states
+    from sparsity.sat import memory
+
+    files.require_file(model_args.modelopt_restore_path, "PTS state (--restore_path)")
+    config = models.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    models.check_lengths(config, {"--max_length": args.data.model_max_length})
+    files.prepare_output_dir(training.result_dir)
+    if training.check_only:
         return
-    memory = sat_memory.settings_of(arguments, precision)
-    if arguments.dry_run:
-        print(sat_memory.table(sat_memory.model_shapes(config, arguments.trust_remote_code), memory))
+    if training.dry_run:
+        print(memory.table(memory.model_shapes(config, model_args.trust_remote_code), memory.settings_of(args)))
         return
 
     import modelopt.torch.opt as mto
     from transformers.utils import logging
 
-    import sat_data
-    import sat_run
-    from decoder import decoder_layers
-    from sat_loss import check_packing
-    from sat_sharding import configure_fsdp
-    from sat_trainer import plot_log
+    from sparsity.processes import fail_together, start_processes
+    from sparsity.reporting.plots import plot_loss
+    from sparsity.sat import resume
+    from sparsity.sat.batching import Collator
+    from sparsity.sat.callbacks import read_log
+    from sparsity.sat.dataset import load_data
+    from sparsity.sat.loss import check_packing
+    from sparsity.sat.result import STATE_NAME, save_and_verify
+    from sparsity.sat.trainer import build_trainer, explain_failures
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving, which take a moment; tokenizing and training keep theirs
     process = start_processes("auto")
-    sharded = process.num_processes > 1 and arguments.fsdp == "auto"
 
     # Phase 2: data, tokenized by the main process while the others wait and then read its cache.
-    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+    data_args = (args.data, tokenizer, training.result_dir / "cache", training.seed)
     with fail_together(process):
         if process.is_main_process:
-            if not sharded and (arguments.cpu_offload or arguments.teacher_offload):
-                raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
-            lock_output_dir(output_dir)
-            load_data(arguments, tokenizer, output_dir)
+            files.lock_output_dir(training.result_dir)
+            load_data(*data_args)
     with fail_together(process):
-        train, evaluation = load_data(arguments, tokenizer, output_dir)
-        planned_steps(arguments, len(train), process.num_processes)
-        checkpoint = sat_run.open_run(arguments, output_dir, process.is_main_process)
-
-    compute = DTYPES.get(precision, DTYPES["fp32"])
+        train, evaluation = load_data(*data_args)
+        training.schedule(len(train), evaluation is not None)
+        checkpoint = resume.open_run(args, process.is_main_process)
 
     # Phase 3: the sparse model. modelopt's state is taken now, because wrapping changes the names of the layers.
     with fail_together(process):
-        model = load_model(arguments.model, "float32", arguments.trust_remote_code)
-        model = restore_sparse(model, arguments.restore_path)
+        state = states.load_state(model_args.modelopt_restore_path)
+        states.require_masks(state["model_state_dict"], model_args.modelopt_restore_path)
+        dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
+        model = models.load_model(model_args.model_name_or_path, "float32", model_args.trust_remote_code)
+        model = states.apply_state(model, state, model_args.modelopt_restore_path)
+        del state
         modelopt_state = mto.modelopt_state(model)
-        state = load_state(arguments.restore_path)["model_state_dict"]
-        require_masks(state, arguments.restore_path)
-        dtypes = {name: tensor.dtype for name, tensor in state.items()}
-        if arguments.packing:
-            check_packing(model, sat_data.Collator(tokenizer.pad_token_id), config.get_text_config().vocab_size)
-        teacher = load_model(arguments.model, compute) if arguments.distill else None
+        if args.data.packing:
+            check_packing(model, Collator(tokenizer.pad_token_id), config.get_text_config().vocab_size)
+        teacher = None
+        if args.distillation.distill:
+            teacher = models.load_model(
+                model_args.model_name_or_path, training.compute_dtype, model_args.trust_remote_code
+            )
 
     # Phase 4: training.
-    layer_class = type(decoder_layers(model)[1][0]).__name__
-    if sharded:
-        configure_fsdp(arguments.fsdp_version, layer_class, arguments.cpu_offload, arguments.gradient_checkpointing)
-    trainer = build_trainer(arguments, model, teacher, tokenizer, (train, evaluation), output_dir, precision, sharded)
-    trainer.place_teacher(layer_class, compute, arguments.teacher_offload)
-    with sat_run.explain_failures(trainer, lambda: sat_memory.advice(sat_memory.model_shapes(config), memory)):
+    trainer = build_trainer(args, model, teacher, tokenizer, (train, evaluation))
+    with explain_failures(trainer, lambda: memory.advice(memory.model_shapes(config), memory.settings_of(args))):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:
         step = trainer.state.global_step
         process.print(
-            f"stopped by a signal after step {step}, which is saved; go on with the same command and --resume"
+            f"stopped by a signal after step {step}, which is saved; resume with the same command and --resume"
         )
         sys.exit(143)
 
     # Phase 5: the result.
-    save_and_verify(trainer, modelopt_state, dtypes, output_dir / STATE_NAME)
+    result = Path(training.result_dir) / STATE_NAME
+    save_and_verify(trainer, modelopt_state, dtypes, result)
     if process.is_main_process:
-        plot_log(output_dir / "train_log.jsonl", output_dir / "loss.png")
-        print(f"wrote {output_dir / STATE_NAME}")
+        plot_loss(read_log(training.result_dir / "train_log.jsonl"), training.result_dir / "loss.png")
+        print(f"wrote {result}")
     process.wait_for_everyone()
 
 

@@ -1,58 +1,37 @@
-"""Post-training sparsification: prune a causal language model to 2:4 on a small calibration set.
+r"""Post-training sparsification: prune a causal language model to 2:4 on a small calibration set.
 
-    python hf_pts.py --model_name_or_path meta-llama/Llama-2-7b-hf --device cuda --model_max_length 1024 --dtype fp16 \\
+    python hf_pts.py --model_name_or_path meta-llama/Llama-2-7b-hf --device cuda --model_max_length 1024 --dtype fp16 \
         --sparsity_fmt sparsegpt --calib_size 128 --output_dir saved_models_Llama-2-7b-hf_sparsegpt_tp1_pp1
 
 Writes OUTPUT_DIR/pts_modelopt_state.pth, which modelopt.torch.opt.restore() applies to the dense model, and
-OUTPUT_DIR/pts_layers.jsonl with error, sparsity, time and memory of every pruned weight. A run that was interrupted
-goes on where it stopped when the same command is given again. Several GPUs share the calibration set when the script
-is started with `torchrun --nproc_per_node=N hf_pts.py …`.
+OUTPUT_DIR/pts_layers.jsonl with error, sparsity, time and memory of every pruned weight. An interrupted run resumes
+where it stopped when the same command is given again. Several GPUs share the calibration set when the script is started
+with `torchrun --nproc_per_node=N hf_pts.py …`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-
-import model_io
-import pts_report
-import text_input
-import utils
-from checkpoint import LayerStore, fingerprint
-from decoder import choose_linears, decoder_layers
-from layerwise import QUALITY, Recipe, prune_model
-from model_io import DTYPES
-from processes import fail_together, peak_memory_mib, start_processes, told_by_main
-from pts_state import logits_of, save_state, verify
-from sources import CNN_DAILYMAIL
-from sparsegpt import Pattern
-from utils import UserError
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-    from transformers import PreTrainedModel
-
-METHODS = {"sparsegpt": "sparsegpt", "sparse_magnitude": "magnitude", "wanda": "wanda"}
+from sparsity.devices import DTYPES
+from sparsity.errors import UserError
+from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
+from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", required=True, help="hub id or folder of a decoder-only model")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="fp16", help="dtype of the weights (statistics are always fp32)"
+        "--dtype", choices=DTYPES, default="fp16", help="dtype of the weights; statistics are always fp32"
     )
-    group.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto: CUDA where there is one")
-    group.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+    add_device_options(group)
+    add_remote_code_option(group)
     group = parser.add_argument_group("calibration")
     group.add_argument(
-        "--calib_data", help=".txt, .json or .jsonl of plain text; default: cnn_dailymail's training articles"
+        "--calib_data", help=".txt, .json or .jsonl of plain text; by default cnn_dailymail's training articles"
     )
     group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
     group.add_argument(
@@ -63,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--seed", type=int, default=0, help="order in which calibration texts are drawn")
     group.add_argument(
-        "--activations_dir", help="folder for activations, which else stay in memory (--dry_run tells their size)"
+        "--activations_dir", help="folder for activations, otherwise kept in memory (--dry_run prints their size)"
     )
     group = parser.add_argument_group("pruning")
     group.add_argument(
@@ -74,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--pattern", default="2:4", help="2:4, 4:8 or unstructured:FRACTION; GPUs accelerate 2:4")
     group.add_argument(
-        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (default 0.1)"
+        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (by default 0.1)"
     )
     group.add_argument(
         "--ignore", nargs="*", default=[], metavar="GLOB", help="layers to leave dense, e.g. '*.down_proj'"
@@ -94,155 +73,105 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
     for name in ("inference_tensor_parallel", "inference_pipeline_parallel"):
         if getattr(args, name) != 1:
             raise UserError(
                 f"--{name} {getattr(args, name)}: the state is saved whole, give 1; servers shard it when they load it"
             )
-    for name in ("calib_size", "model_max_length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.model_max_length < 2:
-        raise UserError("--model_max_length must be at least 2")
+    check_at_least(args, 1, "calib_size", "batch_size")
+    check_at_least(args, 2, "model_max_length")
     if args.percdamp is not None and args.sparsity_fmt != "sparsegpt":
         raise UserError(f"--percdamp has no meaning for --sparsity_fmt {args.sparsity_fmt}; leave it out")
     if args.percdamp is not None and not 0 < args.percdamp <= 1:
-        raise UserError(f"--percdamp must be above 0 and at most 1, got {args.percdamp}")
-
-
-def calibration_texts(args: argparse.Namespace) -> list[str]:
-    """The user's texts, or articles of cnn_dailymail's training split (evaluation uses its test split)."""
-    if args.calib_data:
-        return text_input.read_texts(args.calib_data)
-    from datasets import load_dataset
-
-    try:
-        articles = load_dataset(*CNN_DAILYMAIL, split="train", streaming=True)
-        articles = articles.shuffle(seed=args.seed, buffer_size=1000)
-        # An article has some 800 tokens; twice the need lets every article give a part.
-        wanted = 2 + 2 * args.calib_size * args.model_max_length // 800
-        return [row["article"] for row in articles.take(wanted)]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot load cnn_dailymail from the hub ({utils.first_line(error)}); give --calib_data FILE instead"
-        ) from error
-
-
-def load_calibration(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    """Batches {"input_ids": [batch_size, model_max_length]} of full sequences."""
-    tokenizer = model_io.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-    texts = calibration_texts(args)
-    blocks = text_input.sample_blocks(tokenizer, texts, args.model_max_length, args.calib_size, args.seed)
-    if len(blocks) < args.calib_size:
-        print(f"warning: the text gives {len(blocks)} sequences of {args.model_max_length}, not {args.calib_size}")
-    return [{"input_ids": batch} for batch in blocks.split(args.batch_size)]
-
-
-def make_recipe(args: argparse.Namespace) -> Recipe:
-    pattern = Pattern.parse(args.pattern)
-    if args.sparsity_fmt == "sparsegpt":
-        recipe = replace(QUALITY[args.quality], pattern=pattern)
-        return replace(recipe, percdamp=args.percdamp) if args.percdamp else recipe
-    return Recipe(method=METHODS[args.sparsity_fmt], pattern=pattern)
-
-
-def describe(model: PreTrainedModel, args: argparse.Namespace, recipe: Recipe) -> None:
-    """Print what will be pruned and what stays dense."""
-    chosen, left_dense = choose_linears(model, recipe.pattern, args.ignore)
-    print(f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}")
-    print(pts_report.describe_dense(left_dense), end="")
-
-
-def share(batches: list[dict[str, torch.Tensor]], process: PartialState) -> list[dict[str, torch.Tensor]]:
-    """This process's part of the calibration batches, as many as every other's."""
-    world = process.num_processes
-    if len(batches) < world:
-        raise UserError(f"{len(batches)} calibration batches cannot be shared by {world} processes; raise --calib_size")
-    return batches[: len(batches) // world * world][process.process_index :: world]
-
-
-def save_result(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    model: PreTrainedModel,
-    masks: dict[str, torch.Tensor],
-    rows: list[dict],
-    probe: torch.Tensor,
-) -> Path:
-    """Print the table of errors and write the state, which replaces an earlier one only if it restores."""
-    path = Path(args.output_dir) / "pts_modelopt_state.pth"
-    expected = logits_of(model, probe)
-    if not torch.isfinite(expected).all():
-        raise UserError(f"the pruned model's logits are not finite in {args.dtype}; try --dtype bf16 or fp32")
-    print(pts_report.error_table(rows))
-    print(pts_report.sparsity_line(masks, model))
-    with utils.atomic_path(path) as temporary:
-        save_state(model, masks, temporary)
-        model.to("meta")  # the restored one takes its memory
-        restored = model_io.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
-        verify(restored, temporary, recipe.pattern, probe, expected)
-    return path
+        raise UserError(f"--percdamp must be above 0 and at most 1, found {args.percdamp}")
 
 
 def main() -> None:
-    args = parse_arguments()
-    check_arguments(args)
-    recipe = make_recipe(args)
+    args = parse_args()
+    check_args(args)
+    recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
+
+    # Imported once the options are known to be good: `--help` and mistakes need no torch.
+    import torch
+
+    from sparsity import files, models
+    from sparsity.devices import peak_memory_mib, resolve_device, torch_dtype
+    from sparsity.processes import fail_together, report_on_main, start_processes
+    from sparsity.pts import report
+    from sparsity.pts.calibration_set import load_calibration, share_of_process
+    from sparsity.pts.layer_store import LayerStore, calibration_key
+    from sparsity.pts.log import MatrixLog, save_log
+    from sparsity.pts.prune import prune_model
+    from sparsity.pts.state import write_verified_state
+
     process = start_processes(args.device)
-    device = process.device if process.num_processes > 1 else model_io.resolve_device(args.device)
+    device = process.device if process.num_processes > 1 else resolve_device(args.device)
+    dtype = torch_dtype(args.dtype)
     started = time.perf_counter()
 
-    # Phase 1: model and calibration text.
+    # Phase 1: the model and the calibration text.
     with fail_together(process):
-        output_dir = utils.prepare_output_dir(args.output_dir)
+        output_dir = files.prepare_output_dir(args.output_dir)
         if args.activations_dir:
-            utils.prepare_output_dir(args.activations_dir)
-        config = model_io.load_config(args.model_name_or_path, args.trust_remote_code)
-        model_io.check_lengths(config, {"--model_max_length": args.model_max_length})
+            files.prepare_output_dir(args.activations_dir)
+        config = models.load_config(args.model_name_or_path, args.trust_remote_code)
+        models.check_lengths(config, {"--model_max_length": args.model_max_length})
         if args.dry_run:
-            model = model_io.empty_model(config, DTYPES[args.dtype], args.trust_remote_code)
+            model = models.empty_model(config, dtype, args.trust_remote_code)
         else:
-            model = model_io.load_model(args.model_name_or_path, DTYPES[args.dtype], args.trust_remote_code)
+            model = models.load_model(args.model_name_or_path, dtype, args.trust_remote_code)
         if process.is_main_process:
-            describe(model, args, recipe)
+            print(report.describe_plan(model, recipe, args.ignore), end="")
     if args.dry_run:
         calibration = (args.calib_size, args.model_max_length, args.batch_size)
-        process.print(pts_report.estimate(model, recipe, args.ignore, calibration, device.type))
+        process.print(report.estimate(model, recipe, args.ignore, calibration, device.type))
         return
     with fail_together(process):
         if process.is_main_process:
-            utils.lock_output_dir(output_dir)
-        batches = load_calibration(args)
-        own = share(batches, process)
-        key = fingerprint([asdict(recipe), args.ignore, args.dtype, args.batch_size], batches, model)
+            files.lock_output_dir(output_dir)
+        tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+        batches = load_calibration(
+            tokenizer, args.calib_data, args.calib_size, args.model_max_length, args.batch_size, args.seed
+        )
+        own = share_of_process(batches, process)
+        key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model)
         store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
 
-    # Phase 2: pruning, with a log line of every layer as it is finished.
-    rows: list[dict] = []
+    # Phase 2: pruning, with a log line for every weight as soon as its layer is finished.
+    rows: list[MatrixLog] = []
 
-    def on_rows(new: list[dict]) -> None:
+    def on_rows(new: list[MatrixLog]) -> None:
         rows[:] = new
         if process.is_main_process:
-            with utils.atomic_path(output_dir / "pts_layers.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            save_log(rows, output_dir / "pts_layers.jsonl")
 
     torch.manual_seed(args.seed)
-    with told_by_main(process):
+    with report_on_main(process):
         masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir)
     seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
     process.destroy_process_group()
     if not process.is_main_process:
         return
 
-    # Phase 3: the state.
+    # Phase 3: the state, proven on a freshly loaded model before it replaces an earlier one.
+    print(report.error_table(rows))
+    print(report.sparsity_line(masks, model))
+    path = output_dir / "pts_modelopt_state.pth"
     probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
-    path = save_result(args, recipe, model, masks, rows, probe)
+    write_verified_state(
+        model,
+        masks,
+        path,
+        recipe.pattern,
+        probe,
+        lambda: models.load_model(args.model_name_or_path, dtype, args.trust_remote_code),
+    )
     store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")
     print(f"saved {path}; restored into a fresh model it gives identical logits")
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

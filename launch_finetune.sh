@@ -13,7 +13,7 @@
 #   srun bash -c 'bash launch_finetune.sh --num_processes 16 --num_machines 2 --machine_rank "$SLURM_NODEID" \
 #       --main_process_ip "$FIRST" --main_process_port 29500 --model MODEL --restore_path PTS --output_dir OUT --resume'
 #
-# --signal tells the run five minutes before its time is up: it saves and ends, and the same job, queued again, goes on.
+# --signal tells the run five minutes before its time is up: it saves and ends, and the same job, queued again, resumes.
 set -euo pipefail
 
 usage() {
@@ -75,13 +75,13 @@ if [ "$num_processes" -lt 1 ]; then
     exit 2
 fi
 
-trap '' USR1 # left to the training processes, which save and end; see the Slurm example
+trap '' USR1 # only the training processes act on it: they save and end; see the Slurm example
 
 if [ "$num_processes" -eq 1 ]; then
     exec "$python" "$here/finetune.py" ${rest[@]+"${rest[@]}"}
 fi
 
-# Mistakes are told once, before the processes start.
+# Mistakes are reported once, before the processes start.
 "$python" "$here/finetune.py" ${rest[@]+"${rest[@]}"} --check_only
 
 if [ "$num_machines" -gt 1 ] && [ -z "$main_process_ip" ]; then

@@ -6,7 +6,7 @@
 # Everything it needs comes from PyPI: no model hub, no account. By default it takes at most 20 minutes on two CPU cores;
 # --full takes longer, on more text and all test examples. A CUDA GPU is used where there is one. A step whose result is
 # there and whose command, script and input files have not changed since is not run again, so a second run only prints
-# the table, and an interrupted one goes on. PYTHON and TORCH_SPEC choose interpreter and torch; see setup_env.sh.
+# the table, and an interrupted one resumes. PYTHON and TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -15,8 +15,8 @@ calib_size=32      # calibration samples of PTS
 quality=balanced   # effort of PTS
 length=512         # tokens of a calibration sample, a training row, a prompt and a perplexity window
 max_steps=80       # optimizer steps of SAT, of two rows each
-save_steps=40      # steps between checkpoints, from which an interrupted run goes on
-learning_rate=3e-4 # a model this small and so few steps want more than the 2e-5 of large models
+save_steps=40      # steps between checkpoints, from which an interrupted run resumes
+learning_rate=3e-4 # so small a model and so few steps need more than the 2e-5 of large models
 examples=16        # test papers to summarize for ROUGE
 beams=2            # beam search width
 eval_batch=4       # prompts generated together
@@ -43,10 +43,10 @@ out=saved_models_SmolLM2-135M-Instruct_$name
 begin=$SECONDS
 
 # ------------------------------------------------------------------------------------------- environment
-source setup_env.sh
-setup_env .venv "" requirements.txt requirements-demo.txt
+source tools/setup_env.sh
+setup_env .venv "" requirements.txt requirements/demo.txt
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 # bars of loading and saving, which take a moment
+export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 # loading and saving take a moment and need no bars
 mkdir -p data/steps "$out/steps"
 
 # logged FILE COMMAND… : run the command, its output also going to FILE; on a terminal it keeps its progress bars
@@ -89,7 +89,7 @@ step() {
   printf '\n[%2d] %s: %s\n' $number "$title" "$*"
   rm -f "$stamp"
   if ! logged "$log" "$@"; then
-    printf '\nerror: step %s failed; its output is in %s. To go on from here: %s\n' "$title" "$log" "$again" >&2
+    printf '\nerror: step %s failed; its output is in %s. To resume from here: %s\n' "$title" "$log" "$again" >&2
     exit 1
   fi
   echo "$*" >"$stamp"
@@ -98,7 +98,7 @@ step() {
 
 # ------------------------------------------------------------------------------------------------- steps
 steps=data/steps # logs and stamps of what --full shares
-step model $model/model.safetensors python prepare_demo.py --output_dir $model
+step model $model/model.safetensors python -m tools.prepare_demo --output_dir $model
 step data $data/cnn_train.json python data_prep.py --save_path $data --source aclsum
 
 steps=$out/steps
@@ -107,12 +107,12 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
   --sparsity_fmt sparsegpt --quality $quality --calib_size $calib_size --calib_data $data/calib.jsonl --output_dir "$out"
 
 sat=$out/finetuned/finetuned_modelopt_state.pth
-command=(bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data --output_dir "$out/finetuned"
-  --text_path $data/calib.jsonl --text_ratio 0.7 --packing --max_length $length --train_bs 2 --lr $learning_rate
-  --weight_decay 0 --max_steps $max_steps --logging_steps 5
-  --max_eval_samples 8 --eval_steps $save_steps --save_steps $save_steps --save_total_limit 1 --resume)
+command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"
+  --output_dir "$out/finetuned" --text_path "$data/calib.jsonl" --text_ratio 0.7 --packing --max_length "$length"
+  --train_bs 2 --lr "$learning_rate" --weight_decay 0 --max_steps "$max_steps" --logging_steps 5 --max_eval_samples 8
+  --eval_steps "$save_steps" --save_steps "$save_steps" --save_total_limit 1 --resume)
 if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
-  rm -rf "$out/finetuned" # what lies there belongs to another pruned model or other settings: nothing to resume
+  rm -rf "$out/finetuned" # it belongs to another pruned model or other settings and cannot be resumed
   echo "${command[*]}" >"$steps/SAT.begun"
 fi
 step SAT "$sat" "${command[@]}"

@@ -3,14 +3,14 @@
 #
 #   bash run_tests.sh [--min] [pytest arguments]
 #
-#   bash run_tests.sh                       linter, formatter, type checker and all tests
-#   bash run_tests.sh tests/test_utils.py   one file
-#   bash run_tests.sh --min                 on the oldest releases allowed (constraints-min.txt), in .venv-min
+#   bash run_tests.sh                       linters, import contracts, type checker and all tests
+#   bash run_tests.sh tests/test_files.py   one file
+#   bash run_tests.sh --min                 on the oldest releases allowed (requirements/min.txt), in .venv-min
 #
-# PYTHON and TORCH_SPEC choose interpreter and torch; see setup_env.sh.
+# PYTHON and TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
-source setup_env.sh
+source tools/setup_env.sh
 
 environment=.venv constraints=""
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -18,10 +18,10 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   exit 0
 fi
 if [[ ${1:-} == --min ]]; then
-  environment=.venv-min constraints=constraints-min.txt
+  environment=.venv-min constraints=requirements/min.txt
   shift
 fi
-setup_env "$environment" "$constraints" requirements.txt requirements-test.txt requirements-demo.txt || exit 1
+setup_env "$environment" "$constraints" requirements.txt requirements/test.txt requirements/demo.txt || exit 1
 
 failed=()
 "$ENV_PYTHON" -m ruff check . || failed+=("ruff check")
@@ -30,8 +30,11 @@ failed=()
 if [[ -z $constraints ]]; then
   "$ENV_PYTHON" -m mypy || failed+=("mypy")
 fi
+"$environment/bin/lint-imports" --no-cache || failed+=("lint-imports")
+"$ENV_PYTHON" -m codespell_lib || failed+=("codespell")
+"$environment/bin/shellcheck" ./*.sh tools/*.sh benchmarks/gpu/*.sh .ci/run || failed+=("shellcheck")
 if [[ ! -f demo/SmolLM2-135M-Instruct/model.safetensors ]]; then
-  "$ENV_PYTHON" prepare_demo.py || failed+=("prepare_demo.py")
+  "$ENV_PYTHON" -m tools.prepare_demo || failed+=("tools.prepare_demo")
 fi
 "$ENV_PYTHON" -m pytest "$@" || failed+=("pytest")
 if ((${#failed[@]})); then

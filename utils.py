@@ -1,48 +1,113 @@
-"""What every script of this project shares: one-line errors and files that are written whole.
+"""What the scripts share: one way to parse options, to end on an error, and the groups of options that several have.
 
-Scripts import from here and from the engine; no script imports another script.
+Scripts import from here and from the package sparsity; no script imports another script.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
+import difflib
 import errno
-import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sparsity.devices import DTYPES
+from sparsity.errors import UserError, first_line
+from sparsity.files import release_locks
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+# ------------------------------------------------------------------------------------------------------------ options
 
 
-class UserError(Exception):
-    """A mistake the user can mend. Its text is one line: what is wrong, which value, what to do."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the description, and ends the help of every option that has a default with it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text, for one-line messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+class _ClearErrors(argparse.ArgumentParser):
+    """Ends on a wrong option with one clear line; of several processes only the first prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            self.exit(2)
+        if message.startswith("unrecognized arguments: "):
+            known = [name for action in self._actions for name in action.option_strings]
+            wrong = [word.partition("=")[0] for word in message.split()[2:] if word.startswith("--")]
+            hints = [hint for word in wrong for hint in difflib.get_close_matches(word, known, 1)]
+            message += f"; did you mean {' '.join(hints)}?" if hints else ""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}\n")
 
 
-def _is_failed_write(error: Exception) -> bool:
-    """Whether a library's error, of a class of its own, says that a file could not be written."""
-    text = str(error)
-    if type(error).__name__ == "SafetensorError":
-        return "I/O error" in text or "IoError" in text  # the second up to safetensors 0.5
-    signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+class Parser(_ClearErrors):
+    """The argument parser of every script: the same help, the same errors, no abbreviated options."""
+
+    def __init__(self, description: str | None, **options: Any):
+        # An abbreviation could make a mistyped option pass for another one.
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
-_held_locks = contextlib.ExitStack()
+def dataclass_parser(types: Sequence[type], description: str | None, **options: Any) -> HfArgumentParser:
+    """Transformers' HfArgumentParser for the dataclasses `types`, with the help and the errors of `Parser`."""
+    from transformers import HfArgumentParser
+
+    class DataclassParser(_ClearErrors, HfArgumentParser):
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            # HfArgumentParser would raise a bare ValueError for unknown options, after building the dataclasses.
+            known, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            return known, unknown
+
+    create: Any = DataclassParser
+    return create(list(types), description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+
+def add_remote_code_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+
+
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto: CUDA where there is one")
+
+
+def add_inference_options(group: argparse._ArgumentGroup) -> None:
+    """The model to measure: dense or with a state, its precision and its device."""
+    group.add_argument("--model_dir", required=True, help="Hugging Face model folder or hub id, dense or exported")
+    group.add_argument("--modelopt_restore_path", metavar="STATE", help="sparse state from hf_pts.py or finetune.py")
+    group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (by default the checkpoint's own)")
+    add_device_options(group)
+    add_remote_code_option(group)
+
+
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Check that options which were given are at least `least`.
+
+    Raises:
+        UserError: names the option and its value.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, found {value}")
+
+
+# ------------------------------------------------------------------------------------------------------------- ending
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's `main`, turning foreseeable failures into one line on stderr.
 
-    Exit codes: 1 for a wrong input or a full disk, 130 for Ctrl-C. Anything else is a defect of ours and
-    keeps its traceback.
+    Exit codes: 1 for a wrong input or a full disk, 2 for a wrong option, 130 for Ctrl-C. Anything else is a defect of
+    ours and keeps its traceback.
     """
     try:
         main()
@@ -64,119 +129,16 @@ def run_cli(main: Callable[[], None]) -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     finally:
-        _held_locks.close()
+        release_locks()
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out of the result
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_json(value: Any, path: str | Path) -> None:
-    """Write `value` as indented UTF-8 JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_torch(value: Any, path: str | Path) -> None:
-    """`torch.save`, whole or not at all."""
-    import torch
-
-    with atomic_path(path) as temporary:
-        torch.save(value, temporary)
-
-
-def prepare_output_dir(path: str | Path) -> Path:
-    """Create the folder and check that files can be written in it.
-
-    Raises:
-        UserError: the path is a file, or cannot be created or written.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {path}: {error.strerror}; choose another one") from error
-    return path
-
-
-def lock_output_dir(path: str | Path) -> None:
-    """Hold an existing folder for this run alone, until run_cli ends or the process dies, however that happens.
-
-    In a multi-process run only the main process should call this.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    import fcntl
-
-    handle = _held_locks.enter_context(open(Path(path) / ".lock", "ab+", buffering=0))  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.seek(0)
-        owner = f" (process {pid})" if (pid := handle.read().decode().strip()) else ""
-        raise UserError(f"another run{owner} is writing to {path}; wait for it, or choose another folder") from error
-    except OSError:
-        return  # some network file systems have no locks; then nothing guards the folder
-    with contextlib.suppress(OSError):  # the number only serves the message above; a full disk will be told elsewhere
-        handle.truncate(0)
-        handle.write(str(os.getpid()).encode())
-
-
-def require_file(path: str | Path, what: str) -> Path:
-    """Return `path` if it is a file, else raise a UserError that names `what` it should have been."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{what} not found: {path}")
-    return path
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file, or one value per line if it is named .jsonl; UserError on anything malformed."""
-    path = require_file(path, what)
-    if path.suffix.lower() == ".jsonl":
-        return list(read_jsonl(path, what))
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{what} {path} is not valid JSON: {error}") from error
-
-
-def read_jsonl(path: Path, what: str) -> Iterator[Any]:
-    """The values of a file with one JSON value per line, one at a time; UserError on anything malformed."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as stream:
-            for line in stream:
-                number += 1
-                if line.strip():
-                    yield json.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{what} {path} line {number} is not valid JSON: {error}") from error
+def _is_failed_write(error: Exception) -> bool:
+    """Whether a library's error, of a class of its own, says that a file could not be written."""
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":
+        return "I/O error" in text or "IoError" in text  # the second up to safetensors 0.5
+    signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

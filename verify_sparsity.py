@@ -15,30 +15,33 @@ import argparse
 import dataclasses
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from sparsity.errors import UserError
+from sparsity.files import prepare_output_dir, save_json
+from utils import Parser, run_cli
 
-from sparsity_check import DENSE_BY_DESIGN, MatrixReport, inspect_path, zero_totals
-from utils import UserError, prepare_output_dir, run_cli, save_json
+if TYPE_CHECKING:
+    from sparsity.matrices import MatrixReport
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("path", help="model folder, .safetensors file or modelopt state")
     parser.add_argument("--require", choices=["2:4"], help="fail unless every matrix listed is 2:4")
     parser.add_argument(
         "--exclude",
         metavar="REGEX",
-        default=DENSE_BY_DESIGN,
-        help="weights of a safetensors folder to pass over (default: %(default)s); in a state the masks decide",
+        help="weights of a safetensors folder to skip (by default embeddings, output heads and routers); "
+        "in a state the masks decide",
     )
     parser.add_argument("--output_json", metavar="FILE", help="file for the table")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     try:
-        re.compile(arguments.exclude)
+        re.compile(args.exclude or "")
     except re.error as error:
-        parser.error(f"--exclude is not a regular expression: {error}")
-    return arguments
+        raise UserError(f"--exclude {args.exclude} is not a regular expression: {error}") from error
+    return args
 
 
 def print_row(report: MatrixReport, width: int) -> None:
@@ -53,6 +56,10 @@ def print_row(report: MatrixReport, width: int) -> None:
 
 
 def print_summary(reports: list[MatrixReport]) -> None:
+    import torch
+
+    from sparsity.matrices import zero_totals
+
     elements, zeros = zero_totals(reports)
     count = sum(report.is_2_4 for report in reports)
     ready = sum(report.is_2_4 and bool(report.kernels) for report in reports)
@@ -68,20 +75,23 @@ def print_summary(reports: list[MatrixReport]) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if arguments.output_json:
-        prepare_output_dir(Path(arguments.output_json).parent)
+    args = parse_args()
+
+    from sparsity.matrices import DENSE_BY_DESIGN, inspect_path
+
+    if args.output_json:
+        prepare_output_dir(Path(args.output_json).parent)
     reports: list[MatrixReport] = []
     width = 44
     print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'2:4':>4} {'-0.0':>6} kernels")
-    for report in inspect_path(arguments.path, arguments.exclude):
+    for report in inspect_path(args.path, args.exclude or DENSE_BY_DESIGN):
         reports.append(report)
         print_row(report, width)
     print_summary(reports)
-    if arguments.output_json:
-        save_json([dataclasses.asdict(report) for report in reports], arguments.output_json)
+    if args.output_json:
+        save_json([dataclasses.asdict(report) for report in reports], args.output_json)
     failed = [report.name for report in reports if not report.is_2_4]
-    if arguments.require and failed:
+    if args.require and failed:
         raise UserError(f"{len(failed)} of {len(reports)} matrices are not 2:4, the first is {failed[0]}")
 
 

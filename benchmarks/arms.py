@@ -1,4 +1,4 @@
-"""Pruning with modelopt's own SparseGPT and with ours, in the same way for every benchmark."""
+"""Pruning with modelopt's SparseGPT and with this project, in the same way for every benchmark."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from checkpoint import LayerStore
-from layerwise import QUALITY, prune_model
+from sparsity.pts.layer_store import LayerStore
+from sparsity.pts.prune import prune_model
+from sparsity.pts.recipe import QUALITY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], device: torch.device, folder: Path) -> None:
-    """Prune `model` in place on batches of input_ids [batch, length].
+    """Prune `model` in place.
 
     Args:
-        arm: "modelopt", for which the model lies on `device`, or a key of QUALITY, for which it lies on the CPU.
-        folder: where ours keeps finished layers, as hf_pts.py does.
+        arm: "modelopt", with the model on `device`; or a key of `QUALITY`, with the model on the CPU.
+        batches: calibration tokens, int64 tensors [batch, length].
+        folder: for the finished layers of this project's pruning, which are written to disk as in hf_pts.py.
     """
     if arm != "modelopt":
         inputs = [{"input_ids": batch} for batch in batches]
@@ -34,5 +36,6 @@ def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], device:
             for batch in batches:
                 model(batch.to(device), use_cache=False)
 
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):  # a line for every matrix
+    # modelopt prints a line for every matrix
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         mts.sparsify(model, "sparsegpt", config={"forward_loop": forward_loop, "verbose": False})

@@ -1,4 +1,4 @@
-"""What a figure was measured with: the machine, in one line, and the settings."""
+"""What a benchmark reports beside its figures: the machine and the settings; and where it writes them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsity.errors import UserError
+from sparsity.files import prepare_output_dir, save_json
 
 
 def describe_machine(device: torch.device) -> str:
@@ -23,7 +26,38 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command line's settings with file names in place of paths, which mean nothing on other machines."""
-    values = vars(arguments).items()
-    return {key: Path(value).name if isinstance(value, str) and "/" in value else value for key, value in values}
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the command line as JSON values.
+
+    Paths are reduced to their last part: folders mean nothing on another machine.
+    """
+    return {
+        name: Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
+        for name, value in vars(args).items()
+    }
+
+
+def add_output_option(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add --output, by default benchmarks/results/NAME.json."""
+    path = Path(f"benchmarks/results/{name}.json")
+    parser.add_argument("--output", type=Path, default=path, metavar="FILE", help="JSON file for the figures")
+
+
+def check_output(path: Path | None) -> None:
+    """Check before measuring that the figures can be saved, and create the folder of `path`; None saves nothing.
+
+    Raises:
+        UserError: `path` is a folder, or its own folder cannot be created or written.
+    """
+    if path is None:
+        return
+    prepare_output_dir(path.parent)
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give a file name")
+
+
+def save_figures(figures: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+    """Write the figures with the machine and the settings to --output, whole or not at all."""
+    facts = {"machine": describe_machine(device), "torch": torch.__version__, "arguments": settings(args)}
+    save_json({**figures, **facts}, args.output)
+    print(f"figures saved in {args.output}")

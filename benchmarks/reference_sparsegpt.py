@@ -1,7 +1,8 @@
-"""SparseGPT as Frantar & Alistarh (2023) describe it, kept plain: the yardstick for pts_benchmark.py.
+"""SparseGPT as Frantar & Alistarh (2023) describe it, in plain code: the baseline of pruning.py.
 
-One forward pass per decoder layer gathers the Hessians of all its linear layers, all are pruned with Algorithm 1
-(percdamp 0.01, blocks of 128 columns, 2:4 by w² / U_jj²), a second pass gives the next layer its inputs.
+One forward pass per decoder layer collects the Hessians of all its linear layers, each of which is then pruned with
+Algorithm 1 (percdamp 0.01, blocks of 128 columns, 2:4 by w² / U_jj²). A second pass computes the inputs of the next
+layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
 
 
 def prune_weight(weight: Tensor, hessian: Tensor, percdamp: float = 0.01, block_size: int = 128) -> Tensor:
-    """Algorithm 1 for 2:4 on one weight [rows, cols] with its Hessian [cols, cols]; returns the pruned weight."""
+    """Algorithm 1 for 2:4 on one weight.
+
+    Args:
+        weight: [rows, cols].
+        hessian: [cols, cols] float32.
+        percdamp: damping, as a share of the Hessian's mean diagonal.
+        block_size: columns that are updated at once.
+
+    Returns:
+        the pruned weight [rows, cols], float32.
+    """
     weight, hessian = weight.float().clone(), hessian.clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
@@ -44,20 +55,26 @@ def prune_weight(weight: Tensor, hessian: Tensor, percdamp: float = 0.01, block_
 
 @torch.no_grad()
 def prune_llama(model: PreTrainedModel, batches: list[Tensor]) -> None:
-    """Prune every decoder layer of a Llama-type model in place; batches of token ids [batch, length]."""
-    hidden, arguments = [], {}
+    """Prune every decoder layer of a Llama-type model in place.
 
-    class Caught(Exception):
+    Args:
+        model: on the CPU, in eval mode.
+        batches: calibration tokens, int64 tensors [batch, length] of one length.
+    """
+    hidden: list[Tensor] = []
+    layer_kwargs: dict[str, Any] = {}
+
+    class StopForward(Exception):
         pass
 
-    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        arguments.update(kwargs)
-        raise Caught
+        layer_kwargs.update(kwargs)
+        raise StopForward
 
-    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handle = model.model.layers[0].register_forward_pre_hook(record, with_kwargs=True)
     for batch in batches:
-        with contextlib.suppress(Caught):
+        with contextlib.suppress(StopForward):
             model(batch, use_cache=False)
     handle.remove()
     for layer in model.model.layers:
@@ -70,11 +87,11 @@ def prune_llama(model: PreTrainedModel, batches: list[Tensor]) -> None:
 
         handles = [linear.register_forward_pre_hook(add) for linear in linears]
         for states in hidden:
-            layer(states, **arguments)
+            layer(states, **layer_kwargs)
         for handle in handles:
             handle.remove()
         for linear in linears:
             linear.weight.copy_(prune_weight(linear.weight, hessians[linear]))
         for index, states in enumerate(hidden):
-            output = layer(states, **arguments)
+            output = layer(states, **layer_kwargs)
             hidden[index] = output[0] if isinstance(output, tuple) else output

@@ -1,34 +1,33 @@
-"""Dense against 2:4 sparse matrix products and generation on a CUDA GPU, for the shapes of a given model.
+"""Dense and 2:4 sparse matrix products and generation on a CUDA GPU, compared for the shapes of a given model.
 
-    python benchmarks/sparse_inference.py --model_dir exported_model --output benchmarks/sparse_results.json
+    python -m benchmarks.sparse_inference --model_dir exported_model
 
-For every shape of linear layer and every number of tokens, times `F.linear` with the dense weight and with the weight
-compressed for torch's semi-structured kernels (CUTLASS and cuSPARSELt, where this GPU and build have them), after
-checking that both give the same result. Then the whole model: prefill (time to process a prompt) and decode (time per
-new token), both ways. Weights that are not 2:4 yet are pruned by magnitude first: times do not depend on the values.
-Without a GPU of compute capability 8.0 or higher there is nothing to measure, and the script says so and ends.
+For every shape of linear layer and every number of tokens, this times `F.linear` with the dense weight and with the
+weight compressed for torch's semi-structured kernels (CUTLASS and cuSPARSELt, where this GPU and build have them),
+after checking that both give the same result. Then it times the whole model both ways: prefill (time to process a
+prompt) and decode (time per new token). Weights that are not 2:4 are first pruned by magnitude, since times do not
+depend on the values. Without a GPU of compute capability 8.0 or higher there is nothing to measure; the script says so
+and ends.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from machine import describe_machine, settings  # noqa: E402
-
-import model_io  # noqa: E402
-import utils  # noqa: E402
-from sparsity_check import is_2_4, kernel_support  # noqa: E402
+from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
+from sparsity.devices import resolve_device, torch_dtype
+from sparsity.errors import UserError, first_line
+from sparsity.matrices import is_2_4, kernel_support
+from sparsity.models import load_model
+from sparsity.pts.masks import magnitude_mask
+from sparsity.pts.pattern import Pattern
+from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,15 +37,38 @@ Compress = Callable[[torch.Tensor], torch.Tensor]
 RELATIVE_TOLERANCE = 2e-2
 
 
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__, prog="python -m benchmarks.sparse_inference")
+    parser.add_argument("--model_dir", default="demo/SmolLM2-135M-Instruct", help="dense or exported model")
+    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16", help="precision of the weights")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 2048, 8192], help="rows of the input")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16, 64], help="prompts, for the whole model")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--new_tokens", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--seconds", type=float, default=0.3, help="seconds to spend on one figure")
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    add_output_option(parser, "sparse_inference")
+    args = parser.parse_args()
+    check_at_least(args, 1, "prompt", "new_tokens")
+    if min(*args.tokens, *args.batch_sizes) < 1:
+        raise UserError(f"--tokens and --batch_sizes must be at least 1, found {args.tokens} and {args.batch_sizes}")
+    return args
+
+
 def why_not(device_name: str) -> str | None:
-    """Why nothing can be measured here, or None."""
+    """The reason why nothing can be measured on this device, or None.
+
+    Raises:
+        UserError: no such device.
+    """
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    major, minor = torch.cuda.get_device_capability(device_name)
+    device = resolve_device(device_name)
+    if device.type != "cuda":
+        return f"--device {device_name} is not a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return (
-            f"{torch.cuda.get_device_name(device_name)} has compute capability {major}.{minor}, sparse kernels need 8.0"
-        )
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, sparse kernels need 8.0"
     return None
 
 
@@ -62,13 +84,11 @@ def backends() -> dict[str, Compress]:
 
 def prune_by_magnitude(weight: torch.Tensor) -> torch.Tensor:
     """Keep the two largest of every four consecutive values of a row; weight [rows, columns], columns % 4 == 0."""
-    groups = weight.view(weight.shape[0], -1, 4)
-    smallest = groups.abs().argsort(dim=-1)[..., :2]
-    return groups.scatter(-1, smallest, 0).view_as(weight)
+    return weight.masked_fill(~magnitude_mask(weight, Pattern(2, 4)), 0)
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """Linear layers of the decoder; the output head stays dense."""
+    """Linear layers of the decoder by name; the output head stays dense."""
     head = model.get_output_embeddings()
     return {
         name: module
@@ -77,8 +97,17 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     }
 
 
+def load_2_4(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+    """The model on the device, each linear layer of its decoder 2:4."""
+    model = load_model(args.model_dir, torch_dtype(args.dtype)).to(device)
+    for layer in linear_layers(model).values():
+        if not is_2_4(layer.weight):
+            layer.weight.data = prune_by_magnitude(layer.weight.data)
+    return model
+
+
 def milliseconds(statement: Callable[[], Any], seconds: float) -> float:
-    """Median time of a call, on CUDA with synchronization."""
+    """Median milliseconds of a call, on CUDA with synchronization, measured for `seconds`."""
     from torch.utils.benchmark import Timer
 
     return 1e3 * Timer("statement()", globals={"statement": statement}).blocked_autorange(min_run_time=seconds).median
@@ -90,14 +119,21 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def time_products(weight: torch.Tensor, tokens: list[int], compress: dict[str, Compress], seconds: float) -> list[dict]:
-    """Dense and sparse times of x @ weight.T for x [tokens, columns]; one dict per number of tokens."""
+    """Dense and sparse times of x @ weight.T for x [tokens, columns] and a 2:4 weight [rows, columns].
+
+    Returns:
+        for each number of tokens, a dict of the shape, milliseconds and relative errors.
+
+    Raises:
+        UserError: a sparse kernel gives a wrong result.
+    """
     rows, columns = weight.shape
     packed = {}
     for name, function in compress.items():
         try:
             packed[name] = function(weight)
         except (RuntimeError, NotImplementedError) as failure:
-            print(f"  {name} does not take {rows}x{columns} here: {utils.first_line(failure)}")
+            print(f"  {name} does not take {rows}x{columns} here: {first_line(failure)}")
     results = []
     for count in tokens:
         x = torch.randn(count, columns, device=weight.device, dtype=weight.dtype)
@@ -109,11 +145,11 @@ def time_products(weight: torch.Tensor, tokens: list[int], compress: dict[str, C
                 error = relative_error(F.linear(x, sparse), reference)
                 row[f"{name}_ms"] = milliseconds(partial(F.linear, x, sparse), seconds)
             except (RuntimeError, NotImplementedError) as failure:
-                print(f"  {name} cannot multiply {count} tokens here: {utils.first_line(failure)}")
+                print(f"  {name} cannot multiply {count} tokens here: {first_line(failure)}")
                 continue
             row[f"{name}_error"] = error
             if error > RELATIVE_TOLERANCE:
-                raise utils.UserError(f"{name} is wrong for {rows}x{columns}, {count} tokens: error {error:.3g}")
+                raise UserError(f"{name} is wrong for {rows}x{columns}, {count} tokens: error {error:.3g}")
         results.append(row)
         times = "  ".join(
             f"{name} {row[f'{name}_ms']:8.4f} ms ({row['dense_ms'] / row[f'{name}_ms']:.2f}x)"
@@ -125,7 +161,7 @@ def time_products(weight: torch.Tensor, tokens: list[int], compress: dict[str, C
 
 
 def time_model(model: PreTrainedModel, batch_sizes: list[int], prompt: int, new: int, seconds: float) -> list[dict]:
-    """Prefill time and decode time per step of a whole model, for each batch size."""
+    """Prefill time and decode time per step of a whole model, in milliseconds, for each batch size."""
     results = []
     vocabulary = model.config.get_text_config().vocab_size
     for batch in batch_sizes:
@@ -143,7 +179,7 @@ def time_model(model: PreTrainedModel, batch_sizes: list[int], prompt: int, new:
 
 
 def compress_model(model: PreTrainedModel, compress: Compress) -> int:
-    """Replace the weights of all layers the backend takes by compressed ones; returns how many it took."""
+    """Compress the weights of all layers that the backend supports; returns how many it compressed."""
     count = 0
     for layer in linear_layers(model).values():
         try:
@@ -154,11 +190,9 @@ def compress_model(model: PreTrainedModel, compress: Compress) -> int:
     return count
 
 
-def compare_models(
-    model: PreTrainedModel, name: str, compress: Compress, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Time the model dense and compressed (in that order: compression is in place), checking the logits."""
-    setting = (arguments.batch_sizes, arguments.prompt, arguments.new_tokens, arguments.seconds)
+def compare_models(model: PreTrainedModel, name: str, compress: Compress, args: argparse.Namespace) -> dict[str, Any]:
+    """Time the model dense and then compressed (in place), and report how far the logits differ."""
+    setting = (args.batch_sizes, args.prompt, args.new_tokens, args.seconds)
     ids = torch.arange(64, device=model.device).view(1, 64)
     with torch.inference_mode():
         reference = model(ids).logits
@@ -180,8 +214,8 @@ def compare_models(
 
 
 def print_verdict(products: list[dict]) -> None:
-    """Say for which numbers of tokens 2:4 is faster, and where it is not."""
-    print("\nwhere 2:4 helps (best backend, median over shapes):")
+    """Print for which numbers of tokens 2:4 is faster, and for which it is not."""
+    print("\nwhere 2:4 is faster (best backend, median over shapes):")
     for count in sorted({row["tokens"] for row in products}):
         ratios = sorted(
             row["dense_ms"] / min(value for key, value in row.items() if key.endswith("_ms") and key != "dense_ms")
@@ -190,53 +224,37 @@ def print_verdict(products: list[dict]) -> None:
         )
         if ratios:
             middle = ratios[len(ratios) // 2]
-            print(f"  {count:>5} tokens at a time: {middle:.2f}x, {'faster' if middle > 1.03 else 'does NOT help'}")
+            print(f"  {count:>5} tokens at a time: {middle:.2f}x, {'faster' if middle > 1.03 else 'NOT faster'}")
+
+
+def compare_products(model: PreTrainedModel, args: argparse.Namespace) -> list[dict]:
+    """Time the products of every shape of linear layer in the model."""
+    weights = {tuple(layer.weight.shape): layer.weight.data for layer in linear_layers(model).values()}
+    products: list[dict] = []
+    with torch.inference_mode():
+        for (rows, columns), weight in weights.items():
+            kernels = ", ".join(kernel_support(rows, columns, weight.dtype)) or "no kernel"
+            print(f"{rows}x{columns}: the shape is supported by {kernels}")
+            products += time_products(weight, args.tokens, backends(), args.seconds)
+    return products
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", default=str(ROOT / "demo/SmolLM2-135M-Instruct"), help="dense or exported model")
-    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 2048, 8192], help="rows of the input")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16, 64], help="of the whole model")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt (default %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=32, help="tokens to decode (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time spent on one figure (default %(default)s)")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", metavar="FILE", help="JSON file for the figures")
-    arguments = parser.parse_args()
-    reason = why_not(arguments.device)
+    args = parse_args()
+    reason = why_not(args.device)
     if reason:
         print(f"nothing to measure: {reason}. 2:4 kernels exist only for NVIDIA GPUs from Ampere on; elsewhere a 2:4")
         print("model runs exactly as fast as a dense one.")
         return
-    device = model_io.resolve_device(arguments.device)
-    model = model_io.load_model(arguments.model_dir, model_io.DTYPES[arguments.dtype]).to(device)
-    print(f"{describe_machine(device)}; {arguments.dtype}")
-    shapes: dict[tuple[int, ...], torch.Tensor] = {}
-    for layer in linear_layers(model).values():
-        if not is_2_4(layer.weight):
-            layer.weight.data = prune_by_magnitude(layer.weight.data)
-        shapes.setdefault(tuple(layer.weight.shape), layer.weight.data)
-    products: list[dict] = []
-    with torch.inference_mode():
-        for (rows, columns), weight in shapes.items():
-            allowed = ", ".join(kernel_support(rows, columns, weight.dtype)) or "none"
-            print(f"{rows}x{columns}: shape allowed for {allowed}")
-            products += time_products(weight, arguments.tokens, backends(), arguments.seconds)
+    check_output(args.output)
+    device = resolve_device(args.device)
+    print(f"{describe_machine(device)}; {args.dtype}")
+    products = compare_products(load_2_4(args, device), args)
     print_verdict(products)
-    del model, shapes
-    usable = {name for row in products for name in backends() if f"{name}_ms" in row}
-    models = []
-    for name in sorted(usable):
-        fresh = model_io.load_model(arguments.model_dir, model_io.DTYPES[arguments.dtype]).to(device)
-        for layer in linear_layers(fresh).values():
-            layer.weight.data = layer.weight.data if is_2_4(layer.weight) else prune_by_magnitude(layer.weight.data)
-        models.append(compare_models(fresh, name, backends()[name], arguments))
-    if arguments.output:
-        figures = {"machine": describe_machine(device), "products": products, "models": models}
-        utils.save_json({**figures, "arguments": settings(arguments)}, arguments.output)
+    usable = [name for name in backends() if any(f"{name}_ms" in row for row in products)]
+    models = [compare_models(load_2_4(args, device), name, backends()[name], args) for name in usable]
+    save_figures({"products": products, "models": models}, args, device)
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random Llama with a real byte-level BPE tokenizer, and a way to run our scripts as processes."""
+"""Fixtures: a tiny random Llama with a real byte-level BPE tokenizer, and ways to run the scripts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"
@@ -63,6 +62,14 @@ def tiny_llama(seed: int = 0, vocab_size: int = 400, hidden: int = 32, layers: i
         eos_token_id=1,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def sparse_matrix(rows: int = 32, columns: int = 64, seed: int = 0) -> torch.Tensor:
+    """A random matrix [rows, columns], pruned to 2:4 by magnitude."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    order = weight.abs().view(rows, -1, 4).argsort(dim=-1)
+    mask = torch.ones(rows, columns // 4, 4, dtype=torch.bool).scatter_(2, order[:, :, :2], False)
+    return weight.masked_fill(~mask.view(rows, columns), 0)
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +129,10 @@ def run_script(*arguments, check: bool = False, env: dict[str, str] | None = Non
 
 
 def run_inline(script: str, *arguments):
-    """Run a script's command line inside this process: no start-up time, for checks that need no process of their own.
+    """Run a script inside this process: no start-up time, for checks that need no process of their own.
+
+    Args:
+        script: a file of the project ("eval.py"), or a module that `python -m` runs ("benchmarks.gpu.table").
 
     Returns what `run_script` returns; output written past Python's sys.stdout and sys.stderr is not seen.
     """
@@ -130,12 +140,20 @@ def run_inline(script: str, *arguments):
     sys.argv = [script, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            run_as_main(script)
     except SystemExit as leaving:
         code = leaving.code or 0
     finally:
         sys.argv = argv
     return subprocess.CompletedProcess([script, *arguments], code, stdout.getvalue(), stderr.getvalue())
+
+
+def run_as_main(script: str) -> None:
+    """Execute a file of the project, or a module by its dotted name, as `__main__`."""
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__")
 
 
 def assert_clear_error(result, *needles: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from conftest import ROOT
+from conftest import run_as_main
 
 
 def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None) -> subprocess.CompletedProcess:
@@ -38,7 +37,7 @@ def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None
                     handler.setStream(sys.stderr)  # from before the fork it has pytest's, which is a file
             sys.argv = [script, *map(str, arguments)]
             setup()
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            run_as_main(script)
             code = 0
         except SystemExit as leaving:
             code = leaving.code or 0

@@ -1,0 +1,1 @@
+"""Runnable comparisons: `python -m benchmarks.NAME` from the root of the repository."""

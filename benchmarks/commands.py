@@ -1,0 +1,37 @@
+"""Running scripts of the project in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparsity.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # the folder of the scripts
+
+
+def run_command(*command: Any) -> str:
+    """Run a command, whose messages and progress go to the terminal as they come.
+
+    The launcher of fine-tuning is told to use this very interpreter.
+
+    If the command fails, this process ends with the same exit code: the command itself has said why.
+
+    Returns:
+        its standard output.
+
+    Raises:
+        UserError: it was killed, for example because memory ran out.
+    """
+    words = [str(word) for word in command]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if result.returncode < 0:
+        raise UserError(f"killed by signal {-result.returncode}, perhaps for lack of memory: {shlex.join(words)}")
+    if result.returncode:
+        sys.exit(result.returncode)
+    return result.stdout

@@ -1,0 +1,199 @@
+"""What sparsity-aware training achieves: quality recovered in equal steps, and useful tokens per second.
+
+    python data_prep.py --source aclsum --save_path data/aclsum
+    python -m benchmarks.finetuning --restore_path PTS_DIR/pts_modelopt_state.pth
+
+Part "recovery" trains the same pruned model with cross entropy, with the dense model as the teacher, and with the
+teacher's hidden states as well, each for the same steps on the same data in the same order. It reports the held-out
+perplexity, the share of the rise through PTS that each recovers, (PTS - SAT) / (PTS - dense), and ROUGE on test
+records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their longest
+sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the others,
+so that losses can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.commands import ROOT, run_command
+from benchmarks.machine import add_output_option, check_output, save_figures
+from sparsity.devices import resolve_device
+from sparsity.evaluation.perplexity import perplexity
+from sparsity.figures import ROUGE_TYPES
+from sparsity.files import read_json, require_file, save_json
+from sparsity.models import load_model, load_tokenizer
+from sparsity.states import restore_sparse
+from sparsity.text import read_records, read_texts, token_blocks
+from utils import Parser, check_at_least, run_cli
+
+RECOVERY = {
+    "SAT": [],
+    "SAT + logits": ["--distill", "--distill_kl", "0.5"],
+    "SAT + logits + hidden": ["--distill", "--distill_kl", "0.5", "--distill_hidden", "1"],
+}
+NEVER = 10**6  # steps between evaluations or checkpoints: only at the end
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__, prog="python -m benchmarks.finetuning")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="dense model that was pruned")
+    parser.add_argument("--restore_path", type=Path, required=True, metavar="STATE", help="its state from hf_pts.py")
+    parser.add_argument(
+        "--data_path", type=Path, default=Path("data/aclsum"), help="folder with cnn_train.json and cnn_eval.json"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--train_bs", type=int, default=4, help="samples or packed rows per batch")
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
+    add_output_option(parser, "finetuning")
+    group = parser.add_argument_group("recovery")
+    group.add_argument("--arms", nargs="+", choices=RECOVERY, default=list(RECOVERY), help="ways to train")
+    group.add_argument("--text_path", type=Path, default=Path("data/aclsum/calib.jsonl"), help="text to train on")
+    group.add_argument("--text_ratio", type=float, default=0.7, help="share of plain text among the training tokens")
+    group.add_argument("--heldout", type=Path, default=Path("data/aclsum/heldout.jsonl"), help="text to evaluate on")
+    group.add_argument("--context", type=int, default=512, help="tokens of a perplexity window and a training row")
+    group.add_argument("--blocks", type=int, default=24, help="perplexity windows")
+    group.add_argument("--steps", type=int, default=40, help="optimizer steps of each arm")
+    group.add_argument("--examples", type=int, default=32, help="test records for ROUGE")
+    group = parser.add_argument_group("throughput")
+    group.add_argument("--max_length", type=int, default=2048, help="tokens of the longest sample")
+    group.add_argument("--records", type=int, default=32, help="training records")
+    args = parser.parse_args()
+    check_at_least(args, 1, "train_bs", "blocks", "steps", "examples", "max_length", "records")
+    check_at_least(args, 2, "context")
+    require_file(args.restore_path, "PTS state (--restore_path)")
+    for name in ("cnn_train.json", "cnn_eval.json"):
+        require_file(args.data_path / name, "data file")
+    if "recovery" in args.parts:
+        require_file(args.text_path, "text file (--text_path)")
+        require_file(args.heldout, "text file (--heldout)")
+    check_output(args.output)
+    return args
+
+
+def train(args: argparse.Namespace, folder: Path, *more: Any) -> list[dict[str, Any]]:
+    """Run the launcher with the settings that all arms share, and `more`; returns its training log."""
+    from sparsity.sat.callbacks import read_log
+
+    common = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path]
+    common += ["--output_dir", folder, "--train_bs", args.train_bs, "--lr", args.lr, "--logging_steps", 1]
+    run_command("bash", ROOT / "launch_finetune.sh", *common, *more)
+    return read_log(folder / "train_log.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------- recovery
+
+
+def held_out_perplexity(model_name: str, blocks: torch.Tensor, state: Path | None) -> float:
+    """Perplexity on blocks [N, T] of the dense model or, with a state, of the sparse one, in the same arithmetic."""
+    device = resolve_device("auto")
+    model = load_model(model_name, torch.float32)
+    model = restore_sparse(model, state) if state else model
+    with torch.autocast(device.type, torch.bfloat16):
+        return perplexity(model.to(device), blocks, device)
+
+
+def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[str, float]:
+    """F-measures, as fractions, of greedy summaries of the first --examples test records."""
+    output = folder / "rouge.json"
+    command = [sys.executable, ROOT / "eval.py", "--model_dir", args.model, "--limit", args.examples]
+    command += ["--data_path", args.data_path / "cnn_eval.json", "--beam_size", 1, "--batch_size", 8]
+    command += ["--model_max_length", args.context, "--output_json", output, "--samples", 0]
+    command += ["--modelopt_restore_path", state] if state else []
+    run_command(*command)
+    scores = read_json(output, "scores")
+    return {name: scores[name] for name in ROUGE_TYPES}
+
+
+def train_arm(args: argparse.Namespace, name: str, folder: Path) -> float:
+    """Train one arm of the recovery; returns its tokens per second."""
+    options = ["--text_path", args.text_path, "--text_ratio", args.text_ratio, "--packing", "--weight_decay", 0]
+    options += ["--max_length", args.context, "--max_steps", args.steps, "--max_eval_samples", 8]
+    # On a CPU, saving a checkpoint takes as long as some steps.
+    options += ["--eval_steps", NEVER, "--save_steps", NEVER]
+    log = train(args, folder, *options, *RECOVERY[name])
+    rates = [line["tokens_per_second"] for line in log if "loss" in line]
+    return sum(rates) / len(rates)
+
+
+def recovery(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Perplexity, ROUGE, recovered share and tokens per second of every arm."""
+    tokenizer = load_tokenizer(args.model)
+    blocks = token_blocks(tokenizer, read_texts(args.heldout), args.context)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+    blocks = blocks[order[: args.blocks]]
+    results: dict[str, dict[str, float]] = {}
+    for name in ("dense", "PTS", *args.arms):
+        folder = work / name.replace(" ", "")
+        folder.mkdir()
+        state, result = None if name == "dense" else args.restore_path, {}
+        if name in RECOVERY:
+            result["tokens_per_second"] = train_arm(args, name, folder)
+            state = folder / "finetuned_modelopt_state.pth"
+        result["perplexity"] = held_out_perplexity(args.model, blocks, state)
+        result |= rouge(args, state, folder)
+        if name in RECOVERY:
+            dense, pruned = (results[base]["perplexity"] for base in ("dense", "PTS"))
+            result["recovered"] = (pruned - result["perplexity"]) / (pruned - dense)
+        results[name] = result
+        print(json.dumps({name: result}), flush=True)
+        shutil.rmtree(folder)  # gigabytes of checkpoints
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------- throughput
+
+
+def throughput(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Useful tokens per second and final evaluation loss of the ways to batch, over one epoch of the records."""
+    from sparsity.sat.batching import Packed
+    from sparsity.sat.dataset import load_records
+
+    data = work / "records"
+    data.mkdir()
+    for name, count in (("cnn_train.json", args.records), ("cnn_eval.json", 8)):
+        save_json(read_records(args.data_path / name)[:count], data / name)
+    tokenizer = load_tokenizer(args.model)
+    samples = load_records(tokenizer, data / "cnn_train.json", args.max_length, work / "cache", 1)
+    samples_per_row = len(samples) / len(Packed(samples, args.max_length))
+    arms = {
+        "padded to max_length": ["--pad_to_max", "--no_group_by_length"],
+        "padded to the longest": ["--no_group_by_length"],
+        "grouped by length": [],
+        "packed": ["--packing", "--train_bs", max(1, round(args.train_bs / samples_per_row))],
+    }
+    results: dict[str, dict[str, float]] = {}
+    for name, options in arms.items():
+        common = ("--data_path", data, "--max_length", args.max_length, "--num_epochs", 1)
+        log = train(args, work / name.replace(" ", "_"), *common, *options)
+        steps = [line for line in log if "loss" in line]
+        steps = steps[1:] or steps  # the first step warms up
+        # A rate is the tokens of a step divided by its seconds, so its mean over equal shares of tokens is harmonic.
+        rate = len(steps) / sum(1 / line["tokens_per_second"] for line in steps)
+        loss = [line["eval_loss"] for line in log if "eval_loss" in line][-1]
+        results[name] = {"tokens_per_second": rate, "eval_loss": loss}
+        results[name]["ratio"] = rate / results["padded to max_length"]["tokens_per_second"]
+        print(json.dumps({name: results[name]}), flush=True)
+    return results
+
+
+PARTS = {"recovery": recovery, "throughput": throughput}
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        results = {part: PARTS[part](args, Path(work)) for part in args.parts}
+    print(json.dumps(results, indent=2))
+    save_figures(results, args, resolve_device("auto"))
+
+
+if __name__ == "__main__":
+    run_cli(main)

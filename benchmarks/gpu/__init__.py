@@ -1,0 +1,1 @@
+"""The steps of check.sh, which checks a machine with CUDA GPUs."""

@@ -1,0 +1,183 @@
+"""Compare ways of pruning to 2:4, side by side in one run: perplexity, wall time, peak memory.
+
+    python data_prep.py --source aclsum --save_path demo/data
+    python -m benchmarks.pruning
+
+Arms: modelopt's SparseGPT; SparseGPT as in the paper (reference_sparsegpt.py); hf_pts.py's three qualities. Each arm
+runs in a process of its own, on the same batches. The first held-out text is of the same kind as the calibration text
+(papers, but other documents); the second is of another kind, the Python manual that comes with Python (pydoc_data).
+Memory is the peak of the process during pruning, less what it held just before (the model and the libraries).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.arms import prune
+from benchmarks.commands import run_command
+from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
+from benchmarks.reference_sparsegpt import prune_llama
+from sparsity.devices import bf16_is_faster
+from sparsity.errors import UserError
+from sparsity.evaluation.perplexity import perplexity
+from sparsity.files import require_file
+from sparsity.models import load_model, load_tokenizer
+from sparsity.text import read_texts, sample_blocks, token_blocks
+from utils import Parser, check_at_least, run_cli
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ARMS = ("dense", "modelopt", "balanced", "fast", "reference", "best")
+CPU = torch.device("cpu")
+PROCESS_STATUS = Path("/proc/self/status")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__, prog="python -m benchmarks.pruning")
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="folder of a Llama-type model")
+    parser.add_argument(
+        "--data", type=Path, default=Path("demo/data"), help="folder with calib.jsonl and heldout.jsonl"
+    )
+    parser.add_argument("--calib_size", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--eval_size", type=int, default=32, help="held-out sequences of each text")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences per forward pass, the same for every arm")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms to compare; dense is always added")
+    parser.add_argument(
+        "--double", nargs="*", choices=ARMS, default=["fast"], help="of the arms, those to run on twice the layers too"
+    )
+    add_output_option(parser, "pruning")
+    # The options of a process that measures one arm.
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--deepen", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    check_at_least(args, 1, "calib_size", "eval_size", "batch_size")
+    check_at_least(args, 2, "length")
+    args.arms = [arm for arm in ARMS if arm == "dense" or arm in args.arms]
+    args.double = [arm for arm in args.double if arm in args.arms]
+    for name in ("calib.jsonl", "heldout.jsonl"):
+        require_file(args.data / name, "text file")
+    if not PROCESS_STATUS.is_file():
+        raise UserError(f"peak memory is read from {PROCESS_STATUS}, which only Linux has; run this on Linux")
+    if not args.arm:
+        check_output(args.output)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- one arm
+
+
+def memory_kib(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process in KiB, from Linux."""
+    return next(int(line.split()[1]) for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(field))
+
+
+def deepen(model: PreTrainedModel, times: int) -> PreTrainedModel:
+    """Repeat each decoder layer of `model` `times` times in a row, as copies that are pruned one by one."""
+    layers = [copy.deepcopy(layer) for layer in model.model.layers for _ in range(times)]
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.model.layers = torch.nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [kind for kind in model.config.layer_types for _ in range(times)]
+    return model
+
+
+def run_arm(args: argparse.Namespace) -> dict[str, float]:
+    """Prune with one arm in this process and measure it; the perplexity only where no layers were added."""
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, torch.float32)
+    if args.arm == "modelopt":
+        import modelopt.torch.sparsity  # noqa: F401  its import is not part of the pruning
+    if args.deepen > 1:
+        with tempfile.TemporaryDirectory() as folder:  # mapped from a file, as every model is
+            deepen(model, args.deepen).save_pretrained(folder)
+            model = load_model(folder, torch.float32)
+    calibration = sample_blocks(tokenizer, read_texts(args.data / "calib.jsonl"), args.length, args.calib_size, 0)
+    batches = list(calibration.split(args.batch_size))
+    model(batches[0][:1, :64])  # the libraries allocate their working memory before the measurement begins
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, started = memory_kib("VmRSS"), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.arm == "reference":
+            prune_llama(model, batches)
+        elif args.arm != "dense":
+            prune(args.arm, model, batches, CPU, Path(folder))
+    seconds, memory = time.perf_counter() - started, (memory_kib("VmHWM") - before) / 1024
+    result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1)}
+    return result if args.deepen > 1 else result | perplexities(model, tokenizer, args)
+
+
+def perplexities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> dict[str, float]:
+    """Perplexity on both held-out texts."""
+    from pydoc_data.topics import topics
+
+    manual = "\n\n".join(text for _, text in sorted(topics.items()))
+    blocks = {
+        "papers": sample_blocks(tokenizer, read_texts(args.data / "heldout.jsonl"), args.length, args.eval_size, 0),
+        "manual": token_blocks(tokenizer, [manual], args.length, args.eval_size),
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(CPU)):
+        return {text: perplexity(model, tokens, CPU) for text, tokens in blocks.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- all arms
+
+
+def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, float]:
+    """Run one arm in a new process."""
+    names = ("model", "data", "calib_size", "eval_size", "length", "batch_size")
+    options = [word for name in names for word in (f"--{name}", getattr(args, name))]
+    command = (sys.executable, "-m", "benchmarks.pruning", "--arm", arm, "--deepen", deepen, *options)
+    result = json.loads(run_command(*command).splitlines()[-1])
+    print(f"{arm:<10} x{deepen} {result}", flush=True)
+    return result
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """Figures of every arm, and for the pruned ones the ratios to modelopt's."""
+    dense, base = results["dense"], results.get("modelopt")
+    columns = ("papers", "manual", "rise", "rise", "seconds", "MiB", "rise", "rise", "time", "memory")
+    print("\n" + " " * 10 + "".join(f"{column:>9}" for column in columns) + "  (last four: divided by modelopt's)")
+    for arm, row in results.items():
+        rises = [row[text] - dense[text] for text in ("papers", "manual")]
+        cells = [f"{row['papers']:.2f}", f"{row['manual']:.2f}", *(f"{rise:.2f}" for rise in rises)]
+        cells += [f"{row['seconds']:.0f}", f"{row['memory_mib']:.0f}"]
+        if base and arm != "dense":
+            ratios = [rise / (base[text] - dense[text]) for rise, text in zip(rises, ("papers", "manual"), strict=True)]
+            ratios += [row["seconds"] / base["seconds"], row["memory_mib"] / base["memory_mib"]]
+            cells += [f"{ratio:.2f}" for ratio in ratios]
+        print(f"{arm:<10}" + "".join(f"{cell:>9}" for cell in cells))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.arm:
+        print(json.dumps(run_arm(args)))
+        return
+    print(describe_machine(CPU), flush=True)
+    results = {arm: measure(arm, args) for arm in args.arms}
+    print_table(results)
+    for arm in args.double:
+        twice = measure(arm, args, deepen=2)
+        results[f"{arm} x2"] = twice
+        print(f"twice the layers, {arm}: time x{twice['seconds'] / results[arm]['seconds']:.2f}, ", end="")
+        print(f"memory x{twice['memory_mib'] / results[arm]['memory_mib']:.2f} (masks included)")
+    save_figures({"calibration": [args.calib_size, args.length], "results": results}, args, CPU)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""Sparsity for Hugging Face language models: what the scripts are made of."""

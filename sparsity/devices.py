@@ -1,0 +1,73 @@
+"""Devices: which one to use, what it computes fast, and how much memory was used.
+
+torch is imported inside the functions, so that scripts can name DTYPES in their `--help` without loading it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+from sparsity.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # values of --dtype and torch's names for them
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a key of `DTYPES`."""
+    import torch
+
+    return getattr(torch, DTYPES[name])
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn --device into a torch.device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: an unknown device, or one that this machine does not have.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{name}'; use cuda, cuda:N or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name} was asked for, but torch sees no CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} does not exist: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster: on any GPU, and on a CPU with instructions for them."""
+    import torch
+
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the CUDA device, or of this process on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the operating system, where the C library is glibc.
+
+    glibc would keep it, and where small long-lived objects lie between the freed pieces, it could not reuse them for
+    large tensors: after thirty decoder layers the unusable part was as large as the part in use.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,0 +1,1 @@
+"""Evaluation: generated summaries, ROUGE and perplexity."""

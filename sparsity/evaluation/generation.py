@@ -1,0 +1,131 @@
+"""Batched summary generation for evaluation: length-sorted batches, left padding, shared prompts of beams."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsity.errors import UserError
+from sparsity.evaluation.predictions import PredictionLog, prediction_line
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def length_sorted_batches(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
+    """Indices of `prompts` in batches of similar length, longest first.
+
+    Similar lengths waste little on padding, and the longest batch coming first makes a lack of memory show at once.
+    The batches do not depend on the number of processes, so neither do the rounding errors inside them.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def beam_search_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beams: int, max_new_tokens: int, min_new_tokens: int
+) -> GenerationConfig:
+    """A GenerationConfig of beam search alone (greedy for one beam), without the checkpoint's sampling settings.
+
+    Generation stops at the tokenizer's end-of-text token, which training appends to answers, and at those the
+    checkpoint names itself.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return GenerationConfig(
+        num_beams=beams,
+        do_sample=False,
+        early_stopping=beams > 1,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], config: GenerationConfig
+) -> list[str]:
+    """Continue every prompt and return only the new text.
+
+    Args:
+        prompts: token ids, one list per example; padded on the left to one length L. The attention mask [batch, L]
+            shows `generate` where each prompt starts; positions are numbered from there.
+
+    Raises:
+        UserError: the GPU's memory does not hold the batch.
+    """
+    longest = max(map(len, prompts))
+    padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    inputs = {
+        "input_ids": torch.tensor(padded, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
+    }
+    try:
+        with torch.inference_mode():
+            if config.num_beams > 1 and longest > 1:
+                inputs |= shared_prefill(model, **inputs, beams=config.num_beams)
+            output = model.generate(**inputs, generation_config=config)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory with {len(prompts)} prompts of {longest} tokens; use a smaller --batch_size, "
+            "--beam_size or --model_max_length, or --dtype bf16"
+        ) from error
+    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]
+
+
+def shared_prefill(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, beams: int
+) -> dict[str, Any]:
+    """Process each prompt once for all its beams; `generate` alone would process it once per beam.
+
+    Args:
+        input_ids, attention_mask: int64 tensors [batch, L], L > 1, padded on the left.
+
+    Returns:
+        {"past_key_values": cache of the first L - 1 tokens for batch * beams rows}, for `generate` to continue from;
+        empty for a model that takes no positions or has a cache that cannot be repeated (recurrent and hybrid ones).
+    """
+    positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
+    prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    try:
+        # The decoder without its head: the logits of a prompt are not needed.
+        output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
+        output.past_key_values.batch_repeat_interleave(beams)
+    except (AttributeError, TypeError):
+        return {}
+    return {"past_key_values": output.past_key_values}
+
+
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    records: list[dict[str, str]],
+    batches: list[list[int]],
+    config: GenerationConfig,
+    process: PartialState,
+    log: PredictionLog | None,
+) -> dict[int, str]:
+    """Generate this process's share of the batches (every num_processes-th), logging each as it is done."""
+    from tqdm import tqdm
+
+    predictions: dict[int, str] = {}
+    mine = batches[process.process_index :: process.num_processes]
+    total = sum(map(len, mine))
+    with tqdm(total=total, desc="examples", disable=None if process.is_main_process else True) as progress:
+        for batch in mine:
+            texts = generate_batch(model, tokenizer, [prompts[index] for index in batch], config)
+            done = dict(zip(batch, texts, strict=True))
+            if log:
+                log.append(process.process_index, (prediction_line(index, done[index], records) for index in batch))
+            predictions.update(done)
+            progress.update(len(batch))
+    return predictions

@@ -1,0 +1,103 @@
+"""Predictions on disk: written as they are made, and reused by the same run after a kill."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsity.errors import UserError
+from sparsity.files import append_jsonl, prepare_output_dir, read_jsonl, save_jsonl
+from sparsity.text import PROMPT_HEAD, PROMPT_TAIL
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def file_stamp(path: str | Path) -> list[Any]:
+    """What identifies a model folder's or state's content without reading gigabytes: names, sizes and write times."""
+    path = Path(path).resolve()
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [str(path), *([item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files if item.is_file())]
+
+
+def run_key(**settings: Any) -> str:
+    """Short digest of everything that can change a prediction."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_key(
+    args: argparse.Namespace, records: list[dict[str, str]], config: PretrainedConfig, device: torch.device
+) -> str:
+    """Digest of all that can change a prediction: data, model, state, prompt, generation settings and versions."""
+    import transformers
+
+    local = Path(args.model_dir).is_dir()
+    model = file_stamp(args.model_dir) if local else [args.model_dir, getattr(config, "_commit_hash", None)]
+    state = file_stamp(args.modelopt_restore_path) if args.modelopt_restore_path else None
+    names = ("batch_size", "beam_size", "model_max_length", "max_new_tokens", "min_new_tokens", "dtype")
+    settings = {name: getattr(args, name) for name in names}
+    versions = [torch.__version__, transformers.__version__]
+    prompt = [PROMPT_HEAD, PROMPT_TAIL]
+    return run_key(
+        records=records, model=model, state=state, prompt=prompt, device=device.type, versions=versions, **settings
+    )
+
+
+def prediction_line(index: int, text: str, records: list[dict[str, str]]) -> dict[str, Any]:
+    """What is written of one example."""
+    return {"index": index, "prediction": text, "reference": records[index]["output"]}
+
+
+class PredictionLog:
+    """Predictions on disk as they are made, so that a killed evaluation resumes where it stopped.
+
+    Every process appends whole batches to its own `FILE.part-RANK`; at the end one process writes FILE itself, in
+    data order, and removes the parts. Each line carries the run's key, and lines of another key are never used.
+    """
+
+    def __init__(self, path: str | Path, key: str):
+        self.path, self.key = Path(path), key
+
+    def check(self) -> None:
+        """Raise a UserError if FILE cannot be written or is something other than a predictions file."""
+        prepare_output_dir(self.path.parent)
+        if self.path.is_dir():
+            raise UserError(f"--predictions {self.path} is a folder; give a file name")
+        if self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path)):
+            raise UserError(f"--predictions {self.path} exists and holds something else; choose another file name")
+
+    def load(self) -> dict[int, str]:
+        """Predictions of this very run that are already on disk, by example index."""
+        found = {}
+        for path in (self.path, *self._parts()):
+            found.update({line["index"]: line["prediction"] for line in _prediction_lines(path, self.key)})
+        return found
+
+    def append(self, rank: int, lines: Iterable[dict[str, Any]]) -> None:
+        """Add finished examples; they are on disk when this returns."""
+        part = self.path.with_name(f"{self.path.name}.part-{rank}")
+        append_jsonl(({**line, "run": self.key} for line in lines), part)
+
+    def finish(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Write the complete file, whole or not at all, and drop the parts."""
+        save_jsonl(({**line, "run": self.key} for line in lines), self.path)
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        prefix = f"{self.path.name}.part-"
+        return sorted(item for item in self.path.parent.iterdir() if item.name.startswith(prefix))
+
+
+def _prediction_lines(path: Path, key: str | None = None) -> Iterator[dict[str, Any]]:
+    """Whole, well-formed lines of a predictions file (all keys for None); half-written ones are skipped."""
+    for line in read_jsonl(path, "predictions", skip_damaged=True) if path.is_file() else ():
+        whole = isinstance(line, dict) and isinstance(line.get("index"), int) and "prediction" in line
+        if whole and (key is None or line.get("run") == key):
+            yield line

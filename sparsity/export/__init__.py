@@ -1,0 +1,1 @@
+"""Export: an ordinary Hugging Face folder with the masks folded in."""

@@ -1,0 +1,110 @@
+"""The README.md of an exported model: what it is, how it was measured, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity.errors import UserError
+from sparsity.figures import ROUGE_TYPES
+from sparsity.files import read_json
+from sparsity.matrices import MatrixReport, zero_totals
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def load_figures(options: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Read LABEL=FILE options into (label, figures) pairs.
+
+    Raises:
+        UserError: an option of another form, or a file that eval.py or eval_ppl.py did not write.
+    """
+    figures = []
+    for option in options:
+        label, separator, path = option.partition("=")
+        if not separator or not label or not path:
+            raise UserError(f"--figures '{option}' is not of the form LABEL=FILE, e.g. sparse=ppl.json")
+        content = read_json(path, "figures file")
+        if not isinstance(content, dict) or not ("perplexity" in content or set(ROUGE_TYPES) <= content.keys()):
+            raise UserError(
+                f"figures file {path} holds neither perplexity nor ROUGE; give one that eval.py or eval_ppl.py wrote"
+            )
+        figures.append((label, content))
+    return figures
+
+
+def write_model_card(
+    folder: Path,
+    base: str,
+    config: PretrainedConfig,
+    dtype: str,
+    reports: list[MatrixReport],
+    figures: list[tuple[str, dict[str, Any]]],
+) -> None:
+    """Write `folder`/README.md; only figures that were measured appear in it."""
+    elements, zeros = zero_totals(reports)
+    # A local folder is no name others could follow, so its path stays out of the card.
+    name = Path(base).resolve().name if Path(base).is_dir() else base
+    hub = "" if Path(base).is_dir() else f"base_model: {base}\n"
+    text = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{hub}tags:
+- sparse
+- 2:4
+---
+
+# {name}, 2:4 sparse
+
+The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} linear layers
+({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense). Architecture:
+{(config.architectures or [config.model_type])[0]}; weights in {dtype}.
+
+The zeros are ordinary zeros in ordinary tensors. The files are as large as the dense model's, and the model runs no
+faster until a runtime with 2:4 kernels compresses it.
+
+## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## Measured
+
+{_figures_text(figures)}
+## Licence
+
+The licence of {name} applies to these weights, which derive from it.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:
+    if not figures:
+        return "No figures were given when this model was exported.\n"
+    perplexities = [(label, content) for label, content in figures if "perplexity" in content]
+    rouges = [(label, content) for label, content in figures if "rouge1" in content]
+    text = ""
+    if perplexities:
+        text += "| model | perplexity | dtype | protocol |\n|---|---|---|---|\n"
+        for label, content in perplexities:
+            protocol = str(content.get("protocol", "")).removeprefix("protocol: ")
+            text += f"| {label} | {content['perplexity']:.2f} | {content.get('dtype', '')} | {protocol} |\n"
+        text += "\n"
+    if rouges:
+        text += "| model | ROUGE-1 | ROUGE-2 | ROUGE-L | ROUGE-Lsum | examples |\n|---|---|---|---|---|---|\n"
+        for label, content in rouges:
+            cells = " | ".join(_rouge_cell(content, key) for key in ROUGE_TYPES)
+            text += f"| {label} | {cells} | {content.get('examples', '')} |\n"
+        text += "\nROUGE: mean F-measure in percent with stemming; in brackets the 95% bootstrap interval.\n\n"
+    return text
+
+
+def _rouge_cell(content: dict[str, Any], key: str) -> str:
+    cell = f"{100 * content[key]:.2f}"
+    interval = content.get("confidence_intervals_95", {}).get(key)
+    return cell if interval is None else f"{cell} [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"

@@ -1,0 +1,199 @@
+"""Files that are written whole or not at all, output folders held by one run, and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsity.errors import UserError
+
+PIECE_BYTES = 1 << 16
+
+_held_locks = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out of the result
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(value: Any, path: str | Path) -> None:
+    """Write `value` as indented UTF-8 JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_torch(value: Any, path: str | Path) -> None:
+    """`torch.save`, whole or not at all."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        torch.save(value, temporary)
+
+
+def prepare_output_dir(path: str | Path) -> Path:
+    """Create the folder and check that files can be written in it.
+
+    Raises:
+        UserError: the path is a file, or cannot be created or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {path}: {error.strerror}; choose another one") from error
+    return path
+
+
+def lock_output_dir(path: str | Path) -> None:
+    """Reserve an existing folder for this run, until `release_locks` is called or the process dies.
+
+    In a multi-process run only the main process should call this.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    import fcntl
+
+    handle = _held_locks.enter_context(open(Path(path) / ".lock", "ab+", buffering=0))  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        owner = f" (process {pid})" if (pid := handle.read().decode().strip()) else ""
+        raise UserError(f"another run{owner} is writing to {path}; wait for it, or choose another folder") from error
+    except OSError:
+        return  # some network file systems have no locks; the folder is then not guarded
+    with contextlib.suppress(OSError):  # the number only serves the message above; a full disk is reported elsewhere
+        handle.truncate(0)
+        handle.write(str(os.getpid()).encode())
+
+
+def release_locks() -> None:
+    """Release every folder that `lock_output_dir` reserved for this process."""
+    _held_locks.close()
+
+
+def require_file(path: str | Path, what: str) -> Path:
+    """Return `path` if it is a file.
+
+    Raises:
+        UserError: it is not; the message names `what` the file should have been.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} not found: {path}")
+    return path
+
+
+def file_digest(path: str | Path, samples: int | None = None) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits.
+
+    Args:
+        samples: hash only the file's size and this many 64 KiB pieces spread over it, which a change of weights or
+            data can hardly miss; for files of many gigabytes.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(b"" if samples is None else str(size).encode())
+    with open(path, "rb") as stream:
+        if samples is None:
+            while part := stream.read(1 << 22):
+                digest.update(part)
+        for number in range(samples or 0):
+            stream.seek(number * max(0, size - PIECE_BYTES) // max(1, (samples or 0) - 1))
+            digest.update(stream.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Parse a JSON file, or one value per line if it is named .jsonl.
+
+    Raises:
+        UserError: the file is missing or malformed; the message calls it `what`.
+    """
+    path = require_file(path, what)
+    if path.suffix.lower() == ".jsonl":
+        return list(read_jsonl(path, what))
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Iterator[Any]:
+    """Yield the values of a file with one JSON value per line.
+
+    Args:
+        skip_damaged: pass over lines that are not JSON, such as one that a killed process left half written.
+
+    Raises:
+        UserError: a line is malformed (unless `skip_damaged`); the message calls the file `what`.
+    """
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace" if skip_damaged else "strict") as stream:
+            for line in stream:
+                number += 1
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except (json.JSONDecodeError, RecursionError):
+                    if skip_damaged:
+                        continue
+                    raise
+                yield value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} line {number} is not valid JSON: {error}") from error
+
+
+def json_lines(values: Iterable[Any]) -> Iterator[str]:
+    """Each value as one line of JSON, line break included."""
+    for value in values:
+        yield json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def save_jsonl(values: Iterable[Any], path: str | Path) -> None:
+    """Write one JSON value per line, the whole file or nothing."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(json_lines(values))
+
+
+def append_jsonl(values: Iterable[Any], path: str | Path) -> None:
+    """Append one JSON value per line; they are on disk when this returns."""
+    text = "".join(json_lines(values)).encode()
+    with open(path, "ab") as stream:
+        # A killed process may have left half a line: an empty line is harmless, a joined one would be lost.
+        stream.write(b"\n" + text if stream.tell() else text)
+        stream.flush()
+        os.fsync(stream.fileno())

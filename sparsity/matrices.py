@@ -1,0 +1,152 @@
+"""Look at saved weights matrix by matrix, without building the model: is each 2:4, and do sparse kernels take it?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from sparsity.errors import UserError, first_line
+from sparsity.files import read_json
+from sparsity.states import load_state, require_masks, weight_name
+
+# Token and position embeddings and output heads stay dense by design, whatever a model family calls them.
+DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixReport:
+    """What one weight matrix [rows, columns] looks like; `columns` is the input dimension, along which 2:4 runs."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    zero_share: float  # of all elements
+    is_2_4: bool  # every group of four consecutive columns has at least two zeros
+    negative_zeros: int  # elements that are -0.0
+    under_mask: int  # elements a mask prunes that are stored non-zero; always 0 where there is no mask
+    kernels: tuple[str, ...]  # backends of torch's semi-structured sparsity that take this dtype and shape
+
+
+def kernel_support(rows: int, columns: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Backends of `torch.sparse.to_sparse_semi_structured` that accept a matrix.
+
+    The rule is torch's own, read from the installed version (torch/sparse/semi_structured.py): rows and columns must
+    be multiples of a minimum per dtype, e.g. 32 x 64 for CUTLASS and 16 x 16 for cuSPARSELt in half precision.
+    They further need a GPU of compute capability 8.0 or higher.
+    """
+    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+
+    backends = []
+    for backend in (SparseSemiStructuredTensorCUTLASS, SparseSemiStructuredTensorCUSPARSELT):
+        limits = backend._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
+        if limits and rows and columns and rows % limits.sparse_min_rows == 0 and columns % limits.sparse_min_cols == 0:
+            backends.append(backend.BACKEND)
+    return tuple(backends)
+
+
+def is_2_4(weight: torch.Tensor) -> bool:
+    """Whether each group of four consecutive values of a row has at least two zeros; False if rows do not divide."""
+    rows, columns = weight.shape
+    if columns % 4:
+        return False
+    return bool(((weight != 0).view(rows, columns // 4, 4).sum(dim=-1) <= 2).all())
+
+
+def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = None) -> MatrixReport:
+    """Report on one matrix [rows, columns]; with a bool mask of that shape, on what the mask leaves of it."""
+    rows, columns = weight.shape
+    stored = weight.dtype
+    under_mask = 0
+    if weight.element_size() == 1 and weight.is_floating_point():
+        weight = weight.float()  # torch compares no 8-bit floats
+    if mask is not None:
+        under_mask = int((weight[~mask] != 0).sum())
+        weight = weight.masked_fill(~mask, 0)
+    zeros = weight == 0
+    negative = zeros & torch.signbit(weight) if weight.is_floating_point() else zeros & False
+    return MatrixReport(
+        name=name,
+        shape=(rows, columns),
+        dtype=str(stored).removeprefix("torch."),
+        zero_share=zeros.sum().item() / max(1, weight.numel()),
+        is_2_4=is_2_4(weight),
+        negative_zeros=int(negative.sum()),
+        under_mask=under_mask,
+        kernels=kernel_support(rows, columns, stored),
+    )
+
+
+def zero_totals(reports: Iterable[MatrixReport]) -> tuple[int, float]:
+    """Elements of all matrices together, and how many of them are zero."""
+    sizes = [(report.shape[0] * report.shape[1], report.zero_share) for report in reports]
+    return sum(size for size, _ in sizes), sum(size * share for size, share in sizes)
+
+
+def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[MatrixReport]:
+    """Reports of a modelopt state's masked matrices, or of a safetensors file's or folder's weight matrices.
+
+    In a state the masks tell what is meant to be 2:4. A safetensors folder does not say, so every 2-D tensor called
+    "…weight" counts, except names that match the regular expression `exclude`.
+
+    Raises:
+        UserError: no such path, nothing to inspect in it, or a damaged or missing file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"nothing found at {path}; give a modelopt state, a safetensors file or a model folder")
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _inspect_safetensors(path, re.compile(exclude))
+    return _inspect_state(path)
+
+
+def _inspect_state(path: Path) -> Iterator[MatrixReport]:
+    tensors = load_state(path)["model_state_dict"]
+    for mask in require_masks(tensors, path):
+        name = weight_name(mask)
+        if name not in tensors or tensors[name].shape != tensors[mask].shape:
+            raise UserError(f"state {path} is damaged: mask '{mask}' has no weight of its shape")
+        if tensors[name].dim() == 2:
+            yield inspect_matrix(name, tensors[name], tensors[mask])
+
+
+def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixReport]:
+    from safetensors import SafetensorError, safe_open
+
+    found = False
+    for file in safetensors_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
+                    is_weight = name.endswith("weight") and not exclude.search(name)
+                    if is_weight and len(tensors.get_slice(name).get_shape()) == 2:
+                        found = True
+                        yield inspect_matrix(name, tensors.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or truncated: {first_line(error)}") from error
+    if not found:
+        raise UserError(f"{path} holds no weight matrices to inspect (embeddings and output heads do not count)")
+
+
+def safetensors_files(path: Path) -> list[Path]:
+    """The shards of a model folder, all of those its index names; or the single file `path`."""
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"no .safetensors files in {path}; export a model there with export_hf.py")
+        return files
+    content = read_json(index, "weight index")
+    try:
+        names = sorted(set(content["weight_map"].values()))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"weight index {index} has no weight_map") from error
+    for name in names:
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
+    return [path / name for name in names]

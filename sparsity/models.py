@@ -1,0 +1,122 @@
+"""Dense models and tokenizers: loaded with one clear line for what is wrong with them; decoder layers."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsity.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Load the configuration of a hub id or folder and check that it is a decoder-only language model.
+
+    Raises:
+        UserError: not found, unreadable, or an encoder or encoder-decoder model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise UserError(f"model folder {model} has no config.json; give a Hugging Face model folder or hub id")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON of a wrong shape
+        raise UserError(f"cannot load a model from '{model}': {first_line(error)}") from error
+    decoders = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    named = config.architectures or []
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    if config.is_encoder_decoder or not known or (named and not any(name.endswith(decoders) for name in named)):
+        kind = named[0] if named else config.model_type
+        raise UserError(f"'{model}' is a {kind}, not a decoder-only causal language model such as Llama")
+    return config
+
+
+def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
+    """Check that token counts, named by their options, together stay within the model's positions.
+
+    Raises:
+        UserError: they do not. A model without a bound (e.g. ALiBi) passes.
+    """
+    text_config = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        positions = getattr(text_config, key, None)
+        if isinstance(positions, int) and sum(lengths.values()) > positions:
+            asked = " plus ".join(f"{name} {value}" for name, value in lengths.items())
+            raise UserError(f"{asked} is more than the model's {positions} positions; choose a smaller value")
+
+
+def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal LM on the CPU in eval mode; `dtype` "auto" keeps the checkpoint's own.
+
+    Raises:
+        UserError: the model cannot be found or its weight files are missing, truncated or misshapen.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model, trust_remote_code)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
+    return loaded.eval()
+
+
+def empty_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a configuration without memory for its weights (on the meta device), for shapes and estimates."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        # Eager attention builds its masks without looking at values, which an empty model has not got.
+        options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; a missing pad token falls back to end-of-text, then to the unknown token.
+
+    Raises:
+        UserError: no tokenizer, no end-of-text token, or nothing to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception on a malformed tokenizer.json
+        raise UserError(f"cannot load a tokenizer from '{model}': {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{model}' has no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the largest ModuleList of config.num_hidden_layers equal modules."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        raise UserError(
+            f"found no list of {count} decoder layers in {type(model).__name__}; this architecture is not supported"
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))

@@ -1,0 +1,1 @@
+"""Post-training sparsification: masks, solvers, calibration, and pruning layer by layer."""

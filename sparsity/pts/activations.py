@@ -1,0 +1,163 @@
+"""The calibration set on its way through the decoder layers, and the layers on their way to the device."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.devices import bf16_is_faster
+from sparsity.pts.discovery import Call, record_calls, returns_tuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class HiddenStates:
+    """The calibration set on its way through the decoder layers: hidden states per batch.
+
+    They are kept in CPU memory, pinned for CUDA.
+
+    Batches without padding and of one shape share the arguments of their layers; others keep their own.
+
+    Attributes:
+        pruned: hidden states [batch, length, width] of the model as it is pruned so far, one tensor per batch; None
+            where `needs_pruned` is False.
+        dense: the same of the dense model; None where `needs_dense` is False.
+        keep: for each batch a bool tensor [batch * length] that is False on padding; None without padding.
+
+    Args:
+        folder: keep the activations in files here instead, which have no names and vanish with the process.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: nn.ModuleList,
+        batches: list[dict[str, Tensor]],
+        device: torch.device,
+        folder: Path | None = None,
+        needs_pruned: bool = True,
+        needs_dense: bool = False,
+    ):
+        self.device, self.folder = device, folder
+        self.keep: list[Tensor | None] = []
+        self.calls: list[list[Call]] = []
+        # On CPUs with bfloat16 instructions the linear layers of float32 models run in bfloat16 during calibration
+        # (twice the speed); weights, the residual stream and the Hessians stay float32.
+        self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
+        tuples = returns_tuple(model, layers)
+        hidden: list[Tensor] = []
+        seen: dict[torch.Size, list[Call]] = {}
+        for number, batch in enumerate(batches):
+            embedded, calls = record_calls(model, layers, tuples, batch)
+            mask = batch.get("attention_mask")
+            if mask is not None and bool(mask.all()):
+                mask = None  # nothing is padded
+            if not hidden:
+                self.dtype = embedded.dtype  # of the layers' inputs
+                shapes = [torch.Size((*batch["input_ids"].shape, embedded.shape[-1])) for batch in batches]
+                hidden = self.allocate(shapes, embedded.dtype)
+            self.store(embedded, hidden[number])
+            self.keep.append(None if mask is None else mask.flatten().bool().to(device))
+            self.calls.append(seen.setdefault(embedded.shape, calls) if mask is None else calls)
+        self.shapes = [tensor.shape for tensor in hidden]
+        self.pruned = hidden if needs_pruned else None
+        self.dense: list[Tensor] | None = None
+        if needs_dense:
+            self.dense = self._copy(hidden) if needs_pruned else hidden
+
+    def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+        """One buffer for each batch, where activations are kept: memory, pinned for CUDA, or a mapped file.
+
+        The buffers are parts of one allocation, which unlike many small ones returns to the system when it is freed.
+        """
+        counts = [shape.numel() for shape in shapes]
+        if self.folder:
+            with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+                # A mapped file that outgrows the disk would end the process with SIGBUS; this raises OSError.
+                os.posix_fallocate(file.fileno(), 0, sum(counts) * dtype.itemsize)
+                whole = torch.from_file(file.name, shared=True, size=sum(counts), dtype=dtype)
+        else:
+            whole = torch.empty(sum(counts), dtype=dtype, pin_memory=self.device.type == "cuda")
+        return [part.view(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]
+
+    def store(self, activations: Tensor, buffer: Tensor) -> None:
+        """Copy the activations of one batch from the device into their buffer.
+
+        Only the device reads them again, in the order of its queue, so nothing needs to wait for the copy.
+        """
+        buffer.copy_(activations.detach(), non_blocking=True)
+
+    def _copy(self, hidden: list[Tensor]) -> list[Tensor]:
+        """The hidden states once more, for the dense model.
+
+        Where layers run in bfloat16 the copies are bfloat16, as a model in bfloat16 would keep them, since they only
+        serve as targets. What pruned layers are given stays in the model's own dtype.
+        """
+        dtype = torch.bfloat16 if self.autocast else self.dtype
+        copies = self.allocate(self.shapes, dtype)
+        for source, buffer in zip(hidden, copies, strict=True):
+            self.store(source, buffer)
+        return copies
+
+    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Output [batch, length, width] of decoder layer `index` for the hidden states of one batch."""
+        args, kwargs = _to_device(self.calls[batch][index], self.device)
+        hidden = hidden.to(self.device, non_blocking=True).to(self.dtype)
+        with self.precision():
+            output = layer(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def linear(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
+        """Output of a linear layer for inputs on the device, bit for bit as in `run`."""
+        with self.precision():
+            return linear(inputs)
+
+    def precision(self) -> torch.autocast:
+        """The autocast context in which layers run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, index: int, hidden: list[Tensor]) -> None:
+        """Replace each of `hidden` (one per batch) by the layer's output for it, in place."""
+        for batch, buffer in enumerate(hidden):
+            self.store(self.run(layer, index, batch, buffer), buffer)
+
+
+class LayerPrefetcher:
+    """Moves decoder layers to the device; on CUDA it meanwhile reads the next one into pinned memory."""
+
+    def __init__(self, layers: nn.ModuleList, device: torch.device):
+        self.layers, self.device = layers, device
+        self.reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self.reading: Future | None = None
+
+    def fetch(self, index: int) -> nn.Module:
+        """Decoder layer `index`, moved to the device."""
+        if self.reading:
+            self.reading.result()
+        layer = self.layers[index].to(self.device, non_blocking=True)
+        if self.reader and index + 1 < len(self.layers):
+            self.reading = self.reader.submit(_pin, self.layers[index + 1])
+        return layer
+
+
+def _pin(layer: nn.Module) -> None:
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data = tensor.data.pin_memory()
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value

@@ -1,0 +1,253 @@
+"""Prune a language model decoder layer by decoder layer, with one layer at a time on the device.
+
+    calibration batches → embeddings → layer 0 → layer 1 → …, each pruned on the output of the pruned ones
+
+discovery.py finds out what a model looks like inside, calibration.py what its linear layers are given, and solvers.py
+holds the mathematics of a single weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparsity.devices import peak_memory_mib, return_freed_memory
+from sparsity.errors import UserError
+from sparsity.models import decoder_layers
+from sparsity.processes import is_main_process
+from sparsity.pts.activations import HiddenStates, LayerPrefetcher
+from sparsity.pts.calibration import Statistics, add_output, collect, collect_residual
+from sparsity.pts.discovery import choose_linears, shared_inputs
+from sparsity.pts.layer_store import LayerStore
+from sparsity.pts.log import MatrixLog
+from sparsity.pts.masks import magnitude_mask, wanda_mask
+from sparsity.pts.recipe import Recipe
+from sparsity.pts.solvers import admm, damp, layer_error, least_squares, refit, sparsegpt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Decoder layers have about four groups of linear layers: before attention, after it, before and after the activation.
+MAX_SEQUENTIAL_GROUPS = 8
+
+
+def check_weights(groups: list[dict[str, nn.Linear]]) -> None:
+    """Refuse non-finite weights before calibration passes a NaN on, for which later layers would then be blamed.
+
+    Raises:
+        UserError: a weight is NaN or infinite; names it.
+    """
+    for group in groups:
+        for name, linear in group.items():
+            if not torch.isfinite(linear.weight).all():
+                raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def new_weight(
+    weight: Tensor, statistics: Statistics, recipe: Recipe, name: str
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """Prune one weight [rows, cols] float32 by the recipe's method; the statistics are used up.
+
+    Returns:
+        pruned weight; mask, True is kept; the relative error's numerator and denominator per row [2, rows]; the
+        damping that was used, None without a Hessian's inverse.
+    """
+    hessian, percdamp = statistics.hessian, None
+    damping = weight.new_zeros(())
+    if recipe.method in ("magnitude", "wanda"):
+        by_magnitude = recipe.method == "magnitude"
+        mask = magnitude_mask(weight, recipe.pattern) if by_magnitude else wanda_mask(weight, hessian, recipe.pattern)
+        pruned = weight * mask
+    else:
+        damping, inverse_factor, percdamp = damp(hessian, recipe.percdamp)
+        if percdamp > recipe.percdamp and is_main_process():
+            tqdm.write(f"warning: {name}: its Hessian needed damping {percdamp:g}, not {recipe.percdamp:g}")
+        if statistics.cross is not None:
+            weight = least_squares(weight, statistics.cross, damping, inverse_factor)
+            statistics.cross = None
+        if recipe.admm_iterations:
+            del inverse_factor  # as large as the Hessian
+            start = weight * wanda_mask(weight, hessian, recipe.pattern)
+            pruned, mask = admm(weight, hessian, start, recipe.pattern, recipe.admm_iterations)
+        else:
+            pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size)
+            del inverse_factor
+        if recipe.refit_iterations:
+            pruned = refit(weight, hessian, pruned, mask, recipe.refit_iterations)
+    errors = torch.stack([layer_error(delta, hessian, damping) for delta in (pruned - weight, weight)])
+    return pruned, mask, errors, percdamp
+
+
+def prune_group(
+    group: dict[str, nn.Linear], statistics: Statistics, recipe: Recipe
+) -> tuple[dict[str, Tensor], list[MatrixLog]]:
+    """Prune the linear layers that share an input as one tall matrix and write the new weights into them.
+
+    The statistics are used up: a second copy would be as large as the first.
+
+    Returns:
+        mask [out, in] by name; a log row for each linear layer.
+    """
+    started = time.perf_counter()
+    pruned, mask, errors, percdamp = new_weight(
+        torch.cat([linear.weight for linear in group.values()]).float(), statistics, recipe, next(iter(group))
+    )
+    seconds = time.perf_counter() - started
+    sizes = [linear.out_features for linear in group.values()]
+    masks, rows = {}, []
+    for (name, linear), new, kept, (error, energy) in zip(
+        group.items(), pruned.split(sizes), mask.split(sizes), errors.split(sizes, dim=1), strict=True
+    ):
+        # Adding zero turns a -0.0 left by a multiplication into +0.0.
+        # A new tensor instead of the old one's memory, which may be mapped from the checkpoint: once written to, its
+        # pages would stay in memory for as long as anything of the checkpoint is mapped.
+        linear.weight.data = (new.masked_fill(~kept, 0.0) + 0.0).to(linear.weight.dtype)
+        masks[name] = kept.cpu()
+        relative = float(error.sum().clamp(min=0) / energy.sum().clamp(min=1e-30))
+        share = round(seconds * linear.out_features / sum(sizes), 4)
+        rows.append(MatrixLog(name, list(kept.shape), relative, 1 - float(kept.float().mean()), percdamp, share))
+    return masks, rows
+
+
+def prune_layer(
+    states: HiddenStates,
+    layer: nn.Module,
+    index: int,
+    groups: list[dict[str, nn.Linear]],
+    known: list[Statistics],
+    recipe: Recipe,
+) -> tuple[dict[str, Tensor], list[MatrixLog]]:
+    """Prune one decoder layer that is on the device, and move the pruned model's hidden states past it.
+
+    Args:
+        known: statistics of the first groups, from the dense model; empty afterwards. The other groups are pruned one
+            after the other, each on the inputs that the pruned ones before it produce.
+
+    Returns:
+        mask [out, in] on the CPU by name; log rows.
+    """
+    masks: dict[str, Tensor] = {}
+    rows: list[MatrixLog] = []
+
+    def prune(stage: list[dict[str, nn.Linear]], found: list[Statistics]) -> None:
+        for group in stage:
+            new_masks, new_rows = prune_group(group, found.pop(0), recipe)  # its Hessian is then no longer needed
+            masks.update(new_masks)
+            rows.extend(new_rows)
+
+    count = len(known)
+    prune(groups[:count], known)
+    rest = groups[count:]
+    last = None
+    if recipe.asymmetric and rest and len(rest[-1]) == 1 and len(groups) <= MAX_SEQUENTIAL_GROUPS:
+        *rest, last = rest
+    # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
+    for stage in [[group] for group in rest] if len(groups) <= MAX_SEQUENTIAL_GROUPS else [rest]:
+        if stage:
+            assert states.pruned is not None
+            prune(stage, collect(states, layer, index, stage, states.pruned))
+    if last:
+        ((name, linear),) = last.items()
+        if residual := collect_residual(states, layer, index, name, linear):
+            prune([last], [residual[0]])
+            add_output(states, linear, residual[1])
+            return masks, rows
+        assert states.pruned is not None
+        prune([last], collect(states, layer, index, [last], states.pruned))
+    if states.pruned is not None:
+        states.advance(layer, index, states.pruned)
+    return masks, rows
+
+
+def prune_model(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    recipe: Recipe,
+    device: torch.device,
+    store: LayerStore,
+    ignore: Sequence[str] = (),
+    on_rows: Callable[[list[MatrixLog]], None] = lambda rows: None,
+    activations_dir: Path | None = None,
+) -> dict[str, Tensor]:
+    """Prune every decoder layer of `model` (on the CPU, in eval mode) in place.
+
+    Args:
+        batches: keyword arguments of the model: input_ids [batch, length] int64 and, where there is padding,
+            attention_mask. With torch.distributed initialized, this process's share of the calibration set.
+        store: takes every finished layer, and supplies the ones that an earlier run finished.
+        on_rows: called after each layer with all log rows so far.
+        activations_dir: folder for activations, which are otherwise kept in CPU memory.
+
+    Returns:
+        mask [out, in] (bool, True is kept) by name of the linear layer.
+
+    Raises:
+        UserError: unsupported architecture, non-finite weights or activations.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    prefix, layers = decoder_layers(model)
+    chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
+    plan = shared_inputs(model, chosen)
+    modules = dict(layers.named_modules(prefix=prefix))
+    states = HiddenStates(
+        model,
+        layers,
+        batches,
+        device,
+        activations_dir,
+        needs_pruned=recipe.needs_pruned,
+        needs_dense=recipe.needs_dense,
+    )
+    prefetcher = LayerPrefetcher(layers, device)
+    masks: dict[str, Tensor] = {}
+    rows: list[MatrixLog] = []
+    bar = tqdm(layers, desc="pruning", unit="layer", disable=None if is_main_process() else True)
+    for index, layer in enumerate(bar):
+        groups = [{name: modules[name] for name in names} for names in plan[index]]
+        if store.has(index):
+            layer_masks, layer_rows = repeat_layer(states, layer, index, store, prefetcher)
+        else:
+            started = time.perf_counter()
+            prefetcher.fetch(index)
+            check_weights(groups)
+            known: list[Statistics] = []
+            if states.dense is not None:
+                early = groups[:-1] if recipe.asymmetric else groups
+                early = early if recipe.dense_inputs else []
+                known = collect(states, layer, index, early, states.dense, advance=True)
+            layer_masks, layer_rows = prune_layer(states, layer, index, groups, known, recipe)
+            layer.to("cpu")
+            for row in layer_rows:
+                row.layer_seconds = round(time.perf_counter() - started, 3)
+                row.peak_memory_mib = round(peak_memory_mib(device), 1)
+            layer_masks = store.save(index, layer, layer_masks, layer_rows)
+        masks |= layer_masks
+        rows += layer_rows
+        on_rows(rows)
+        return_freed_memory()
+        if layer_rows:
+            bar.set_postfix(error=f"{sum(row.relative_error for row in layer_rows) / len(layer_rows):.4f}")
+    return masks
+
+
+def repeat_layer(
+    states: HiddenStates, layer: nn.Module, index: int, store: LayerStore, prefetcher: LayerPrefetcher
+) -> tuple[dict[str, Tensor], list[MatrixLog]]:
+    """Load a layer that an earlier run finished, and move the hidden states past it as that run did."""
+    if states.dense is not None:
+        prefetcher.fetch(index)
+        states.advance(layer, index, states.dense)
+    masks, rows = store.load(index, layer)
+    if states.pruned is not None:
+        layer.to(states.device)
+        states.advance(layer, index, states.pruned)
+        layer.to("cpu")
+    return masks, rows

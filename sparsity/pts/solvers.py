@@ -1,0 +1,229 @@
+"""One-shot pruning of a weight matrix with second-order information: the mathematics, without any model around it.
+
+Notation, as in Frantar & Alistarh, "SparseGPT" (2023): a linear layer has the weight W [rows, cols] and saw the
+calibration inputs X [cols, tokens]; H = X Xᵀ [cols, cols] is its Hessian (up to a factor). Pruned to S, its error is
+tr((S - W) H (S - W)ᵀ) = ‖S X - W X‖². All of it is 32-bit float arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from sparsity.devices import bf16_is_faster
+from sparsity.errors import UserError
+from sparsity.pts.masks import score_mask
+from sparsity.pts.pattern import Pattern
+
+# ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
+# early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.
+RHO_FIRST, RHO_LAST = 0.1, 0.6
+
+
+def damp(hessian: Tensor, percdamp: float, max_percdamp: float = 10.0) -> tuple[Tensor, Tensor, float]:
+    """Add percdamp · mean(diagonal) to the diagonal, ten times more at each failure, until H is positive definite.
+
+    An input that never fires has a zero row in H; its diagonal entry becomes 1 so that its weights cost nothing.
+
+    Args:
+        hessian: [cols, cols], damped in place: for 11008 columns each matrix of its size is 485 MB. Three are needed.
+
+    Returns:
+        what was added to the diagonal [cols]; U [cols, cols], upper triangular with Uᵀ U = H⁻¹; the percdamp that
+        worked.
+
+    Raises:
+        UserError: even percdamp = `max_percdamp` does not make it positive definite (non-finite activations).
+    """
+    diagonal = hessian.diagonal()
+    undamped = diagonal.clone()
+    diagonal[diagonal <= 0] = 1.0
+    mean = diagonal.mean()
+    added = 0.0
+    while percdamp <= max_percdamp:
+        diagonal += (percdamp - added) * mean
+        added = percdamp
+        # H reversed = L Lᵀ gives H = M Mᵀ with M upper triangular, hence H⁻¹ = M⁻ᵀ M⁻¹ and U = M⁻¹:
+        # one Cholesky and one triangular inverse where the textbook does Cholesky, inverse, Cholesky.
+        lower = hessian.flip(0, 1)
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            upper = lower.flip(0, 1)
+            del lower
+            inverse = torch.eye(len(hessian), device=hessian.device)
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            return diagonal - undamped, inverse, percdamp
+        percdamp = max(percdamp * 10, 1e-4)
+    raise UserError("the Hessian is not positive definite at any damping: the calibration activations are not finite")
+
+
+def layer_error(delta: Tensor, hessian: Tensor, damping: Tensor | float = 0.0) -> Tensor:
+    """tr(Δ (H - D) Δᵀ) per row [rows], for a weight change Δ [rows, cols] and `damping` the diagonal of D [cols]."""
+    return (delta @ hessian).sub_(delta * damping).mul_(delta).sum(1)
+
+
+def group_costs(inverse_factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """For each group of m columns and each way P of pruning m - n of them: what it costs, in closed form.
+
+    With S = (H_F)⁻¹ over the columns F from the group on (those still free to compensate), the cheapest update that
+    zeroes w_P costs w_Pᵀ (S_PP)⁻¹ w_P and needs the multipliers c = (S_PP)⁻¹ w_P (Hassibi & Stork, "Optimal Brain
+    Surgeon", 1993, for several weights at once). SparseGPT scores weights one by one; all patterns exactly is better
+    and still cheap for m ≤ 8.
+
+    Returns:
+        quadratic forms [groups, patterns, m, m] that are zero outside P; bool kept [patterns, m].
+    """
+    m = pattern.m
+    cols = len(inverse_factor)
+    tiles = inverse_factor.view(cols // m, m, cols // m, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    inverse = tiles.transpose(1, 2) @ tiles  # [groups, m, m], the leading block of S
+    pruned = list(itertools.combinations(range(m), m - pattern.n))
+    forms = torch.zeros(cols // m, len(pruned), m, m, device=inverse.device)
+    kept = torch.ones(len(pruned), m, dtype=torch.bool, device=inverse.device)
+    for index, columns in enumerate(pruned):
+        where = torch.tensor(columns, device=inverse.device)
+        kept[index, where] = False
+        forms[:, index, where[:, None], where] = torch.linalg.inv(inverse[:, where[:, None], where])
+    return forms, kept
+
+
+def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Prune group by group from left to right, each time letting all later columns make up for the loss.
+
+    The loop of SparseGPT (Algorithm 1) with the whole group of m as its step. Columns are processed in blocks:
+    inside a block updates are applied at once, to the columns after it once per block.
+
+    Args:
+        weight: [rows, cols] float32, left as it is.
+        inverse_factor: U of `damp`, [cols, cols].
+
+    Returns:
+        pruned and updated weight [rows, cols], mask [rows, cols] (True is kept).
+    """
+    if not pattern.m:
+        return sparsegpt_unstructured(weight, inverse_factor, pattern.fraction, block_size)
+    m, cols = pattern.m, weight.shape[1]
+    forms, kept = group_costs(inverse_factor, pattern)
+    w = weight.t().contiguous()  # [cols, rows]: a group is then a contiguous slab
+    mask = torch.empty_like(w, dtype=torch.bool)
+    block_size = max(m, block_size // m * m)
+    for start in range(0, cols, block_size):
+        end = min(start + block_size, cols)
+        errors = torch.empty_like(w[start:end])
+        for i in range(start, end, m):
+            group, form = w[i : i + m], forms[i // m]
+            products = (group[:, None] * group[None]).flatten(0, 1)  # w wᵀ per row: [m·m, rows]
+            best = (form.flatten(1) @ products).argmin(0)  # [rows]
+            multipliers = (form[best] * group.t()[:, None]).sum(-1).t()  # c: [m, rows]
+            error = inverse_factor[i : i + m, i : i + m] @ multipliers
+            w[i:end].addmm_(inverse_factor[i : i + m, i:end].t(), error, alpha=-1)
+            errors[i - start : i - start + m] = error
+            mask[i : i + m] = kept[best].t()
+        w[end:].addmm_(inverse_factor[start:end, end:].t(), errors, alpha=-1)
+    mask = mask.t().contiguous()
+    return w.t().contiguous().masked_fill_(~mask, 0.0), mask
+
+
+def sparsegpt_unstructured(
+    weight: Tensor, inverse_factor: Tensor, fraction: float, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT's own column loop, with the weights to prune chosen per block by w² / U_jj² (section 3.3)."""
+    w = weight.t().contiguous()
+    mask = torch.empty_like(w, dtype=torch.bool)
+    scale = inverse_factor.diagonal()
+    for start in range(0, len(w), block_size):
+        end = min(start + block_size, len(w))
+        saliency = (w[start:end] / scale[start:end, None]) ** 2
+        count = max(1, round(saliency.numel() * fraction))
+        mask[start:end] = saliency > saliency.flatten().kthvalue(count).values
+        errors = torch.empty_like(w[start:end])
+        for j in range(start, end):
+            errors[j - start] = w[j].masked_fill(mask[j], 0.0) / scale[j]
+            w[j:end].addr_(inverse_factor[j, j:end], errors[j - start], alpha=-1)
+        w[end:].addmm_(inverse_factor[start:end, end:].t(), errors, alpha=-1)
+    mask = mask.t().contiguous()
+    return w.t().contiguous().masked_fill_(~mask, 0.0), mask
+
+
+def admm(weight: Tensor, hessian: Tensor, start: Tensor, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:
+    """Search a better mask by the alternating direction method of multipliers (ALPS, Meng et al. 2024, section 3).
+
+    Minimizes ‖W X - S X‖² + ρ/2 ‖S - D + V/ρ‖² alternately in S (ridge regression, through the eigenvectors of H) and D
+    (the nearest weight that keeps the pattern), V being the multipliers of S = D and ρ growing until D is stable.
+    The products may be rounded to bfloat16: only the choice of the mask is taken from them.
+
+    Args:
+        weight: dense W [rows, cols] float32.  hessian: damped H.  start: first D, a pruned weight [rows, cols].
+
+    Returns:
+        D, a pruned weight [rows, cols] that is near the least-squares optimum for its mask; the mask [rows, cols].
+    """
+    # In the metric of diag(H) the nearest D is the one that keeps the weights whose inputs carry most energy.
+    scale = hessian.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(hessian / scale / scale[:, None])
+    values = values.clamp(min=0)
+    target = ((weight * scale) @ vectors) * values  # W H in the eigenbasis
+    d, v = start * scale, torch.zeros_like(weight)
+    mask, rho, half = start != 0, RHO_FIRST, bf16_is_faster(weight.device)
+    growth = (RHO_LAST / RHO_FIRST) ** (1 / iterations)
+    for _ in range(iterations):
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=half):
+            s = ((target + (rho * d - v) @ vectors) / (values + rho)) @ vectors.t()
+        candidate = v / rho + s
+        mask = score_mask(candidate.abs(), pattern)
+        d = candidate * mask
+        v += rho * (s - d)
+        rho *= growth
+    return d / scale, mask
+
+
+def least_squares(weight: Tensor, cross: Tensor, damping: Tensor, inverse_factor: Tensor) -> Tensor:
+    """The dense weight [rows, cols] that minimizes ‖W' X - Y‖² + ‖W' - W‖²_D, D being what was added to H = X Xᵀ.
+
+    Args:
+        cross: Y Xᵀ [rows, cols].  damping: diagonal of D [cols].  inverse_factor: U with Uᵀ U = (H + D)⁻¹.
+    """
+    return (cross + weight * damping) @ inverse_factor.t() @ inverse_factor
+
+
+def refit(
+    weight: Tensor, hessian: Tensor, start: Tensor, mask: Tensor, iterations: int, tolerance: float = 1e-3
+) -> Tensor:
+    """Least squares on the support: the S with zeros off `mask` that minimizes tr((S - W) H (S - W)ᵀ).
+
+    Conjugate gradients with the diagonal of H as preconditioner, all rows at once (each row is a problem of its own
+    with its own step sizes). In exact arithmetic the error falls with every iteration.
+
+    Args:
+        weight: target W [rows, cols] float32.  hessian: damped H [cols, cols].  start: S to begin from, zero off mask.
+
+    Returns:
+        S [rows, cols]; no row has a larger error than it had in `start`.
+    """
+    inverse_diagonal = hessian.diagonal().reciprocal()
+    s = start.clone()
+    direction = weight - start  # at first the change of the weights: matrices of this size are what memory goes to
+    residual = direction @ hessian
+    start_error = (direction * residual).sum(1)
+    residual *= mask
+    torch.mul(residual, inverse_diagonal, out=direction)
+    rz = (residual * direction).sum(1, keepdim=True)
+    stop = rz.sum() * tolerance**2
+    for _ in range(iterations):
+        curved = (direction @ hessian).mul_(mask)
+        alpha = rz / (direction * curved).sum(1, keepdim=True).clamp(min=1e-30)
+        s.addcmul_(alpha, direction)
+        residual.addcmul_(alpha, curved, value=-1)
+        torch.mul(residual, inverse_diagonal, out=curved)  # its memory now holds the preconditioned residual
+        rz_next = (residual * curved).sum(1, keepdim=True)
+        if rz_next.sum() <= stop:
+            break
+        direction.mul_(rz_next / rz.clamp(min=1e-30)).add_(curved)
+        rz = rz_next
+    del direction, residual
+    worse = layer_error(s - weight, hessian) > start_error
+    s[worse] = start[worse]
+    return s

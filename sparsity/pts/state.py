@@ -1,0 +1,90 @@
+"""The modelopt state that a pruning run leaves: how it is written, and the proof that it restores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.errors import UserError
+from sparsity.files import atomic_path
+from sparsity.pts.pattern import Pattern
+from sparsity.states import restore_sparse, sparse_masks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path) -> None:
+    """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
+    import modelopt.torch.opt as mto
+    from modelopt.torch.opt.conversion import apply_mode
+    from modelopt.torch.sparsity.weight_sparsity.mode import SparsityModeRegistry
+
+    # A rule of None leaves a layer dense; restore() would otherwise expect a mask for it.
+    dense = {
+        name: None for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in masks
+    }
+    rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
+    model = apply_mode(model, [("sparsegpt", rules)], registry=SparsityModeRegistry)
+    for name, mask in masks.items():
+        model.get_submodule(name).set_mask(mask)
+    mto.save(model, path)
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] without a cache."""
+    with torch.inference_mode():
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+def verify(model: PreTrainedModel, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:
+    """Restore the file into `model`, freshly loaded and dense, and compare it with what was pruned.
+
+    Args:
+        input_ids: [batch, length]; the pruned model gave the logits `expected` [batch, length, vocabulary] for it.
+
+    Raises:
+        UserError: logits differ, a mask breaks the pattern or a pruned weight is not 0.
+    """
+    model = restore_sparse(model, path)
+    logits = logits_of(model, input_ids)
+    if not torch.equal(logits, expected):
+        raise UserError(
+            f"{path} does not restore to the pruned model: logits differ by {(logits - expected).abs().max():.3g}"
+        )
+    for name, weight, mask in sparse_masks(model.state_dict()):
+        if pattern.m and bool((mask.view(-1, pattern.m).sum(1) != pattern.n).any()):
+            raise UserError(f"{path}: the mask of {name} is not {pattern}")
+        if bool(weight[~mask].any()):
+            raise UserError(f"{path}: {name} has pruned weights that are not 0")
+
+
+def write_verified_state(
+    model: PreTrainedModel,
+    masks: dict[str, Tensor],
+    path: Path,
+    pattern: Pattern,
+    probe: Tensor,
+    load_dense: Callable[[], PreTrainedModel],
+) -> None:
+    """Write the state of a pruned model, which replaces an earlier one only if it restores to the same model.
+
+    Args:
+        model: pruned; its memory is given up afterwards.  probe: token ids [1, length] to compare logits on.
+        load_dense: loads the dense model that the state is restored into.
+
+    Raises:
+        UserError: the logits are not finite, or the state does not restore to the pruned model.
+    """
+    expected = logits_of(model, probe)
+    if not torch.isfinite(expected).all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise UserError(f"the pruned model's logits are not finite in {dtype}; try --dtype bf16 or fp32")
+    with atomic_path(path) as temporary:
+        save_state(model, masks, temporary)
+        model.to("meta")  # the restored one takes its memory
+        verify(load_dense(), temporary, pattern, probe, expected)

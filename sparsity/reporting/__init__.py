@@ -1,0 +1,1 @@
+"""Reporting: results of several runs in one table and one page."""

@@ -1,0 +1,1 @@
+"""Sparsity-aware training: data, losses, and a Trainer that holds the masks."""

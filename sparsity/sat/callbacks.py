@@ -1,0 +1,141 @@
+"""Trainer callbacks: stopping on a signal, holding the masks, and the training log."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from sparsity.files import append_jsonl, read_jsonl, save_jsonl
+from sparsity.processes import any_process, sum_over_processes
+from sparsity.sat.batching import EpochSampler
+from sparsity.sat.sharding import assert_sharded, masked_weights
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or SIGUSR1 (a scheduler's notice) save after the current step and end, all processes at the same one.
+
+    SIGUSR1 is for several processes: on SIGTERM torch's launcher kills the workers after 30 s, saved or not.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False  # this process has had the signal
+        self.interrupted = False  # training ends before its last step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if any_process(self.asked, args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.interrupted = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class MaskKeeper(TrainerCallback):
+    """Hold pruned weights at zero after each update, and check from time to time that nothing has changed them.
+
+    Gradients of pruned weights are zero already, since modelopt's layers compute with weight · mask; an optimizer with
+    decoupled decay then leaves a zero at zero. The reset guards against optimizers that do not.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+        self.sparsity: float | None = None  # share of zeros in the pruned layers, at the last check
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # modelopt itself may have stored the dense weights beside the masks
+        with torch.no_grad():
+            for _, weight, mask in masked_weights(model):
+                weight.masked_fill_(~mask, 0.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        check = self.every and (state.global_step == 1 or state.global_step % self.every == 0)
+        zeros = total = 0
+        with torch.no_grad():
+            for name, weight, mask in masked_weights(model):
+                if check and torch.count_nonzero(weight[~mask]):
+                    raise RuntimeError(f"pruned weights of '{name}' are not zero after step {state.global_step}")
+                weight.masked_fill_(~mask, 0.0)
+                if check:
+                    zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+        if check:
+            counts = torch.tensor([zeros, total], dtype=torch.float64, device=args.device)
+            counts = sum_over_processes(counts)
+            self.sparsity = (counts[0] / counts[1]).item()
+
+
+class Progress(TrainerCallback):
+    """Append the training curve to a JSONL file.
+
+    Lines are {"step", "loss", "lr", "grad_norm", "tokens_per_second", "epoch", "sparsity"}, or {"step", "eval_loss"}.
+    """
+
+    def __init__(self, path: Path, sampler: EpochSampler, masks: MaskKeeper, sharded: bool):
+        self.path, self.sampler, self.masks, self.sharded = path, sampler, masks, sharded
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if self.sharded:
+            count = assert_sharded(model)
+            if state.is_world_process_zero:
+                print(f"{count} weights are sharded over {args.world_size} processes")
+        self.tokens, self.since = 0, time.perf_counter()
+        if state.is_world_process_zero:
+            # A resumed run repeats the steps after its checkpoint.
+            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+            save_jsonl(kept, self.path)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # accelerate does not reach the sampler of a resumed, sharded data loader
+        self.sampler.set_epoch(int(round(state.epoch or 0, 6)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        line: dict[str, Any] = {"step": state.global_step}
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self.since
+            line |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
+            rate = self.tokens * args.world_size / max(elapsed, 1e-9)  # of this process, taken for all
+            line |= {"tokens_per_second": round(rate, 1), "epoch": state.epoch, "sparsity": self.masks.sparsity}
+            self.tokens, self.since = 0, time.perf_counter()
+        elif "eval_loss" in logs:
+            line["eval_loss"] = logs["eval_loss"]
+        else:
+            return
+        if state.is_world_process_zero:
+            append_jsonl([line], self.path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training log; a line that a kill cut short is skipped."""
+    return list(read_jsonl(path, "training log", skip_damaged=True)) if path.is_file() else []

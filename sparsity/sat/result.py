@@ -1,0 +1,41 @@
+"""The fine-tuned state: gathered, written, and verified on the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity.errors import UserError
+from sparsity.files import save_torch
+from sparsity.sat.trainer import SparseTrainer
+from sparsity.states import load_state, sparse_masks
+
+if TYPE_CHECKING:
+    import torch
+
+
+STATE_NAME = "finetuned_modelopt_state.pth"
+
+
+def save_and_verify(
+    trainer: SparseTrainer, modelopt_state: dict[str, Any], dtypes: dict[str, torch.dtype], path: Path
+) -> None:
+    """Gather the weights, save them with the masks, and check on the saved file that all pruned weights are +0.0."""
+    import torch
+
+    from sparsity.sat.sharding import full_state
+
+    weights = full_state(trainer.accelerator, trainer.model, dtypes)
+    if not trainer.args.should_save:
+        return
+    save_torch({"modelopt_state": modelopt_state, "model_state_dict": weights}, path)
+    pruned = intact = 0
+    for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
+        kept_zero = weight[~mask]
+        pruned += kept_zero.numel()
+        intact += int(((kept_zero == 0) & ~torch.signbit(kept_zero)).sum())
+        if not torch.isfinite(weight).all():
+            raise UserError(f"'{name}' in {path} is not finite; train again with a lower --lr")
+    if pruned == 0 or intact != pruned:
+        raise RuntimeError(f"{pruned - intact} of {pruned} pruned weights in {path} are not zero")
+    print(f"verified {path}: {100 * intact / pruned:.0f}% of {pruned:,} pruned weights are 0")

@@ -1,0 +1,225 @@
+"""The Hugging Face Trainer with fixed masks, distillation, complete checkpoints, clean stops and a JSONL log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from sparsity.errors import UserError
+from sparsity.models import decoder_layers
+from sparsity.processes import any_process, report_on_main
+from sparsity.sat import checkpoints
+from sparsity.sat.arguments import SatArguments
+from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
+from sparsity.sat.callbacks import MaskKeeper, Progress, StopOnSignal
+from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
+
+
+Batch = dict[str, torch.Tensor]  # as Collator makes it
+
+
+class SparseTrainer(Trainer):
+    """Trainer for a model with modelopt masks.
+
+    Args:
+        loss_weights, teacher: see loss.py; `teacher` is None for plain cross entropy.
+        use_fsdp: shard with FSDP, on CPU processes too.
+        group_by_length: put samples of similar length into a batch.
+        keep_checkpoints: how many of the newest checkpoints stay on disk.
+        log_path: JSONL file for the training curve.
+    """
+
+    is_fsdp_enabled: bool  # these two are Trainer's own
+    control: TrainerControl
+
+    def __init__(
+        self,
+        *args: Any,
+        loss_weights: LossWeights,
+        teacher: PreTrainedModel | None = None,
+        use_fsdp: bool = False,
+        group_by_length: bool = True,
+        keep_checkpoints: int = 2,
+        check_masks_every: int = 100,
+        log_path: Path,
+        **kwargs: Any,
+    ):
+        self.use_fsdp = use_fsdp
+        super().__init__(*args, **kwargs)
+        self.loss_weights, self.teacher = loss_weights, teacher
+        self.keep_checkpoints = keep_checkpoints
+        self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
+        group = self.args.train_batch_size * self.args.world_size if group_by_length else 0
+        lengths = sample_lengths(self.train_dataset)
+        self.sampler = EpochSampler(lengths, self.args.data_seed, group)
+        self.stopper, masks = StopOnSignal(), MaskKeeper(check_masks_every)
+        self.progress = Progress(log_path, self.sampler, masks, use_fsdp)
+        for callback in (self.stopper, masks, self.progress):
+            self.add_callback(callback)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended training before its last step."""
+        return self.stopper.interrupted
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.use_fsdp and not self.is_fsdp_enabled:
+            force_fsdp(self.accelerator)
+            self.is_fsdp_enabled = True
+
+    def place_teacher(self, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> None:
+        """Move the teacher to the student's devices: sharded like it, or complete on this process's device."""
+        if self.teacher is None:
+            return
+        self.teacher.requires_grad_(False)
+        if self.use_fsdp:
+            self.teacher = shard_teacher(self.teacher.to(dtype), layer_class, dtype, cpu_offload)
+        else:
+            self.teacher = self.teacher.to(self.args.device, dtype)
+
+    def _get_train_sampler(self, train_dataset: Dataset | Packed | None = None) -> EpochSampler:
+        return self.sampler
+
+    # ------------------------------------------------------------------------------------------------- loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
+        """Labelled tokens of one optimizer step, over all micro-batches and processes; int64 scalar."""
+        count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
+        count = torch.as_tensor(count, device=device)
+        return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        assert num_items_in_batch is not None  # as model_accepts_loss_kwargs asks for
+        unwrapped = self.accelerator.unwrap_model(model)
+        loss = batch_loss(model, inputs, num_items_in_batch, self.loss_weights, self.teacher, unwrapped)
+        # Gradients are averaged over processes, while the loss is already divided by the tokens of all of them.
+        return loss * self.args.world_size
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.progress.tokens += int(inputs["real"].sum())
+        if any_process(not torch.isfinite(loss), self.args.device):
+            from accelerate.utils import gather_object
+
+            records = sorted(set(inputs["record"].flatten().tolist()) - {-1})
+            facts = gather_object([(loss.item(), records)])
+            value, records = next(fact for fact in facts if not math.isfinite(fact[0]))
+            raise UserError(
+                f"the loss is {value} at step {self.state.global_step + 1}, in a batch of the records {records}; the "
+                "checkpoints are untouched. Lower --lr or use --mixed_precision bf16 or no, then continue with --resume"
+            )
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if hasattr(grad_norm, "full_tensor"):  # of a sharded norm, item() gives this process's part under older torch
+            grad_norm = grad_norm.full_tensor()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Cross entropy per labelled token over the evaluation set, each sample counted once."""
+        samples, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for start in range(0, len(samples), size * self.args.world_size):
+            begin = start + size * self.args.process_index
+            own = [samples[index] for index in range(begin, min(begin + size, len(samples)))]
+            # A process that has no samples left takes part with one that is not counted.
+            batch = self._prepare_inputs(self.data_collator(own or [samples[0]]))
+            labelled = (batch["labels"][:, 1:] != IGNORE).sum()
+            with torch.no_grad(), self.accelerator.autocast():
+                loss = batch_loss(self.model, batch, 1, LossWeights(), None, unwrapped)
+            sums += torch.stack([loss.double(), labelled.double()]) * bool(own)
+        self.model.train()
+        total, count = (self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums).tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(1, count)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        finite = all(torch.isfinite(local(weight.data)).all() for weight in model.parameters())
+        if any_process(not finite, self.args.device):
+            raise UserError(
+                f"weights have become infinite or NaN by step {self.state.global_step}, which is therefore not saved; "
+                "lower --lr, then resume from the last checkpoint with --resume"
+            )
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        root = Path(self.args.output_dir)
+        if self.args.should_save:
+            checkpoints.mark_complete(root / f"checkpoint-{self.state.global_step}")
+            checkpoints.rotate(root, self.keep_checkpoints, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def explain_failures(trainer: SparseTrainer, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn errors that all processes meet alike into one message, and a GPU out of memory into advice.
+
+    Args:
+        advice: gives a line on what to change when memory ran out.
+    """
+    try:
+        with report_on_main(trainer.accelerator.state):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"CUDA ran out of memory at step {trainer.state.global_step + 1}. {advice()}") from error
+
+
+def build_trainer(
+    args: SatArguments,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: tuple[Dataset | Packed, Dataset | None],
+) -> SparseTrainer:
+    """Assemble the Trainer for a model on the CPU; under FSDP the model is wrapped only once training starts."""
+    train, evaluation = data
+    training, distillation = args.training, args.distillation
+    layer = type(decoder_layers(model)[1][0]).__name__
+    if training.sharded:
+        configure_fsdp(training.fsdp_version, layer, training.cpu_offload, training.recompute)
+    weights = LossWeights(distillation.distill_kl, distillation.distill_hidden, distillation.distill_temperature)
+    trainer = SparseTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=Collator(tokenizer.pad_token_id, args.data.model_max_length if args.data.pad_to_max else None),
+        loss_weights=weights if distillation.distill else LossWeights(),
+        teacher=teacher,
+        use_fsdp=training.sharded,
+        group_by_length=training.group_by_length,
+        keep_checkpoints=training.keep_checkpoints,
+        check_masks_every=training.check_masks_every,
+        log_path=training.result_dir / "train_log.jsonl",
+    )
+    trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
+    return trainer

@@ -1,0 +1,144 @@
+"""Sparse states of modelopt: reading them safely, checking that they fit a model, and restoring them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsity.devices import torch_dtype
+from sparsity.errors import UserError, first_line
+from sparsity.files import require_file
+from sparsity.models import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+MASK = "_weight_mask"  # modelopt's buffer, beside the weight that it masks
+
+
+def mask_name(weight_name: str) -> str:
+    """Name of the mask of the weight `….weight` in a state dict.
+
+    >>> mask_name("model.layers.0.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj._weight_mask'
+    """
+    return weight_name.removesuffix("weight") + MASK
+
+
+def is_mask(name: str) -> bool:
+    """Whether a state dict's entry of this name is a mask."""
+    return name.endswith(f".{MASK}")
+
+
+def weight_name(mask: str) -> str:
+    """Name of the weight that the mask `…._weight_mask` belongs to; the inverse of `mask_name`."""
+    return mask.removesuffix(MASK) + "weight"
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Memory-map a modelopt state file without running any pickled code.
+
+    Returns:
+        {"modelopt_state": …, "model_state_dict": name → tensor}, as `modelopt.torch.opt.save` writes it.
+
+    Raises:
+        UserError: missing, truncated or not such a file.
+    """
+    path = require_file(path, "modelopt state")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged zip
+        raise UserError(
+            f"{path} is not a readable modelopt state (damaged, truncated or unsafe): {first_line(error)}"
+        ) from None
+    if not isinstance(state, dict) or not {"modelopt_state", "model_state_dict"} <= state.keys():
+        raise UserError(
+            f"{path} is not a modelopt state: it lacks modelopt_state and model_state_dict; make it with hf_pts.py"
+        )
+    return state
+
+
+def require_masks(state_dict: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+    """Names of the masks of a state that was read from `path`.
+
+    Raises:
+        UserError: it has none.
+    """
+    masks = [name for name in state_dict if is_mask(name)]
+    if not masks:
+        raise UserError(f"state {path} holds no masks: its model was never made sparse; make one with hf_pts.py")
+    return masks
+
+
+def check_state_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> None:
+    """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
+
+    Raises:
+        UserError: names or shapes differ: the state, read from `path`, belongs to another model.
+    """
+    saved = {name: tensor.shape for name, tensor in state_dict.items() if not is_mask(name)}
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in sorted(saved.keys() ^ own.keys()) + sorted(n for n in saved.keys() & own.keys() if saved[n] != own[n]):
+        ours, theirs = own.get(name), saved.get(name)
+        raise UserError(
+            f"state {path} belongs to another model: '{name}' is {list(theirs) if theirs else 'absent'} in the state "
+            f"and {list(ours) if ours else 'absent'} in the model"
+        )
+
+
+def restore_sparse(model: PreTrainedModel, path: str | Path, fold: bool = False) -> PreTrainedModel:
+    """Read a modelopt state file and apply it to a freshly loaded dense `model`; see `apply_state`.
+
+    Raises:
+        UserError: the file is unreadable, or belongs to a model of other layers or sizes.
+    """
+    return apply_state(model, load_state(path), path, fold)
+
+
+def apply_state(model: PreTrainedModel, state: dict[str, Any], path: str | Path, fold: bool = False) -> PreTrainedModel:
+    """Apply a modelopt state (masks and weights) that was read from `path` to a freshly loaded dense `model`, in place.
+
+    Args:
+        fold: for inference. Multiply the masks into the weights and leave plain layers, which give the same outputs; a
+            masked layer repeats that product in every forward pass, which takes longer than decoding one token.
+
+    Raises:
+        UserError: the state belongs to a model of other layers or sizes.
+    """
+    import modelopt.torch.opt as mto
+    import modelopt.torch.sparsity  # registers the sparsity modes
+
+    check_state_fits(state["model_state_dict"], model, path)
+    try:
+        model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
+        model.load_state_dict(state["model_state_dict"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
+    return modelopt.torch.sparsity.export(model) if fold else model
+
+
+def load_for_inference(
+    model: str, dtype: str | None, state: str | Path | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The dense model, or with the path of a state the sparse one with its masks folded in, on the CPU.
+
+    Args:
+        dtype: a key of DTYPES; None keeps the checkpoint's own.
+
+    Raises:
+        UserError: as `load_model` and `restore_sparse`.
+    """
+    loaded = load_model(model, torch_dtype(dtype) if dtype else "auto", trust_remote_code)
+    return restore_sparse(loaded, state, fold=True) if state else loaded
+
+
+def sparse_masks(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield (weight name, weight [out, in], bool mask [out, in]) for every masked layer of a state dict."""
+    for name, mask in state_dict.items():
+        if is_mask(name):
+            yield weight_name(name), state_dict[weight_name(name)], mask

@@ -1,0 +1,179 @@
+"""Text on its way to a model: reading records and documents, the prompt, blocks of tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity.errors import UserError
+from sparsity.files import read_json, require_file
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+# Headed sections in the manner of Alpaca; training and evaluation must see the very same text.
+PROMPT_HEAD = (
+    "The task below comes with a text to work on. Write an answer that carries out the task.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n"
+)
+
+
+PROMPT_TAIL = "\n\n### Response:\n"
+
+
+DEFAULT_INSTRUCTION = "Summarize the following article."
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with "?" for half surrogate pairs, which broken scrapers leave in JSON and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def read_records(path: str | Path) -> list[dict[str, str]]:
+    """Read instruction / input / output records from a JSON array or a JSONL file.
+
+    Raises:
+        UserError: missing, malformed or empty file, or a record without the text fields.
+    """
+    records = read_json(path, "data file")
+    if not isinstance(records, list):
+        raise UserError(f"data file {path} must hold a list of records, found {type(records).__name__}")
+    if not records:
+        raise UserError(f"data file {path} has no records; make it with data_prep.py")
+    for number, record in enumerate(records):
+        for key in ("instruction", "input", "output"):
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise UserError(f"data file {path}: record {number} has no text field '{key}'; see data_prep.py --help")
+        if not record["output"].strip():
+            raise UserError(f"data file {path}: record {number} has an empty 'output' (the reference summary)")
+    return [
+        {key: valid_unicode(value) if isinstance(value, str) else value for key, value in record.items()}
+        for record in records
+    ]
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """Read plain documents: .txt (documents parted by blank lines stay one text), .json or .jsonl.
+
+    JSON items are strings, or objects with one of the fields text, input, article or document.
+    """
+    path = require_file(path, "text file")
+    if path.suffix not in (".json", ".jsonl"):
+        try:
+            texts = [path.read_text(encoding="utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"text file {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    else:
+        items = read_json(path, "text file")
+        if not isinstance(items, list):
+            raise UserError(f"text file {path} must hold a list, found {type(items).__name__}")
+        texts = [_text_of(item, number, path) for number, item in enumerate(items)]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"text file {path} holds no text")
+    return texts
+
+
+def _text_of(item: Any, number: int, path: Path) -> str:
+    if isinstance(item, str):
+        return valid_unicode(item)
+    for key in ("text", "input", "article", "document"):
+        if isinstance(item, dict) and isinstance(item.get(key), str):
+            return valid_unicode(item[key])
+    raise UserError(f"text file {path}: item {number} has no field text, input, article or document")
+
+
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int, limit: int | None = None
+) -> torch.Tensor:
+    """Join the texts' tokens (an end-of-text token between texts) and cut them into full blocks.
+
+    Returns:
+        int64 tensor of shape [blocks, block_size]; at most `limit` blocks, none of them padded.
+
+    Raises:
+        UserError: the texts do not fill one block.
+    """
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream.append(tokenizer.eos_token_id)
+        if limit is not None and len(stream) >= limit * block_size:
+            break
+    return _cut_blocks(stream, block_size, limit)
+
+
+def _cut_blocks(stream: list[int], block_size: int, limit: int | None) -> torch.Tensor:
+    import torch
+
+    blocks = len(stream) // block_size
+    if limit is not None:
+        blocks = min(blocks, limit)
+    if blocks == 0:
+        raise UserError(f"the text has only {len(stream)} tokens, less than one block of {block_size}")
+    return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
+
+
+def sample_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int, limit: int, seed: int
+) -> torch.Tensor:
+    """Like `token_blocks`, but drawn from as many texts as possible: a window at a random place in each.
+
+    Texts that are short give all they have, and the longer ones share the rest evenly.
+
+    Returns:
+        int64 tensor of shape [min(limit, blocks that the texts can fill), block_size].
+
+    Raises:
+        UserError: the texts do not fill one block.
+    """
+    rng = random.Random(seed)
+    texts = rng.sample(texts, len(texts))
+    need, ids = limit * block_size, []
+    for text in texts:
+        ids.append([*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id])
+        # Texts many times the need are diverse enough; reading on would only take time.
+        if len(ids) >= 4 * limit and sum(map(len, ids)) >= 4 * need:
+            break
+    share = need
+    for rank, length in enumerate(sorted(map(len, ids))):
+        share = -(-need // (len(ids) - rank))
+        if length >= share:
+            break
+        need -= length
+    stream: list[int] = []
+    for tokens in ids:
+        start = rng.randrange(max(0, len(tokens) - share) + 1)
+        stream += tokens[start : start + share]
+    return _cut_blocks(stream, block_size, limit)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: dict[str, str], max_length: int) -> list[int]:
+    """Token ids of a record's prompt in at most `max_length` tokens; only the article is ever shortened.
+
+    Raises:
+        UserError: not even an empty article fits.
+    """
+
+    def encode(article: str) -> list[int]:
+        prompt = PROMPT_HEAD.format(instruction=record["instruction"]) + article + PROMPT_TAIL
+        return tokenizer(prompt, verbose=False)["input_ids"]
+
+    article = record["input"].strip()
+    ids = encode(article)
+    if len(ids) <= max_length:
+        return ids
+    article_ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"]
+    keep = len(article_ids)
+    while len(ids) > max_length:
+        if keep == 0:
+            raise UserError(
+                f"max_length {max_length} is too small: the prompt without its article has {len(ids)} tokens"
+            )
+        # Cutting can change how the tokens at the seam merge, so a loop is needed instead of one subtraction.
+        keep = max(0, keep - (len(ids) - max_length))
+        ids = encode(tokenizer.decode(article_ids[:keep], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return ids

@@ -1,0 +1,39 @@
+"""Perplexity and the windows of a token stream."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import TEXTS
+
+from sparsity.errors import UserError
+from sparsity.evaluation.perplexity import perplexity, protocol_line, token_windows
+from sparsity.models import load_model
+
+
+def test_perplexity_is_exp_of_the_mean_loss(model_dir):
+    model = load_model(str(model_dir))
+    blocks = torch.randint(0, 400, (5, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = [model(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
+    expected = math.exp(sum(losses) / len(losses))
+    assert perplexity(model, blocks, torch.device("cpu"), batch_size=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_start_a_stride_apart_and_all_are_full(tokenizer):
+    stream = [id for text in TEXTS for id in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    windows = token_windows(tokenizer, TEXTS, context=20, stride=7, limit=None)
+    assert windows.tolist() == [stream[start : start + 20] for start in range(0, len(stream) - 19, 7)]
+    assert token_windows(tokenizer, TEXTS, context=20, stride=7, limit=3).tolist() == windows[:3].tolist()
+    with pytest.raises(UserError, match="less than --context 9000"):
+        token_windows(tokenizer, TEXTS, context=9000, stride=9000, limit=None)
+
+
+def test_protocol_tells_blocks_from_sliding_windows():
+    windows = torch.zeros(3, 16)
+    assert protocol_line(windows, 16, 45, "a.txt") == (
+        "protocol: a.txt; 3 windows of 16 tokens, blocked; 45 tokens predicted"
+    )
+    assert "sliding by 5" in protocol_line(windows, 5, 25, "a.txt")

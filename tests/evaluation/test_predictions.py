@@ -1,0 +1,40 @@
+"""The log of predictions: what a resumed evaluation takes from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsity.errors import UserError
+from sparsity.evaluation.predictions import PredictionLog, run_key
+
+
+def lines(*indices):
+    return [{"index": index, "prediction": f"text {index}"} for index in indices]
+
+
+def test_log_joins_the_parts_of_all_processes_and_knows_its_own_run(tmp_path):
+    path = tmp_path / "p.jsonl"
+    log, other = PredictionLog(path, run_key(beam_size=4)), PredictionLog(path, run_key(beam_size=1))
+    log.append(0, lines(0, 2))
+    log.append(1, lines(1))
+    other.append(0, lines(3))
+    assert log.load() == {index: f"text {index}" for index in range(3)}
+    log.finish(lines(0, 1, 2))
+    assert [item.name for item in tmp_path.iterdir()] == ["p.jsonl"]
+    assert log.load() == {index: f"text {index}" for index in range(3)}
+    assert other.load() == {}
+
+
+def test_key_follows_every_setting():
+    assert run_key(a=1, b=[2]) == run_key(b=[2], a=1)
+    assert len({run_key(a=1), run_key(a=2), run_key(b=1), run_key(a=1, b=None)}) == 4
+
+
+def test_only_a_log_is_overwritten(tmp_path):
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("my notes\n")
+    with pytest.raises(UserError, match="holds something else"):
+        PredictionLog(foreign, "key").check()
+    with pytest.raises(UserError, match="is a folder"):
+        PredictionLog(tmp_path, "key").check()
+    PredictionLog(tmp_path / "new" / "p.jsonl", "key").check()

@@ -1,0 +1,75 @@
+"""Finished layers on disk: what a resumed pruning run finds again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from pruning import calibration
+
+from sparsity.pts.layer_store import LayerStore, calibration_key
+from sparsity.pts.log import MatrixLog
+from sparsity.pts.recipe import QUALITY
+
+NAME = "model.layers.0.mlp.up_proj"
+ROW = MatrixLog(NAME, [64, 32], 0.25, 0.5, 0.1, 1.5, 2.5, 100.0)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A store with one finished layer, and that layer's model and mask."""
+    model = tiny_llama()
+    mask = torch.rand(64, 32) > 0.5
+    store = LayerStore(tmp_path / "pts_resume", "key")
+    store.save(0, model.model.layers[0], {NAME: mask}, [ROW])
+    return store, model, mask
+
+
+def test_layer_comes_back_with_its_masks_and_rows(saved):
+    store, model, mask = saved
+    again = LayerStore(store.folder, "key")
+    assert again.has(0) and not again.has(1)
+    other = tiny_llama(seed=1).model.layers[0]
+    masks, rows = again.load(0, other)
+    assert torch.equal(masks[NAME], mask) and rows == [ROW]
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(other.parameters(), model.model.layers[0].parameters())
+    )
+
+
+def test_other_settings_and_damaged_files_are_not_used(saved):
+    store, _, _ = saved
+    file = next(store.folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    assert not store.has(0)
+    assert not LayerStore(store.folder, "another key").has(0)
+    assert not list(store.folder.glob("*.safetensors"))
+
+
+def test_a_finished_run_leaves_nothing(saved):
+    saved[0].remove()
+    assert not saved[0].folder.exists()
+
+
+def test_store_without_a_folder_keeps_nothing():
+    store, layer = LayerStore(None, "key"), tiny_llama().model.layers[0]
+    masks = {NAME: torch.ones(64, 32).bool()}
+    assert store.save(0, layer, masks, [ROW]) is masks and not store.has(0)
+    store.remove()
+
+
+def test_key_is_that_of_earlier_releases():
+    """Else an interrupted run of an earlier release would begin anew."""
+    model, batches = tiny_llama(), calibration()
+    recipe = {"method": "sparsegpt", "pattern": {"n": 2, "m": 4, "fraction": 0.5}, "percdamp": 0.1, "block_size": 128}
+    recipe |= {"refit_iterations": 6, "admm_iterations": 0, "dense_inputs": True, "asymmetric": True}
+    digest = hashlib.sha256(json.dumps([recipe, ["*.q_proj"], "fp32", 1], sort_keys=True).encode())
+    for batch in batches:
+        digest.update(batch["input_ids"].numpy().tobytes())
+    for name, tensor in model.state_dict().items():
+        values = tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()
+        digest.update(name.encode() + repr(values).encode())
+    assert calibration_key(QUALITY["balanced"], [["*.q_proj"], "fp32", 1], batches, model) == digest.hexdigest()

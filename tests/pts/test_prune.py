@@ -1,0 +1,120 @@
+"""Pruning a model decoder layer by decoder layer: what is pruned, how well, on one process and on two."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, tiny_llama
+from pruning import ARCHITECTURES, agree, calibration, linears, prune, small_config
+from transformers import AutoModelForCausalLM
+
+from sparsity.errors import UserError
+from sparsity.models import decoder_layers
+from sparsity.pts.activations import HiddenStates
+from sparsity.pts.discovery import shared_inputs
+from sparsity.pts.prune import prune_layer
+from sparsity.pts.recipe import QUALITY, Recipe
+
+
+def test_padding_does_not_count():
+    plain, padded = tiny_llama(), tiny_llama()
+    batches = calibration()
+    with_pads = []
+    for batch in batches:
+        ids = torch.cat([batch["input_ids"], torch.full((2, 8), 7)], dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, 24:] = 0
+        with_pads.append({"input_ids": ids, "attention_mask": mask})
+    without_masks = [{"input_ids": batch["input_ids"]} for batch in with_pads]
+    counted = tiny_llama()
+    masks, same, other = prune(plain, batches), prune(padded, with_pads), prune(counted, without_masks)
+    agreement, disagreement = agree(masks, same), agree(masks, other)
+    assert agreement > 0.97 > disagreement
+
+
+def test_ignored_layers_stay_dense_and_every_other_is_pruned():
+    model, dense = tiny_llama(), tiny_llama()
+    masks = prune(model, ignore=["*.0.mlp.*"])
+    assert len(masks) == 11
+    for name, parameter in model.named_parameters():
+        untouched = torch.equal(parameter, dense.get_parameter(name))
+        assert untouched == (name.removesuffix(".weight") not in masks), name
+
+
+@pytest.mark.parametrize("quality", QUALITY)
+def test_more_effort_brings_the_output_nearer_to_the_dense_model(quality):
+    batches = calibration(batches=12)
+    dense, plain, ours = tiny_llama(), tiny_llama(), tiny_llama()
+    prune(plain, batches, Recipe())
+    prune(ours, batches, QUALITY[quality])
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    with torch.no_grad():
+        target = dense(ids).logits
+        assert (ours(ids).logits - target).square().mean() < (plain(ids).logits - target).square().mean()
+
+
+def test_nan_weight_is_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        prune(model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architecture(architecture):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(architecture)).eval()
+    masks = prune(model)
+    assert masks.keys() == linears(model)
+    for name, mask in masks.items():
+        assert bool((mask.view(-1, 4).sum(1) == 2).all())
+        assert bool((model.get_submodule(name).weight[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("quality", QUALITY)
+def test_hidden_states_behind_a_layer_are_the_pruned_layers_own_output_to_the_bit(quality):
+    """What a resumed run computes again must be what the interrupted run had."""
+    model, recipe = tiny_llama(), QUALITY[quality]
+    _, layers = decoder_layers(model)
+    states = HiddenStates(model, layers, calibration(), torch.device("cpu"), needs_dense=recipe.needs_dense)
+    before = [hidden.clone() for hidden in states.pruned]
+    groups = [{n: model.get_submodule(n) for n in names} for names in shared_inputs(model, linears(model))[0]]
+    states.advance(layers[0], 0, states.dense)  # where asymmetric calibration finds its targets
+    with torch.no_grad():
+        prune_layer(states, layers[0], 0, groups, [], replace(recipe, dense_inputs=False))
+        states.advance(layers[0], 0, before)
+    assert all(torch.equal(left, right) for left, right in zip(states.pruned, before, strict=True))
+
+
+WORKER = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import torch, torch.distributed as dist
+from conftest import tiny_llama
+from pruning import calibration, prune
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2] + "/meet", rank=rank, world_size=2)
+model = tiny_llama()
+masks = prune(model, calibration(batches=4)[rank::2])
+if rank == 0:
+    torch.save([model.state_dict(), masks], sys.argv[2] + "/result.pt")
+"""
+
+
+def test_two_processes_with_half_the_calibration_each_prune_as_one_with_all(tmp_path):
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(ROOT), str(tmp_path), str(rank)], env=dict(os.environ))
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    state, masks = torch.load(tmp_path / "result.pt", weights_only=True)
+    alone = tiny_llama()
+    own_masks = prune(alone, calibration(batches=4))
+    assert agree(masks, own_masks) > 0.999
+    for name, parameter in alone.named_parameters():
+        assert (parameter - state[name]).abs().mean() < 1e-3, name

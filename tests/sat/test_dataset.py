@@ -1,0 +1,102 @@
+"""Training samples: tokenizing, the cache on disk, and mixing with plain text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import TEXTS
+
+from sparsity.errors import UserError
+from sparsity.sat import dataset as sat_dataset
+from sparsity.sat.batching import IGNORE
+from sparsity.text import encode_prompt
+
+
+@pytest.fixture
+def data_file(tmp_path, records):
+    path = tmp_path / "cnn_train.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_loss_is_on_the_answer_and_its_end_alone(tokenizer, records):
+    sample = sat_dataset.encode_record(tokenizer, records[0], 400)
+    prompt = encode_prompt(tokenizer, records[0], 400)
+    assert sample["input_ids"][: len(prompt)] == prompt
+    assert set(sample["labels"][: len(prompt)]) == {IGNORE}
+    answer = sample["input_ids"][len(prompt) :]
+    assert answer == sample["labels"][len(prompt) :]
+    assert tokenizer.decode(answer[:-1]) == records[0]["output"]
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_only_the_article_is_cut(tokenizer, records):
+    whole = sat_dataset.encode_record(tokenizer, records[0], 400)
+    cut = sat_dataset.encode_record(tokenizer, records[0], len(whole["input_ids"]) - 20)
+    assert len(cut["input_ids"]) <= len(whole["input_ids"]) - 20
+    assert [label for label in cut["labels"] if label != IGNORE] == [i for i in whole["labels"] if i != IGNORE]
+    text = tokenizer.decode(cut["input_ids"])
+    assert "### Response:" in text and records[0]["instruction"] in text
+
+
+def test_too_small_max_length_is_refused(tokenizer, records, data_file, tmp_path):
+    with pytest.raises(UserError, match="--max_length 30 is too small: 10 of 10 records"):
+        sat_dataset.load_records(tokenizer, data_file, 30, tmp_path / "cache", 1)
+
+
+def test_a_rare_overlong_answer_is_left_out(tokenizer, records, capsys):
+    many = [dict(record) for record in records * 11]
+    many[7]["output"] = "word " * 500
+    dataset = sat_dataset.encode_records(tokenizer, many, 400, 1)
+    assert len(dataset) == 109 and 7 not in dataset["record"]
+    assert "left out 1 record" in capsys.readouterr().out
+
+
+def test_workers_give_the_same_samples(tokenizer, records):
+    many = records * 30
+    alone = sat_dataset.encode_records(tokenizer, many, 400, 1)
+    together = sat_dataset.encode_records(tokenizer, many, 400, 2)
+    assert alone[:] == together[:]
+
+
+def test_cache_is_read_again_and_never_stale(tokenizer, data_file, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    first = sat_dataset.load_records(tokenizer, data_file, 400, cache, 1)
+
+    def fail(*_):
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sat_dataset, "encode_records", fail)
+        assert sat_dataset.load_records(tokenizer, data_file, 400, cache, 1)[:] == first[:]
+        with pytest.raises(AssertionError):
+            sat_dataset.load_records(tokenizer, data_file, 399, cache, 1)
+        with pytest.raises(AssertionError), patch.context() as other:
+            other.setattr(sat_dataset, "PROMPT_TAIL", "\n\n### Answer:\n")
+            sat_dataset.load_records(tokenizer, data_file, 400, cache, 1)
+    changed = json.loads(data_file.read_text())
+    changed[0]["output"] = "Another answer."
+    data_file.write_text(json.dumps(changed))
+    again = sat_dataset.load_records(tokenizer, data_file, 400, cache, 1)
+    assert again[0]["labels"] != first[0]["labels"] and again[1] == first[1]
+
+
+def test_cache_keys_on_the_tokenizer(tokenizer, data_file, tmp_path):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["river"])
+    assert sat_dataset.tokenizer_digest(other) != sat_dataset.tokenizer_digest(tokenizer)
+    first = sat_dataset.load_records(tokenizer, data_file, 400, tmp_path / "cache", 1)
+    assert sat_dataset.load_records(other, data_file, 400, tmp_path / "cache", 1)[:] != first[:]
+
+
+def test_text_ratio_is_a_share_of_tokens(tokenizer, records):
+    dataset = sat_dataset.encode_records(tokenizer, records, 400, 1)
+    texts = sat_dataset.encode_texts(tokenizer, TEXTS * 40, 32)
+    mixed = sat_dataset.mix(dataset, texts, 0.3, seed=0)
+    text_tokens = sum(len(ids) for ids in mixed[len(dataset) :]["input_ids"])
+    share = text_tokens / sum(len(ids) for ids in mixed["input_ids"])
+    assert abs(share - 0.3) < 0.02
+    assert len(sat_dataset.mix(dataset, texts, 1.0, seed=0)) == len(texts)

@@ -1,0 +1,56 @@
+"""Cross entropy, distillation, and gradients under masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from sparsity.models import load_model
+from sparsity.sat.batching import Collator
+from sparsity.sat.dataset import encode_records
+from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.states import restore_sparse
+
+
+@pytest.fixture
+def batch(tokenizer, records):
+    samples = encode_records(tokenizer, records[:3], 400, 1)
+    return Collator(tokenizer.eos_token_id)([samples[index] for index in range(3)])
+
+
+def test_cross_entropy_equals_transformers(batch):
+    model = tiny_llama()
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    ours = batch_loss(model, batch, tokens, LossWeights())
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_distillation_losses(batch):
+    student, teacher = tiny_llama(0), tiny_llama(1)
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    same = batch_loss(student, batch, tokens, LossWeights(kl=1, hidden=1), tiny_llama(0))
+    assert same.item() == pytest.approx(0, abs=1e-5)
+    kl = batch_loss(student, batch, tokens, LossWeights(kl=1), teacher)
+    total = 0.0  # Σ p log(p/q) at each labelled position, written out
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    p, q = (model(**inputs).logits.softmax(-1) for model in (teacher, student))
+    for row, column in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+        total += (p[row, column] * (p[row, column] / q[row, column]).log()).sum().item()
+    assert kl.item() == pytest.approx(total / tokens.item(), rel=1e-4)
+    half = batch_loss(student, batch, tokens, LossWeights(kl=0.5), teacher)
+    plain = batch_loss(student, batch, tokens, LossWeights())
+    assert half.item() == pytest.approx((kl.item() + plain.item()) / 2, rel=1e-5)
+    assert batch_loss(student, batch, tokens, LossWeights(kl=1, hidden=1), teacher) > kl + 0.1
+
+
+def test_gradients_of_pruned_weights_are_zero(model_dir, state_path, tokenizer):
+    model = restore_sparse(load_model(str(model_dir)), state_path)
+    ids = torch.arange(2, 30)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, module in model.named_modules():
+        if getattr(module, "_weight_mask", None) is not None:
+            gradient = module._parameters["weight"].grad
+            assert (gradient[~module._weight_mask] == 0).all(), name
+            assert (gradient[module._weight_mask] != 0).any(), name

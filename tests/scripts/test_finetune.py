@@ -1,0 +1,351 @@
+"""finetune.py as users run it: the saved state, masks, resuming, sharding over processes, distillation and errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEXTS, assert_clear_error, run_script, tiny_llama
+
+import finetune
+from sparsity import files
+from sparsity.errors import UserError
+from sparsity.models import load_model
+from sparsity.sat import checkpoints
+from sparsity.sat.callbacks import read_log
+from sparsity.sat.dataset import encode_records
+from sparsity.sat.result import STATE_NAME
+from sparsity.states import load_state, restore_sparse, sparse_masks
+from sparsity.text import read_records
+
+STEPS = 16
+TRAINING = ["--max_length", 400, "--max_steps", STEPS, "--save_steps", 4, "--eval_steps", 8, "--lr", 1e-2]
+TRAINING += ["--weight_decay", 0.5, "--logging_steps", 1, "--check_masks_every", 5, "--mixed_precision", "no"]
+
+
+def command(model_dir, state_path, data_dir, output_dir, *more) -> list[str]:
+    parts = ["finetune.py", "--model", model_dir, "--restore_path", state_path, "--data_path", data_dir]
+    return [str(part) for part in [*parts, "--output_dir", output_dir, *more]]
+
+
+@pytest.fixture
+def run_here(monkeypatch, model_dir, state_path, data_dir, tmp_path):
+    """Run finetune.main() in this process, which spares the imports; returns the output folder."""
+
+    def run(*more, output_dir=tmp_path / "out") -> Path:
+        monkeypatch.setattr(sys, "argv", command(model_dir, state_path, data_dir, output_dir, *more))
+        try:
+            finetune.main()
+        finally:
+            files.release_locks()  # as run_cli does at the end of a process
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir, state_path, data_dir):
+    """An uninterrupted run of one process with a batch of 2; (output folder, completed process)."""
+    folder = tmp_path_factory.mktemp("finished") / "out put"
+    result = run_script(*command(model_dir, state_path, data_dir, folder, *TRAINING, "--train_bs", 2), check=True)
+    return folder, result
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_state(folder / STATE_NAME)["model_state_dict"]
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float) -> None:
+    ours, theirs = weights_of(first), weights_of(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), atol=tolerance, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+def test_saved_state_restores_and_masks_are_intact(finished, model_dir, state_path):
+    import modelopt.torch.opt as mto
+    from transformers import AutoModelForCausalLM
+
+    folder, result = finished
+    assert "100% of" in result.stdout
+    before = load_state(state_path)["model_state_dict"]
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    mto.restore(model, folder / STATE_NAME)  # in the way modelopt documents, without our helpers
+    after = weights_of(folder)
+    assert after.keys() == before.keys()
+    checked = 0
+    for name, weight, mask in sparse_masks(after):
+        assert torch.equal(mask, before[name.removesuffix("weight") + "_weight_mask"])
+        pruned = weight[~mask]
+        assert (pruned == 0).all() and not torch.signbit(pruned).any()
+        assert not torch.equal(weight[mask], before[name][mask]), "the kept weights were trained"
+        assert weight.dtype == before[name].dtype
+        checked += 1
+    assert checked == 14
+    batch = torch.tensor([[5, 6, 7, 8]])
+    assert torch.isfinite(model(input_ids=batch).logits).all()
+
+
+def test_log_and_plot(finished):
+    folder, _ = finished
+    lines = read_log(folder / "train_log.jsonl")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert training[-1]["loss"] < training[0]["loss"] - 0.5
+    assert {"lr", "grad_norm", "tokens_per_second", "epoch"} <= training[0].keys()
+    assert training[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [8, 16]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_rotate(finished):
+    names = [path.name for path in checkpoints.checkpoint_folders(finished[0] / "checkpoints")]
+    assert names == ["checkpoint-12", "checkpoint-16"]
+
+
+def test_evaluation_loss_is_the_models_own(finished, model_dir, data_dir, tokenizer):
+    """The logged loss equals the token-weighted loss that transformers computes sample by sample."""
+    folder, _ = finished
+    model = restore_sparse(load_model(str(model_dir)), folder / STATE_NAME)
+    samples = encode_records(tokenizer, read_records(data_dir / "cnn_eval.json"), 400, 1)
+    total = count = 0
+    for sample in samples:
+        ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=labels).loss.item()
+        tokens = (labels[:, 1:] != -100).sum().item()
+        total, count = total + loss * tokens, count + tokens
+    logged = [line["eval_loss"] for line in read_log(folder / "train_log.jsonl") if "eval_loss" in line][-1]
+    assert logged == pytest.approx(total / count, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, model_dir, state_path, data_dir, tmp_path):
+    arguments = command(model_dir, state_path, data_dir, tmp_path, *TRAINING, "--train_bs", 2)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    root = tmp_path / "checkpoints"
+    limit = time.monotonic() + 120
+    while not (root / "checkpoint-4" / checkpoints.MARKER).is_file() and time.monotonic() < limit:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / STATE_NAME).exists()
+    # As if it had been killed once more while it saved: files are there, the marker is not, or sizes are wrong.
+    whole = checkpoints.last_complete(root)
+    partial = root / "checkpoint-14"
+    shutil.copytree(whole, partial)
+    (partial / checkpoints.MARKER).unlink()
+    torn = root / "checkpoint-15"
+    shutil.copytree(whole, torn)
+    os.truncate(torn / "optimizer.pt", 100)
+
+    refused = run_script(*arguments)
+    assert_clear_error(refused, "--resume", whole.name)
+    other = run_script(*arguments, "--resume", "--seed", 3)
+    assert_clear_error(other, "--seed was 0, now 3")
+    run_script(*arguments, "--resume", check=True)
+    assert_same_weights(finished[0], tmp_path, 1e-6)
+    steps = [line["step"] for line in read_log(tmp_path / "train_log.jsonl") if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_sigterm_saves_and_ends(model_dir, state_path, data_dir, tmp_path):
+    more = ["--max_length", 400, "--max_steps", 5000, "--logging_steps", 1, "--save_steps", 5000, "--train_bs", 2]
+    arguments = command(model_dir, state_path, data_dir, tmp_path, *more)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 120
+    while not read_log(tmp_path / "train_log.jsonl") and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "--resume" in out and "Traceback" not in err
+    whole = checkpoints.last_complete(tmp_path / "checkpoints")
+    assert whole and 0 < checkpoints.step_of(whole) < 5000
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(run_here, monkeypatch, tmp_path):
+    from sparsity.sat import trainer
+
+    real, calls = trainer.batch_loss, []
+
+    def breaks_at_step_7(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        calls.append(1)
+        return loss * math.nan if len(calls) == 7 else loss
+
+    monkeypatch.setattr(trainer, "batch_loss", breaks_at_step_7)
+    with pytest.raises(UserError, match=r"loss is nan at step 7, in a batch of the records \[\d, \d\]"):
+        run_here(*TRAINING, "--train_bs", 2, "--eval_steps", 100)
+    assert checkpoints.last_complete(tmp_path / "out" / "checkpoints").name == "checkpoint-4"
+
+
+def test_out_of_memory_names_the_changes_that_save_most(run_here, monkeypatch):
+    from sparsity.sat import trainer
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer, "batch_loss", fails)
+    with pytest.raises(UserError, match=r"out of memory at step 1\. .* Most effective: .*--train_bs 1 with more"):
+        run_here("--max_length", 400, "--train_bs", 2, "--max_steps", 2)
+
+
+def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch, tmp_path):
+    import errno
+
+    from transformers import PreTrainedModel
+
+    real, calls = PreTrainedModel.save_pretrained, []
+
+    def second_save_fails(self, folder, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        return real(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", second_save_fails)
+    with pytest.raises(OSError, match="No space left"):  # run_cli turns it into one line
+        run_here(*TRAINING, "--train_bs", 2)
+    assert checkpoints.last_complete(tmp_path / "out" / "checkpoints").name == "checkpoint-4"
+
+
+# ---------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["FSDP2", "FSDP1"])
+def sharded(tmp_path_factory, model_dir, state_path, data_dir, request):
+    """The run of `finished` on two processes with half the batch each."""
+    folder = tmp_path_factory.mktemp("sharded") / "out put"
+    more = ["--train_bs", 1, "--fsdp_version", request.param]
+    arguments = command(model_dir, state_path, data_dir, folder, *TRAINING, *more)[1:]
+    result = subprocess.run(
+        ["bash", "launch_finetune.sh", "--num_processes=2", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_two_sharded_processes_equal_one(finished, sharded):
+    assert "weights are sharded" in sharded[1].stdout
+    alone, together = (read_log(folder / "train_log.jsonl") for folder in (finished[0], sharded[0]))
+    for key in ("loss", "eval_loss", "grad_norm"):
+        ours = [line[key] for line in alone if key in line]
+        theirs = [line[key] for line in together if key in line]
+        assert len(ours) == len(theirs) > 0
+        assert theirs == pytest.approx(ours, rel=2e-3)
+    assert together[5]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert_same_weights(finished[0], sharded[0], 2e-3)
+
+
+def test_sharded_run_saves_a_whole_state(sharded, model_dir, state_path):
+    before = load_state(state_path)["model_state_dict"]
+    after = weights_of(sharded[0])
+    assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+    for name, weight, mask in sparse_masks(after):
+        assert torch.equal(mask, before[name.removesuffix("weight") + "_weight_mask"])
+        assert (weight[~mask] == 0).all() and not torch.signbit(weight[~mask]).any()
+    restore_sparse(load_model(str(model_dir)), sharded[0] / STATE_NAME)
+
+
+# -------------------------------------------------------------------------------------------------- options
+
+
+def test_text_packing_distillation_and_best_checkpoint(run_here, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS * 10))
+    more = ["--text_path", text, "--text_ratio", 0.3, "--text_length", 64, "--packing", "--max_length", 900]
+    more += ["--distill", "--distill_hidden", 1, "--load_best", "--lr", 1e-3, "--gradient_checkpointing"]
+    folder = run_here(*more, "--num_epochs", 10, "--train_bs", 2, "--logging_steps", 1)
+    losses = [line["loss"] for line in read_log(folder / "train_log.jsonl") if "loss" in line]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+def test_other_optimizers_leave_pruned_weights_at_zero(run_here, optimizer):
+    more = ["--max_steps", 3, "--check_masks_every", 1, "--weight_decay", 0.5, "--train_bs", 2, "--max_length", 400]
+    folder = run_here(*more, "--optim", optimizer)
+    for _, weight, mask in sparse_masks(weights_of(folder)):
+        assert (weight[~mask] == 0).all()
+
+
+def test_dry_run_shows_memory_without_loading(model_dir, state_path, data_dir, tmp_path):
+    options = ["--dry_run", "--world_size", 8]
+    result = run_script(*command(model_dir, state_path, data_dir, tmp_path, *options), check=True)
+    assert "estimated memory per GPU, 8 GPU(s)" in result.stdout and "optimizer" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def test_wrong_inputs_are_reported_in_one_line(run_here, model_dir, state_path, data_dir, tmp_path):
+    cases = [
+        (["--restore_path", tmp_path / "none.pth"], "PTS state .* not found"),
+        (["--data_path", tmp_path / "nowhere"], "data file not found"),
+        (["--max_length", 30], "--max_length 30 is too small"),
+        (["--max_length", 5000], "5000"),
+        (["--train_bs", 64], "10 training samples do not fill one batch of 64"),
+        (["--mixed_precision", "fp16"], "needs a CUDA GPU"),
+        (["--lr", "-1"], "--lr must be above 0"),
+        (["--cpu_offload"], "--cpu_offload and --teacher_offload need FSDP"),
+        (["--text_path", tmp_path / "no.txt"], "text file .* not found"),
+        (["--model", tmp_path], "config.json"),
+    ]
+    for more, message in cases:
+        with pytest.raises(UserError, match=message):
+            run_here(*more)
+
+
+def test_state_of_another_model_is_refused(run_here, tmp_path, tokenizer):
+    other = tmp_path / "other"
+    tiny_llama(hidden=64).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match="belongs to another model"):
+        run_here("--model", other)
+
+
+def test_state_without_masks_is_refused(run_here, tmp_path, model_dir):
+    path = tmp_path / "dense.pth"
+    weights = load_model(str(model_dir)).state_dict()
+    torch.save(
+        {"modelopt_state": {"modelopt_state_dict": [], "modelopt_version": "0.47.0"}, "model_state_dict": weights}, path
+    )
+    with pytest.raises(UserError, match="holds no masks"):
+        run_here("--restore_path", path)
+
+
+def test_errors_leave_an_earlier_result_alone(model_dir, state_path, data_dir, tmp_path):
+    result = tmp_path / STATE_NAME
+    result.write_bytes(b"precious")
+    broken = tmp_path / "data"
+    broken.mkdir()
+    (broken / "cnn_train.json").write_text("[{]")
+    (broken / "cnn_eval.json").write_text(json.dumps([]))
+    failed = run_script(*command(model_dir, state_path, broken, tmp_path))
+    assert_clear_error(failed, "not valid JSON")
+    assert result.read_bytes() == b"precious"

@@ -1,0 +1,182 @@
+"""hf_pts.py as a user runs it: the state it leaves, resume after a kill, wrong inputs; and the layer walk behind it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
+
+from sparsity.states import load_state, sparse_masks
+
+RESTORE = """
+import sys, torch
+import modelopt.torch.opt as mto
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = mto.restore(model, sys.argv[2]).eval()
+torch.save(model(torch.arange(20)[None]).logits.detach(), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calib") / "calib text.txt"
+    path.write_text("\n".join(TEXTS * 12))
+    return path
+
+
+def command(model_dir, calib, output_dir, *more):
+    return [
+        *("hf_pts.py", "--model_name_or_path", model_dir, "--calib_data", calib, "--output_dir", output_dir),
+        *("--device", "cpu", "--dtype", "fp32", "--calib_size", 12, "--model_max_length", 48, "--batch_size", 5, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, model_dir, calib):
+    output = tmp_path_factory.mktemp("pts") / "saved model"
+    return output, run_script(*command(model_dir, calib, output, "--quality", "best"), check=True).stdout
+
+
+def test_plain_modelopt_restores_the_pruned_model_in_a_fresh_process(pruned, model_dir, tmp_path):
+    output, _ = pruned
+    arguments = [str(model_dir), str(output / "pts_modelopt_state.pth"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", RESTORE, *arguments], check=True, cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    model = tiny_llama()
+    weights = {n: t for n, t in load_state(arguments[1])["model_state_dict"].items() if not n.endswith("_weight_mask")}
+    model.load_state_dict(weights)
+    torch.testing.assert_close(logits, model(torch.arange(20)[None]).logits, rtol=0, atol=0)
+
+
+def test_state_is_exactly_two_of_four_and_the_rest_is_dense(pruned):
+    state = load_state(pruned[0] / "pts_modelopt_state.pth")["model_state_dict"]
+    masks = list(sparse_masks(state))
+    assert len(masks) == 14
+    for _, weight, mask in masks:
+        assert bool((mask.view(-1, 4).sum(1) == 2).all())
+        assert bool((weight[~mask] == 0).all())
+        assert not bool(torch.signbit(weight[~mask]).any())
+    dense = tiny_llama().state_dict()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(state[name], dense[name])
+
+
+def test_log_has_a_row_for_every_pruned_weight_and_the_screen_says_what_was_done(pruned):
+    output, stdout = pruned
+    rows = [json.loads(line) for line in (output / "pts_layers.jsonl").read_text().splitlines()]
+    assert len(rows) == 14
+    assert all(row["sparsity"] == 0.5 and 0 < row["relative_error"] < 1 and row["percdamp"] == 0.1 for row in rows)
+    assert "50.00%" in stdout
+    assert "identical logits" in stdout
+    assert sorted(path.name for path in output.glob("[!.]*")) == ["pts_layers.jsonl", "pts_modelopt_state.pth"]
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_killed_run_resumes_and_ends_with_the_same_bits(pruned, model_dir, calib, tmp_path, after):
+    arguments = [str(item) for item in command(model_dir, calib, tmp_path, "--quality", "best")]
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    finished = tmp_path / "pts_resume" / f"layer_{after:04d}.safetensors"
+    while process.poll() is None and not finished.exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert finished.exists()
+    assert not (tmp_path / "pts_modelopt_state.pth").exists()
+    run_script(*arguments, check=True)
+    assert states_equal(tmp_path, pruned[0])
+
+
+def states_equal(left, right) -> bool:
+    one, other = (load_state(folder / "pts_modelopt_state.pth")["model_state_dict"] for folder in (left, right))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_hidden_states_on_disk_change_no_bit_and_leave_no_file(pruned, model_dir, calib, tmp_path):
+    folder = tmp_path / "hidden states"
+    more = ["--quality", "best", "--activations_dir", folder]
+    run_script(*command(model_dir, calib, tmp_path / "out", *more), check=True)
+    assert states_equal(tmp_path / "out", pruned[0])
+    assert not list(folder.iterdir())
+
+
+def test_two_processes_save_one_state_and_report_a_mistake_once(model_dir, calib, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    run_script(*launch, *command(model_dir, calib, tmp_path / "out", "--batch_size", 1), check=True)
+    masks = list(sparse_masks(load_state(tmp_path / "out" / "pts_modelopt_state.pth")["model_state_dict"]))
+    assert len(masks) == 14
+    for change in (["--calib_data", "missing.txt"], ["--batch_size", 12]):
+        result = run_script(*launch, *command(model_dir, calib, tmp_path / "no", *change))
+        assert result.returncode != 0
+        assert result.stderr.count("error: ") == 1, result.stderr
+
+
+def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, tmp_path):
+    result = run_script(*command(model_dir, calib, tmp_path, "--dry_run"), check=True)
+    assert "mlp.gate_proj (64, 32), mlp.up_proj (64, 32)" in result.stdout
+    assert "computed peak memory" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("choice", "group", "kept"),
+    [
+        (["--pattern", "4:8"], 8, 4),
+        (["--pattern", "unstructured:0.5"], None, None),
+        (["--sparsity_fmt", "wanda"], 4, 2),
+        (["--sparsity_fmt", "sparse_magnitude"], 4, 2),
+        (["--quality", "fast", "--ignore", "*.down_proj"], 4, 2),
+    ],
+)
+def test_other_choices_leave_a_state_that_restores(model_dir, calib, tmp_path, choice, group, kept):
+    result = run_inline(*command(model_dir, calib, tmp_path, *choice))
+    assert result.returncode == 0, result.stderr
+    assert "identical logits" in result.stdout
+    masks = list(sparse_masks(load_state(tmp_path / "pts_modelopt_state.pth")["model_state_dict"]))
+    assert len(masks) == (12 if "--ignore" in choice else 14)
+    for _, weight, mask in masks:
+        assert not weight[~mask].any()
+        if group:
+            assert bool((mask.view(-1, group).sum(1) == kept).all())
+    # Without groups, layers that share an input share their quota as well: the whole is exact, the parts are not.
+    kept_weights = sum(int(mask.sum()) for _, _, mask in masks)
+    assert kept_weights / sum(mask.numel() for _, _, mask in masks) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "needles"),
+    [
+        (["--model_name_or_path", "no/such/model"], ["no/such/model"]),
+        (["--calib_data", "missing.txt"], ["missing.txt"]),
+        (["--device", "cuda"], ["--device cuda", "cpu"]),
+        (["--pattern", "3:3"], ["--pattern", "3:3"]),
+        (["--calib_size", "0"], ["--calib_size", "0"]),
+        (["--model_max_length", "100000"], ["100000", "1024 positions"]),
+        (["--inference_tensor_parallel", "2"], ["--inference_tensor_parallel"]),
+        (["--ignore", "*.no_such"], ["--ignore", "*.no_such"]),
+        (["--percdamp", "-1"], ["--percdamp", "-1"]),
+        (["--percdamp", "0.1", "--sparsity_fmt", "wanda"], ["--percdamp", "wanda"]),
+        (["--activations_dir", "run_tests.sh"], ["run_tests.sh"]),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(model_dir, calib, tmp_path, change, needles):
+    assert_clear_error(run_inline(*command(model_dir, calib, tmp_path / "out", *change)), *needles)
+
+
+def test_encoder_and_conv1d_models_are_refused(calib, tmp_path, tokenizer):
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=400, **small)).save_pretrained(tmp_path / "bert")
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    for name, needle in (("bert", "BertForMaskedLM"), ("gpt2", "Conv1D")):
+        tokenizer.save_pretrained(tmp_path / name)
+        assert_clear_error(run_inline(*command(tmp_path / name, calib, tmp_path / "out")), needle)

@@ -1,0 +1,93 @@
+"""Files written whole or not at all, output folders held by one run, digests, and JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+
+from sparsity import files
+from sparsity.errors import UserError
+
+
+def test_atomic_path_replaces_only_on_success(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), files.atomic_path(target) as temporary:
+        temporary.write_text("half of the new")
+        raise ZeroDivisionError
+    assert target.read_text() == "old"
+    with files.atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_saved_file_has_ordinary_permissions(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        files.save_json({"a": "é"}, tmp_path / "a.json")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o644
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"a": "é"}
+
+
+def test_prepare_output_dir(tmp_path):
+    assert files.prepare_output_dir(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to the output folder"):
+        files.prepare_output_dir(tmp_path / "file")
+
+
+def test_output_folder_is_held_until_the_run_ends(tmp_path):
+    def second():
+        files.lock_output_dir(tmp_path)
+
+    def first():
+        files.lock_output_dir(tmp_path)
+        with pytest.raises(UserError, match=f"another run .process {os.getpid()}. is writing"):
+            second()
+
+    first()
+    files.release_locks()  # as run_cli does at the end of a process
+    second()
+    files.release_locks()
+
+
+def test_digest_follows_the_content(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(range(256)) * 2000)
+    whole, sampled = files.file_digest(path), files.file_digest(path, 64)
+    assert (files.file_digest(path), files.file_digest(path, 64)) == (whole, sampled)
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    assert files.file_digest(path) != whole and files.file_digest(path, 64) != sampled
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert files.file_digest(path, 64) not in (sampled, whole)
+
+
+def test_lines_survive_a_kill_within_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    files.append_jsonl([{"a": 1}, {"a": "é"}], path)
+    path.write_bytes(path.read_bytes() + b'{"a": 3, "b')  # what a kill within a write leaves
+    files.append_jsonl([{"a": 4}], path)
+    assert list(files.read_jsonl(path, "log", skip_damaged=True)) == [{"a": 1}, {"a": "é"}, {"a": 4}]
+    with pytest.raises(UserError, match="log .*a.jsonl line 4 is not valid JSON"):
+        list(files.read_jsonl(path, "log"))
+
+
+def test_saved_lines_replace_the_file_only_once_all_are_there(tmp_path):
+    path = tmp_path / "a.jsonl"
+    files.save_jsonl([1, [2]], path)
+
+    def breaks():
+        yield 3
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        files.save_jsonl(breaks(), path)
+    assert list(files.read_jsonl(path, "lines")) == [1, [2]]
+    assert os.listdir(tmp_path) == ["a.jsonl"]

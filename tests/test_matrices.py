@@ -1,0 +1,42 @@
+"""Whether a matrix is 2:4, what is counted in it, and which sparse kernels take it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import sparse_matrix
+
+from sparsity.matrices import inspect_matrix, is_2_4, kernel_support
+
+
+def test_two_to_four_is_judged_within_groups_of_consecutive_inputs():
+    assert is_2_4(torch.tensor([[1.0, 0, 0, 1, 0, 1, 1, 0]]))
+    assert not is_2_4(torch.tensor([[0.0, 1, 1, 1, 1, 0, 0, 0]]))  # half zeros, but three values in the first group
+    assert not is_2_4(torch.tensor([[0.0, 1, 0, 1, 0, 1]]))  # six inputs do not divide into groups
+    assert is_2_4(sparse_matrix()) and not is_2_4(sparse_matrix().t().contiguous())
+
+
+def test_counts_of_one_matrix():
+    weight = sparse_matrix(32, 64).half()
+    weight[0][weight[0] == 0] = -0.0
+    report = inspect_matrix("a.weight", weight)
+    assert (report.shape, report.dtype, report.is_2_4) == ((32, 64), "float16", True)
+    assert report.zero_share == 0.5 and report.negative_zeros == 32 and report.under_mask == 0
+    mask = weight != 0
+    dense = torch.randn(32, 64).half()
+    masked = inspect_matrix("a.weight", dense, mask)
+    assert masked.is_2_4 and masked.under_mask == 32 * 32 and masked.negative_zeros == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
+def test_other_dtypes(dtype):
+    assert inspect_matrix("a.weight", (sparse_matrix() * 50).to(dtype)).is_2_4
+
+
+def test_kernel_rule_is_that_of_torch():
+    assert kernel_support(32, 64, torch.float16) == ("cutlass", "cusparselt")
+    assert kernel_support(16, 16, torch.float16) == ("cusparselt",)
+    assert kernel_support(4096, 11008, torch.bfloat16) == ("cutlass", "cusparselt")
+    assert kernel_support(50257, 768, torch.float16) == ()
+    assert kernel_support(32, 32, torch.float32) == ("cutlass",)
+    assert kernel_support(64, 64, torch.float64) == ()

@@ -1,0 +1,48 @@
+"""Loading models and tokenizers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsity.errors import UserError
+from sparsity.models import load_config, load_model, load_tokenizer
+
+
+def save_config(path, **fields):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(fields))
+    return str(path)
+
+
+def test_only_decoders_are_accepted(tmp_path):
+    bert = save_config(tmp_path / "bert", model_type="bert", architectures=["BertModel"])
+    with pytest.raises(UserError, match="is a BertModel, not a decoder-only"):
+        load_config(bert)
+    t5 = save_config(
+        tmp_path / "t5", model_type="t5", is_encoder_decoder=True, architectures=["T5ForConditionalGeneration"]
+    )
+    with pytest.raises(UserError, match="not a decoder-only"):
+        load_config(t5)
+    unknown = save_config(tmp_path / "unknown", model_type="no-such-model")
+    with pytest.raises(UserError, match="cannot load a model"):
+        load_config(unknown)
+    with pytest.raises(UserError, match="no config.json"):
+        load_config(str(tmp_path))
+    with pytest.raises(UserError, match="cannot load a model from"):
+        load_config("no-such-organisation/no-such-model")
+
+
+def test_missing_pad_token_falls_back(model_dir):
+    tokenizer = load_tokenizer(str(model_dir))
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+
+
+def test_truncated_weights_are_refused(tmp_path, model_dir):
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cannot load the weights"):
+        load_model(str(tmp_path))

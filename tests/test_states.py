@@ -1,0 +1,69 @@
+"""Sparse states: restored exactly, refused where they do not fit, and read without running pickled code."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from sparsity.errors import UserError
+from sparsity.models import load_model
+from sparsity.states import load_state, restore_sparse, sparse_masks
+
+
+def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
+    model = restore_sparse(load_model(str(model_dir)), state_path)
+    state = load_state(state_path)["model_state_dict"]
+    masked = list(sparse_masks(state))
+    assert len(masked) == 14
+    reference = load_model(str(model_dir))
+    weights = dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, weight, mask in masked:
+            assert mask.float().mean() == 0.5
+            weights[name].copy_(weight * mask)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+    folded = restore_sparse(load_model(str(model_dir)), state_path, fold=True)
+    assert type(folded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert folded.state_dict().keys() == reference.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, folded(ids).logits)
+
+
+def test_state_of_another_model_is_refused(state_path):
+    with pytest.raises(UserError, match="belongs to another model"):
+        restore_sparse(tiny_llama(hidden=64), state_path)
+    with pytest.raises(UserError, match="belongs to another model"):
+        restore_sparse(tiny_llama(layers=3), state_path)
+
+
+class Malicious:
+    """A pickle that creates a file when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickled_code_in_a_state_is_not_run(tmp_path):
+    trap = tmp_path / "trap"
+    state = tmp_path / "state.pth"
+    for save in (lambda value: torch.save(value, state), lambda value: state.write_bytes(pickle.dumps(value))):
+        save({"modelopt_state": Malicious(str(trap)), "model_state_dict": {}})
+        with pytest.raises(UserError, match="not a readable modelopt state"):
+            load_state(state)
+        assert not trap.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
+def test_truncated_state_is_refused(tmp_path, state_path, keep):
+    damaged = tmp_path / "state.pth"
+    damaged.write_bytes(state_path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="not a readable modelopt state"):
+        load_state(damaged)
