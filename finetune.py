@@ -42,15 +42,15 @@ def parse_args() -> SatArguments:
 
 
 def main() -> None:
-    from sparsity.sat.arguments import check_arguments
-
     args = parse_args()
-    check_arguments(args)
-    model_args, training = args.model, args.training
 
     # Phase 1: cheap checks, before anything heavy is loaded.
-    from sparsity import files, models, states
+    from sparsity import files, models
     from sparsity.sat import memory
+    from sparsity.sat.arguments import check_arguments
+
+    check_arguments(args)
+    model_args, training = args.model, args.training
 
     files.require_file(model_args.modelopt_restore_path, "PTS state (--restore_path)")
     config = models.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
@@ -62,16 +62,14 @@ def main() -> None:
         print(memory.table(memory.model_shapes(config, model_args.trust_remote_code), memory.settings_of(args)))
         return
 
-    import modelopt.torch.opt as mto
     from transformers.utils import logging
 
     from sparsity.processes import fail_together, start_processes
     from sparsity.reporting.plots import plot_loss
     from sparsity.sat import resume
-    from sparsity.sat.batching import Collator
     from sparsity.sat.callbacks import read_log
     from sparsity.sat.dataset import load_data
-    from sparsity.sat.loss import check_packing
+    from sparsity.sat.model import load_student, load_teacher
     from sparsity.sat.result import STATE_NAME, save_and_verify
     from sparsity.sat.trainer import build_trainer, explain_failures
 
@@ -91,25 +89,13 @@ def main() -> None:
         training.schedule(len(train), evaluation is not None)
         checkpoint = resume.open_run(args, process.is_main_process)
 
-    # Phase 3: the sparse model. modelopt's state is taken now, because wrapping changes the names of the layers.
+    # Phase 3: the sparse model and its teacher.
     with fail_together(process):
-        state = states.load_state(model_args.modelopt_restore_path)
-        states.require_masks(state["model_state_dict"], model_args.modelopt_restore_path)
-        dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
-        model = models.load_model(model_args.model_name_or_path, "float32", model_args.trust_remote_code)
-        model = states.apply_state(model, state, model_args.modelopt_restore_path)
-        del state
-        modelopt_state = mto.modelopt_state(model)
-        if args.data.packing:
-            check_packing(model, Collator(tokenizer.pad_token_id), config.get_text_config().vocab_size)
-        teacher = None
-        if args.distillation.distill:
-            teacher = models.load_model(
-                model_args.model_name_or_path, training.compute_dtype, model_args.trust_remote_code
-            )
+        student = load_student(args, tokenizer.pad_token_id)
+        teacher = load_teacher(args)
 
     # Phase 4: training.
-    trainer = build_trainer(args, model, teacher, tokenizer, (train, evaluation))
+    trainer = build_trainer(args, student.model, teacher, tokenizer, (train, evaluation))
     with explain_failures(trainer, lambda: memory.advice(memory.model_shapes(config), memory.settings_of(args))):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:
@@ -121,7 +107,7 @@ def main() -> None:
 
     # Phase 5: the result.
     result = Path(training.result_dir) / STATE_NAME
-    save_and_verify(trainer, modelopt_state, dtypes, result)
+    save_and_verify(trainer, student, result)
     if process.is_main_process:
         plot_loss(read_log(training.result_dir / "train_log.jsonl"), training.result_dir / "loss.png")
         print(f"wrote {result}")

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sparsity.errors import UserError
 from sparsity.files import save_torch
+from sparsity.sat.model import Student
+from sparsity.sat.sharding import full_state
 from sparsity.sat.trainer import SparseTrainer
 from sparsity.states import load_state, sparse_masks
-
-if TYPE_CHECKING:
-    import torch
-
 
 STATE_NAME = "finetuned_modelopt_state.pth"
 
 
-def save_and_verify(
-    trainer: SparseTrainer, modelopt_state: dict[str, Any], dtypes: dict[str, torch.dtype], path: Path
-) -> None:
+def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> None:
     """Gather the weights, save them with the masks, and check on the saved file that all pruned weights are +0.0."""
-    import torch
-
-    from sparsity.sat.sharding import full_state
-
-    weights = full_state(trainer.accelerator, trainer.model, dtypes)
+    weights = full_state(trainer.accelerator, trainer.model, student.dtypes)
     if not trainer.args.should_save:
         return
-    save_torch({"modelopt_state": modelopt_state, "model_state_dict": weights}, path)
+    save_torch({"modelopt_state": student.modelopt_state, "model_state_dict": weights}, path)
     pruned = intact = 0
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
         kept_zero = weight[~mask]

@@ -1,0 +1,57 @@
+"""The models of a training run: the sparse student with its masks, and the dense teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsity.models import load_model
+from sparsity.sat.batching import Collator
+from sparsity.sat.loss import check_packing
+from sparsity.states import apply_state, load_state, require_masks
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from sparsity.sat.arguments import SatArguments
+
+
+@dataclass
+class Student:
+    """The sparse model on the CPU in float32, and what its state file needs.
+
+    Attributes:
+        modelopt_state: taken before the model is wrapped for training, which changes the names of its layers.
+        dtypes: of the tensors in the restored state, by name; the result is saved in them.
+    """
+
+    model: PreTrainedModel
+    modelopt_state: dict[str, Any]
+    dtypes: dict[str, torch.dtype]
+
+
+def load_student(args: SatArguments, pad_token_id: int) -> Student:
+    """Load the dense model and apply the state of --restore_path.
+
+    Raises:
+        UserError: the state is unreadable, has no masks or belongs to another model, or the model takes no packed rows.
+    """
+    import modelopt.torch.opt as mto
+
+    path = args.model.modelopt_restore_path
+    state = load_state(path)
+    require_masks(state["model_state_dict"], path)
+    dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
+    model = load_model(args.model.model_name_or_path, "float32", args.model.trust_remote_code)
+    model = apply_state(model, state, path)
+    if args.data.packing:
+        check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
+    return Student(model, mto.modelopt_state(model), dtypes)
+
+
+def load_teacher(args: SatArguments) -> PreTrainedModel | None:
+    """The dense model in the compute dtype, on the CPU; None without distillation."""
+    if not args.distillation.distill:
+        return None
+    return load_model(args.model.model_name_or_path, args.training.compute_dtype, args.model.trust_remote_code)
