@@ -10,6 +10,7 @@ A killed run resumes with the same command and --resume.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,9 @@ def parse_args() -> SatArguments:
         action="store_false",
         default=None,
         help="keep activations; by default on the CPU",
+    )
+    parser.add_argument(
+        "--no-group_by_length", dest="group_by_length", action="store_false", default=True, help=argparse.SUPPRESS
     )
     return SatArguments(*parser.parse_args_into_dataclasses(look_for_args_file=False))
 

@@ -112,27 +112,40 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        _close_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
             raise
+        _close_bars()
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}. Free space or choose another output folder.", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if not _is_failed_write(error):
             raise
+        _close_bars()
         print(
             f"error: writing failed ({first_line(error)}); is the disk full? Files saved before are whole.",
             file=sys.stderr,
         )
         sys.exit(1)
     except KeyboardInterrupt:
+        _close_bars()
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     finally:
         release_locks()
+
+
+def _close_bars() -> None:
+    """End unfinished progress bars, so that a message starts on a line of its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()
 
 
 def _is_failed_write(error: Exception) -> bool:

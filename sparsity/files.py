@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,18 +15,23 @@ from typing import Any
 from sparsity.errors import UserError
 
 PIECE_BYTES = 1 << 16
+TEMPORARY = ".tmp"  # suffix of files that are being written
 
 _held_locks = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error."""
+    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error.
+
+    Temporary files that killed processes left for the same `path` are removed first; those of live ones stay.
+    """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    remove_leftovers(path.parent, path.name)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     temporary = Path(name)
     try:
+        lock_file(handle)  # shows other processes that this one is alive, for as long as the handle is open
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
@@ -35,6 +41,41 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files of `atomic_path` whose writers are dead.
+
+    Args:
+        name: only those of the file of this name; None: of all files in the folder.
+    """
+    wanted = r".+" if name is None else re.escape(name)
+    for leftover in folder.iterdir():
+        if not re.fullmatch(rf"\.{wanted}\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", leftover.name):
+            continue
+        with contextlib.suppress(OSError):  # another process may remove it at the same time
+            handle = os.open(leftover, os.O_RDWR)
+            try:
+                if lock_file(handle):
+                    leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def lock_file(handle: int) -> bool:
+    """Take an exclusive lock on an open file until its handle is closed or the process dies.
+
+    Returns:
+        Whether it was taken: False where another process holds it, or the file system has no locks.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def save_json(value: Any, path: str | Path) -> None:
@@ -70,7 +111,8 @@ def prepare_output_dir(path: str | Path) -> Path:
 def lock_output_dir(path: str | Path) -> None:
     """Reserve an existing folder for this run, until `release_locks` is called or the process dies.
 
-    In a multi-process run only the main process should call this.
+    What killed runs left half written in it is then removed. In a multi-process run only the main process should call
+    this.
 
     Raises:
         UserError: another run holds it.
@@ -86,6 +128,7 @@ def lock_output_dir(path: str | Path) -> None:
         raise UserError(f"another run{owner} is writing to {path}; wait for it, or choose another folder") from error
     except OSError:
         return  # some network file systems have no locks; the folder is then not guarded
+    remove_leftovers(Path(path))
     with contextlib.suppress(OSError):  # the number only serves the message above; a full disk is reported elsewhere
         handle.truncate(0)
         handle.write(str(os.getpid()).encode())
@@ -192,8 +235,11 @@ def save_jsonl(values: Iterable[Any], path: str | Path) -> None:
 def append_jsonl(values: Iterable[Any], path: str | Path) -> None:
     """Append one JSON value per line; they are on disk when this returns."""
     text = "".join(json_lines(values)).encode()
-    with open(path, "ab") as stream:
-        # A killed process may have left half a line: an empty line is harmless, a joined one would be lost.
-        stream.write(b"\n" + text if stream.tell() else text)
+    with open(path, "ab+") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":  # half a line of a killed process, which must not be joined to ours
+                text = b"\n" + text
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from sparsity.devices import bf16_is_faster
-from sparsity.errors import UserError
+from sparsity.errors import UserError, first_line
 from sparsity.files import require_file
 from sparsity.processes import WAIT_SECONDS, start_processes
 
@@ -124,10 +126,10 @@ class SparseTrainingArguments(TrainingArguments):
         "passes over the data; --max_steps overrides it", default=3.0, aliases=["--num_epochs"]
     )
     learning_rate: float = option("peak learning rate", default=2e-5, aliases=["--lr"])
-    lr_scheduler_type: str = option("shape of the learning rate", default="cosine")
+    lr_scheduler_type: SchedulerType | str = option("shape of the learning rate", default="cosine")
     warmup_ratio: float = option("share of steps to reach the peak; --warmup_steps overrides it", default=0.03)
     weight_decay: float = option("decoupled weight decay", default=0.1)
-    optim: str = option("optimizer; 8 bit needs bitsandbytes", default="adamw_torch_fused")
+    optim: OptimizerNames | str = option("optimizer; 8 bit needs bitsandbytes", default="adamw_torch_fused")
     seed: int = option("random seed, also of the data order", default=0)
     group_by_length: bool = option("batches of samples of similar length, which need less padding", default=True)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
@@ -145,7 +147,7 @@ class SparseTrainingArguments(TrainingArguments):
     resume: bool = option("resume from the last complete checkpoint in --output_dir, if any", default=False)
     save_steps: float | None = option("steps between checkpoints; by default one epoch", default=None)
     save_total_limit: int = option("checkpoints kept on disk", default=2)
-    eval_strategy: str = option("when to evaluate: no, steps or epoch", default="steps")
+    eval_strategy: IntervalStrategy | str = option("when to evaluate: no, steps or epoch", default="steps")
     eval_steps: float | None = option("steps between evaluations; by default one epoch", default=None)
     load_best_model_at_end: bool = option(
         "end with the checkpoint of the lowest evaluation loss", default=False, aliases=["--load_best"]
@@ -191,7 +193,12 @@ class SparseTrainingArguments(TrainingArguments):
         self.keep_checkpoints, self.save_total_limit = self.save_total_limit, None  # type: ignore[assignment]
         if self.processes > 1:
             start_processes("auto")  # joins with our timeout; on CPUs TrainingArguments would leave torch's default
-        super().__post_init__()
+        if given.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(f"the training options cannot be used: {first_line(error)}") from error
 
     def _refuse_unsupported(self) -> None:
         for name, reason in REFUSED.items():

@@ -1,0 +1,334 @@
+r"""No run is ever lost: kill every script at random moments, repeat the same command until it ends, compare.
+
+    python -m benchmarks.chaos 40 --output benchmarks/results/chaos.json
+    python -m benchmarks.chaos 10 --model_dir demo/SmolLM2-135M-Instruct --jobs PTS
+
+Each script is first run once without interruption. Then it is started again and again in new folders; at a random
+moment of its running time all its processes are killed with SIGKILL, and the same command is given again, until N kills
+have happened. Results must equal those of the first run: to the bit for pruning, data, evaluation and export, to 1e-5
+for training. Files that the first run did not leave count as left over. Without --model_dir a small random Llama is
+used, whose runs take seconds, most of which is start-up; kills hit that too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from sparsity.devices import resolve_device
+from sparsity.errors import UserError
+from sparsity.files import read_json, save_json
+from utils import Parser, check_at_least, run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+TAG = "SPARSITY_CHAOS_RUN"  # environment variable by which the processes of a run are found
+VOLATILE = {"seconds", "layer_seconds", "peak_memory_mib", "generated", "examples_per_second", "arguments", "run"}
+VOLATILE |= {"tokens_per_second"}
+
+
+@dataclass
+class Job:
+    """A script to kill.
+
+    Attributes:
+        command: words, with {out} for the output folder and {inputs} for the folder of the inputs.
+        results: files in the output folder to compare.
+        tolerance: largest difference of a weight; 0 asks for the same bits.
+    """
+
+    command: str
+    results: tuple[str, ...]
+    tolerance: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What became of the runs of one job."""
+
+    kills: int = 0
+    runs: int = 0
+    lost: list[str] = field(default_factory=list)  # runs that ended with an error, or never
+    different: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+
+
+TRAIN = (
+    "--model {inputs}/model --restore_path {inputs}/pts_modelopt_state.pth --data_path {inputs}/data --max_length 200 "
+)
+TRAIN += "--max_steps 6 --save_steps 2 --eval_steps 3 --logging_steps 1 --train_bs 1 --workers 1 --mixed_precision no "
+TRAIN += "--output_dir {out} --resume"
+JOBS = {
+    "data": Job(
+        "{python} data_prep.py --source {inputs}/table.json --save_path {out}", ("cnn_train.json", "cnn_eval.json")
+    ),
+    "PTS": Job(
+        "{python} hf_pts.py --model_name_or_path {inputs}/model --device cpu --dtype fp32 --model_max_length 64 "
+        "--calib_size 8 --calib_data {inputs}/texts.json --output_dir {out}",
+        ("pts_modelopt_state.pth", "pts_layers.jsonl"),
+    ),
+    "SAT": Job("bash launch_finetune.sh " + TRAIN, ("finetuned_modelopt_state.pth", "train_log.jsonl"), 1e-5),
+    "SAT, two processes": Job(
+        "bash launch_finetune.sh --num_processes 2 " + TRAIN,
+        ("finetuned_modelopt_state.pth", "train_log.jsonl"),
+        1e-5,
+    ),
+    "eval": Job(
+        "{python} eval.py --model_dir {inputs}/model --modelopt_restore_path {inputs}/pts_modelopt_state.pth "
+        "--data_path {inputs}/data/cnn_eval.json --beam_size 2 --model_max_length 200 --max_new_tokens 8 "
+        "--min_new_tokens 1 --device cpu --output_json {out}/rouge.json --predictions {out}/predictions.jsonl",
+        ("rouge.json", "predictions.jsonl"),
+    ),
+    "export": Job(
+        "{python} export_hf.py --model_dir {inputs}/model --modelopt_restore_path {inputs}/pts_modelopt_state.pth "
+        "--output_dir {out}/exported --overwrite",
+        ("exported/model.safetensors", "exported/config.json"),
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------- running and killing
+
+
+def start(job: Job, out: Path, inputs: Path) -> tuple[subprocess.Popen, str]:
+    """Start a job; its output goes to a log beside `out`. Returns the process and the tag of all its processes."""
+    words = [word.format(python=sys.executable, out=out, inputs=inputs) for word in job.command.split()]
+    tag = f"{out}-{random.getrandbits(64):x}"
+    environment = {**os.environ, TAG: tag, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with open(out.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return process, tag
+
+
+def kill_tagged(tag: str) -> None:
+    """SIGKILL for every process that has the tag in its environment, until there is none."""
+    marker = f"{TAG}={tag}".encode()
+    while True:
+        found = False
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and marker in (entry / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    found = True
+        if not found:
+            return
+        time.sleep(0.02)
+
+
+def run_with_kills(job: Job, out: Path, inputs: Path, seconds: float, kills_left: int, rng: random.Random) -> int:
+    """Run a job in `out`, killing it at random moments and repeating the command, until it ends.
+
+    Args:
+        seconds: how long an uninterrupted run takes.
+
+    Returns:
+        The number of kills.
+
+    Raises:
+        UserError: the job ended with an error, or did not end.
+    """
+    kills = 0
+    while True:
+        process, tag = start(job, out, inputs)
+        try:
+            if kills < kills_left and (kills == 0 or rng.random() < 0.7):
+                process.wait(timeout=rng.uniform(0.0, seconds))
+            else:
+                process.wait(timeout=20 * seconds + 60)
+                kills_left = 0
+        except subprocess.TimeoutExpired:
+            kill_tagged(tag)
+            process.wait()
+            if kills_left == 0:
+                raise UserError(f"{out.name} did not end") from None
+            kills += 1
+            continue
+        if process.returncode != 0:
+            lines = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+            raise UserError(f"{out.name} after {kills} kills: exit code {process.returncode}, {lines[-1:]}")
+        return kills
+
+
+# -------------------------------------------------------------------------------------------------------- comparing
+
+
+def stable(value: Any) -> Any:
+    """A JSON value without what may differ between two equal runs: times and paths."""
+    if isinstance(value, dict):
+        return {key: stable(item) for key, item in value.items() if key not in VOLATILE}
+    return [stable(item) for item in value] if isinstance(value, list) else value
+
+
+def tensors_of(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    from sparsity.states import load_state
+
+    return load_state(path)["model_state_dict"]
+
+
+def differs(first: Path, second: Path, tolerance: float) -> bool:
+    """Whether two results of the same kind differ by more than `tolerance`."""
+    if first.suffix in (".pth", ".safetensors"):
+        weights, others = tensors_of(first), tensors_of(second)
+        if weights.keys() != others.keys():
+            return True
+        return any((w.float() - others[name].float()).abs().max().item() > tolerance for name, w in weights.items())
+    ours, theirs = (stable(read_json(path, "result")) for path in (first, second))
+    if tolerance == 0:
+        return ours != theirs
+    pairs = zip(numbers(ours), numbers(theirs), strict=True)
+    return any(abs(a - b) > 1e-4 + tolerance * abs(a) for a, b in pairs)
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers of a JSON value, in order."""
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in numbers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def listing(folder: Path) -> set[str]:
+    """Files of a result folder, but for names that carry a time or a process."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in names if "events.out" not in name and "/runs/" not in f"/{name}"}
+
+
+def check(name: str, job: Job, out: Path, reference: Path, outcome: Outcome) -> None:
+    """Compare a finished run with the uninterrupted one."""
+    for result in job.results:
+        if not (out / result).is_file() or differs(reference / result, out / result, job.tolerance):
+            outcome.different.append(f"{name} {out.name}: {result}")
+    outcome.left_over += [f"{name} {out.name}: {file}" for file in sorted(listing(out) - listing(reference))]
+
+
+# ---------------------------------------------------------------------------------------------------------- the inputs
+
+
+TEXT = (
+    "The river rose slowly through the night, and by morning the lower fields lay under water. Some engineers "
+    "met on Tuesday to discuss why the new bridge had been closed for a third time since the spring of last year."
+)
+
+
+def make_inputs(folder: Path, model_dir: str | None) -> None:
+    """Model, state, records and texts that the jobs read."""
+    from sparsity.models import load_tokenizer
+
+    tokenizer_dir = model_dir or str(ROOT / "demo/SmolLM2-135M-Instruct")
+    if model_dir:
+        (folder / "model").symlink_to(Path(model_dir).resolve())
+    else:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = load_tokenizer(tokenizer_dir)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    records = [
+        {"instruction": "Summarize.", "input": f"{TEXT} Case {i}.", "output": f"Water rose, case {i}."}
+        for i in range(12)
+    ]
+    save_json([f"{TEXT} Number {i}." for i in range(60)], folder / "texts.json")
+    save_json([{"article": r["input"], "summary": r["output"]} for r in records], folder / "table.json")
+    (folder / "data").mkdir()
+    save_json(records, folder / "data/cnn_train.json")
+    save_json(records[:6], folder / "data/cnn_eval.json")
+
+
+def run_job(name: str, job: Job, kills: int, work: Path, inputs: Path, rng: random.Random) -> Outcome:
+    """Kill a job `kills` times and compare every run that came of it."""
+    from tqdm import tqdm
+
+    outcome = Outcome()
+    reference = work / "uninterrupted"
+    reference.mkdir()
+    started = time.perf_counter()
+    run_with_kills(job, reference, inputs, 600, 0, rng)
+    seconds = time.perf_counter() - started
+    with tqdm(total=kills, desc=f"{name}, kills", disable=None) as bar:
+        while outcome.kills < kills and len(outcome.lost) < 3:
+            out = work / f"run {outcome.runs}"
+            out.mkdir()
+            outcome.runs += 1
+            try:
+                done = run_with_kills(job, out, inputs, seconds, kills - outcome.kills, rng)
+            except UserError as error:
+                outcome.lost.append(str(error))
+                continue
+            outcome.kills += done
+            bar.update(done)
+            check(name, job, out, reference, outcome)
+    return outcome
+
+
+def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) -> dict[str, Outcome]:
+    """Kill every named job `kills` times; jobs that need a state get the one of an uninterrupted pruning run."""
+    rng = random.Random(seed)
+    outcomes = {}
+    with tempfile.TemporaryDirectory(prefix="chaos ") as folder:
+        inputs = Path(folder) / "inputs"
+        inputs.mkdir()
+        make_inputs(inputs, model_dir)
+        pruned = Path(folder) / "pruned"
+        pruned.mkdir()
+        run_with_kills(JOBS["PTS"], pruned, inputs, 600, 0, rng)
+        (inputs / "pts_modelopt_state.pth").symlink_to(pruned / "pts_modelopt_state.pth")
+        for number, name in enumerate(names):
+            work = Path(folder) / f"job {number}"
+            work.mkdir()
+            outcomes[name] = run_job(name, JOBS[name], kills, work, inputs, rng)
+    return outcomes
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("kills", type=int, help="how often each script is killed")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="which scripts")
+    parser.add_argument("--model_dir", help="a real model, in place of a small random one")
+    parser.add_argument("--seed", type=int, default=0, help="moments of the kills")
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the counts")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    check_at_least(args, 1, "kills")
+    outcomes = run_chaos(args.kills, args.jobs, args.model_dir, args.seed)
+    for name, outcome in outcomes.items():
+        counts = f"{outcome.kills:>4} kills in {outcome.runs:>3} runs"
+        print(f"{name:<20} {counts}: {len(outcome.lost)} lost, ", end="")
+        print(f"{len(outcome.different)} different, {len(outcome.left_over)} left over")
+        for line in (outcome.lost + outcome.different + outcome.left_over)[:5]:
+            print(f"    {line}")
+    if args.output:
+        found = {name: asdict(outcome) for name, outcome in outcomes.items()}
+        save_json({"machine": describe_machine(resolve_device("auto")), "jobs": found}, args.output)
+    if any(outcome.lost or outcome.different or outcome.left_over for outcome in outcomes.values()):
+        raise UserError("not every run survived; see above")
+
+
+if __name__ == "__main__":
+    run_cli(main)
