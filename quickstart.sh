@@ -70,6 +70,7 @@ current() {
   local stamp=$1 word
   [[ -s $2 && -f $stamp && $(<"$stamp") == "${*:3}" ]] || return 1
   for word in "${@:3}"; do
+    [[ $word == *.* && -f ${word//.//}.py ]] && word=${word//.//}.py # a module, run with python -m
     if [[ -f $word && $word -nt $stamp && $word != "$2" ]]; then
       return 1
     fi
