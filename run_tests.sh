@@ -32,7 +32,7 @@ if [[ -z $constraints ]]; then
 fi
 "$environment/bin/lint-imports" --no-cache || failed+=("lint-imports")
 "$ENV_PYTHON" -m codespell_lib || failed+=("codespell")
-"$environment/bin/shellcheck" ./*.sh tools/*.sh benchmarks/gpu/*.sh .ci/run || failed+=("shellcheck")
+"$environment/bin/shellcheck" --external-sources ./*.sh tools/*.sh benchmarks/gpu/*.sh .ci/run || failed+=("shellcheck")
 if [[ ! -f demo/SmolLM2-135M-Instruct/model.safetensors ]]; then
   "$ENV_PYTHON" -m tools.prepare_demo || failed+=("tools.prepare_demo")
 fi

@@ -23,7 +23,7 @@ find_python() {
 
 # install_once NAME TEXT PIP-ARGUMENTS… : runs pip unless NAME was installed here for the same TEXT
 install_once() {
-  local name=$1 text=$2 stamp="$ENV_DIR/.installed-$1"
+  local name=$1 text=$2 stamp="$ENV_DIR/.installed-${1//\//-}"
   shift 2
   if [[ -f $stamp && $(<"$stamp") == "$text" ]]; then
     return

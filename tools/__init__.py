@@ -1,0 +1,1 @@
+"""Setting up: the environment of the two commands, and the demonstration model."""
