@@ -189,7 +189,10 @@ def differs(first: Path, second: Path, tolerance: float) -> bool:
     ours, theirs = (stable(read_json(path, "result")) for path in (first, second))
     if tolerance == 0:
         return ours != theirs
-    pairs = zip(numbers(ours), numbers(theirs), strict=True)
+    first_numbers, second_numbers = numbers(ours), numbers(theirs)
+    if len(first_numbers) != len(second_numbers):
+        return True
+    pairs = zip(first_numbers, second_numbers, strict=True)
     return any(abs(a - b) > 1e-4 + tolerance * abs(a) for a, b in pairs)
 
 

@@ -54,7 +54,7 @@ class MaskKeeper(TrainerCallback):
     """
 
     def __init__(self, every: int):
-        self.every = every
+        self.every, self.checked = every, False  # whether this process has checked yet
         self.sparsity: float | None = None  # share of zeros in the pruned layers, at the last check
 
     def on_train_begin(
@@ -68,7 +68,8 @@ class MaskKeeper(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        check = self.every and (state.global_step == 1 or state.global_step % self.every == 0)
+        check = self.every and (not self.checked or state.global_step % self.every == 0)
+        self.checked = True
         zeros = total = 0
         with torch.no_grad():
             for name, weight, mask in masked_weights(model):
