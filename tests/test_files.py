@@ -75,7 +75,7 @@ def test_lines_survive_a_kill_within_a_line(tmp_path):
     path.write_bytes(path.read_bytes() + b'{"a": 3, "b')  # what a kill within a write leaves
     files.append_jsonl([{"a": 4}], path)
     assert list(files.read_jsonl(path, "log", skip_damaged=True)) == [{"a": 1}, {"a": "é"}, {"a": 4}]
-    with pytest.raises(UserError, match="log .*a.jsonl line 4 is not valid JSON"):
+    with pytest.raises(UserError, match="log .*a.jsonl line 3 is not valid JSON"):
         list(files.read_jsonl(path, "log"))
 
 

@@ -35,9 +35,8 @@ def test_layer_comes_back_with_its_masks_and_rows(saved):
     other = tiny_llama(seed=1).model.layers[0]
     masks, rows = again.load(0, other)
     assert torch.equal(masks[NAME], mask) and rows == [ROW]
-    assert all(
-        torch.equal(ours, theirs) for ours, theirs in zip(other.parameters(), model.model.layers[0].parameters())
-    )
+    expected = dict(model.model.layers[0].named_parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in other.named_parameters())
 
 
 def test_other_settings_and_damaged_files_are_not_used(saved):

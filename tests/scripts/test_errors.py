@@ -199,6 +199,7 @@ def test_wrong_input_gets_one_clear_line(world, tmp_path, script, wrong, change,
     (out / "earlier.txt").write_text("kept")
     paths = {**world, "out": out}
     result = run_inline(script, *arguments_of(script, change, paths))
+    assert result.returncode == 1  # 2 is left to what a parser can know
     assert_clear_error(result, *(needle.format(**paths) for needle in needles))
     left = {path.name for path in out.iterdir()}
     # Fine-tuning keeps its tokenized data, keyed by their content, for the run that comes after the mistake is mended.

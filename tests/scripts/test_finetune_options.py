@@ -41,7 +41,8 @@ def parse(monkeypatch):
 @pytest.mark.parametrize(("name", "alias", "value", "read", "expected"), NAMES, ids=[row[0] for row in NAMES])
 def test_both_names_and_both_forms(parse, name, alias, value, read, expected, short, joined):
     flags = {key: word for key, word in REQUIRED.items() if key != name} | {alias if short else name: value}
-    words = [f"{key}={word}" for key, word in flags.items()] if joined else [x for pair in flags.items() for x in pair]
+    pairs = [[f"{key}={word}"] if joined else [key, word] for key, word in flags.items()]
+    words = [word for pair in pairs for word in pair]
     assert read(parse(*words)) == expected
 
 

@@ -82,12 +82,13 @@ def test_wrong_launcher_options(recorder, words, message):
     assert result.returncode == 2 and message in result.stderr
 
 
-def test_unknown_options_are_refused_with_the_usage():
+def test_unknown_options_are_refused_with_the_usage_and_a_hint():
     for processes in (1, 2):
         words = ["--num_processes", processes, "--model", "m", "--restore_path", "p", "--output_dir", "o"]
         result = launch(*words, "--learning_speed", 3)
         assert result.returncode == 2
         assert result.stderr.count("unrecognized arguments: --learning_speed 3") == 1
+        assert result.stderr.count("error: ") == 1 and "did you mean --learning_rate" in result.stderr
         assert "usage: bash launch_finetune.sh" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -96,7 +97,7 @@ def test_abbreviations_are_refused():
     assert result.returncode == 2 and "--max_len" in result.stderr
 
 
-def test_missing_file_is_told_once_before_any_process_starts(tmp_path):
+def test_missing_file_is_reported_once_before_any_process_starts(tmp_path):
     result = launch(
         "--num_processes", 2, "--model", tmp_path, "--restore_path", tmp_path / "no.pth", "--output_dir", tmp_path
     )
@@ -104,7 +105,7 @@ def test_missing_file_is_told_once_before_any_process_starts(tmp_path):
     assert result.stderr.count("error: ") == 1 and "PTS state (--restore_path) not found" in result.stderr
 
 
-def test_help_teaches_both_sets_of_options():
+def test_help_shows_both_sets_of_options():
     result = launch("--help")
     assert result.returncode == 0
     for word in ("--num_machines", "--main_process_ip", "--gradient_accumulation_steps", "--distill", "--resume"):

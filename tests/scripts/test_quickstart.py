@@ -15,15 +15,16 @@ setup_env() { mkdir -p .venv/bin; cp fake_python .venv/bin/python; }
 """
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >> calls
-[[ $1 == "$(cat fail 2>/dev/null)" ]] && { echo "error: made to fail"; exit 1; }
 script=$1
+[[ $1 == -m ]] && script=$2
+[[ $script == "$(cat fail 2>/dev/null)" ]] && { echo "error: made to fail"; exit 1; }
 while (($#)); do
   case $1 in
     --output_json) mkdir -p "$(dirname "$2")"; echo {} > "$2" ;;
     --save_path) mkdir -p "$2"; touch "$2"/{calib,heldout}.jsonl; echo x > "$2/cnn_train.json" ;;
     --output_dir) mkdir -p "$2"
       case $script in
-        prepare_demo.py) echo x > "$2/model.safetensors" ;;
+        tools.prepare_demo) echo x > "$2/model.safetensors" ;;
         hf_pts.py) echo x > "$2/pts_modelopt_state.pth" ;;
         finetune.py) echo x > "$2/finetuned_modelopt_state.pth" ;;
         report.py) echo "| table |" ;;
@@ -37,7 +38,8 @@ done
 @pytest.fixture
 def project(tmp_path):
     shutil.copy(ROOT / "quickstart.sh", tmp_path)
-    (tmp_path / "setup_env.sh").write_text(SETUP)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "setup_env.sh").write_text(SETUP)
     (tmp_path / "fake_python").write_text(PYTHON)
     (tmp_path / "fake_python").chmod(0o755)
     (tmp_path / "launch_finetune.sh").write_text('python finetune.py "$@"')
@@ -53,11 +55,12 @@ def quickstart(project, *arguments):
     return result, calls
 
 
-SCRIPTS = ["prepare_demo.py", "data_prep.py", "hf_pts.py", "finetune.py", *["eval_ppl.py", "eval.py"] * 3, "report.py"]
+SCRIPTS = ["tools.prepare_demo", "data_prep.py", "hf_pts.py", "finetune.py"]
+SCRIPTS += [*["eval_ppl.py", "eval.py"] * 3, "report.py"]
 
 
 def scripts(calls):
-    return [call.split()[0] for call in calls]
+    return [call.removeprefix("-m ").split()[0] for call in calls]
 
 
 def test_steps_run_in_order_and_the_second_run_only_reports(project):
@@ -83,14 +86,14 @@ def test_calibration_is_from_training_and_perplexity_from_held_out_text(project)
     assert "/cnn_eval.json" in by_script["eval.py"]
 
 
-def test_failed_step_names_itself_and_the_next_run_goes_on_there(project):
+def test_failed_step_names_itself_and_the_next_run_resumes_there(project):
     (project / "fail").write_text("finetune.py")
     result, calls = quickstart(project)
     assert result.returncode == 1
     assert scripts(calls) == SCRIPTS[:4]
     last = result.stderr.strip().splitlines()[-1]
     assert "step SAT failed" in last and last.endswith("bash quickstart.sh")
-    log = project / last.partition("output is in ")[2].partition(". To go on")[0]
+    log = project / last.partition("output is in ")[2].partition(". To resume")[0]
     assert "made to fail" in log.read_text()
     (project / "fail").unlink()
     result, calls = quickstart(project)
@@ -129,7 +132,8 @@ def test_unknown_argument_is_refused(project):
     assert "unknown argument '--fast'" in result.stderr and not calls
 
 
-SHELL_SCRIPTS = ["quickstart.sh", "run_tests.sh", "setup_env.sh", "benchmarks/gpu_check.sh", ".ci/run"]
+SHELL_SCRIPTS = ["quickstart.sh", "run_tests.sh", "launch_finetune.sh", "tools/setup_env.sh"]
+SHELL_SCRIPTS += ["benchmarks/gpu/check.sh", ".ci/run"]
 
 
 @pytest.mark.parametrize("name", SHELL_SCRIPTS)
@@ -146,15 +150,19 @@ def test_environment_is_not_installed_twice(tmp_path):
     )
     python.chmod(0o755)
     (tmp_path / "a.txt").write_text("a\n")
-    (tmp_path / "b-demo.txt").write_text("b\n")
-    command = f"set -o pipefail; source {ROOT}/setup_env.sh; TORCH_SPEC=torch==9 setup_env .venv '' a.txt b-demo.txt"
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "demo.txt").write_text("b\n")
+    command = f"set -o pipefail; source {ROOT}/tools/setup_env.sh; "
+    command += "TORCH_SPEC=torch==9 setup_env .venv '' a.txt requirements/demo.txt"
 
     def run():
         (tmp_path / "pips").write_text("")
         result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         return result, [call.partition("check ")[2] for call in (tmp_path / "pips").read_text().splitlines()]
 
-    assert run()[1] == ["torch==9", "--requirement a.txt", "--no-deps --requirement b-demo.txt"]
+    result, installed = run()
+    assert result.returncode == 0 and result.stderr == ""
+    assert installed == ["torch==9", "--requirement a.txt", "--no-deps --requirement requirements/demo.txt"]
     assert run()[1] == []
     (tmp_path / "a.txt").write_text("a\nc\n")
     assert run()[1] == ["--requirement a.txt"]
