@@ -49,7 +49,11 @@ def kernel_support(rows: int, columns: int, dtype: torch.dtype) -> tuple[str, ..
 
 
 def is_2_4(weight: torch.Tensor) -> bool:
-    """Whether each group of four consecutive values of a row has at least two zeros; False if rows do not divide."""
+    """Whether each group of four consecutive values of a row has at least two zeros; False if rows do not divide.
+
+    >>> is_2_4(torch.tensor([[1.0, 0.0, 0.0, 2.0]])), is_2_4(torch.tensor([[1.0, 3.0, 0.0, 2.0]]))
+    (True, False)
+    """
     rows, columns = weight.shape
     if columns % 4:
         return False

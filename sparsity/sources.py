@@ -213,7 +213,11 @@ def aclsum_bodies(split: str, without: str | None = None) -> Iterator[dict[str, 
 
 
 def detokenize(sentence: str) -> str:
-    """Undo Penn Treebank tokenization: `` it ca n't ( yet ) . `` becomes `` it can't (yet). ``."""
+    """Undo Penn Treebank tokenization.
+
+    >>> detokenize("it ca n't ( yet ) .")
+    "it can't (yet)."
+    """
     from nltk.tokenize.treebank import TreebankWordDetokenizer
 
     tokens, inside = [], False

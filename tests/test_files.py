@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from sparsity import files
 from sparsity.errors import UserError
@@ -91,3 +94,61 @@ def test_saved_lines_replace_the_file_only_once_all_are_there(tmp_path):
         files.save_jsonl(breaks(), path)
     assert list(files.read_jsonl(path, "lines")) == [1, [2]]
     assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+WRITER = """
+import sys, time
+from sparsity.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is about to write tmp_path / 'a [b].json'."""
+    target = tmp_path / "a [b].json"
+    command = [sys.executable, "-c", WRITER, str(target)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process, target
+        process.kill()
+
+
+def test_half_written_files_of_killed_processes_are_removed(writer):
+    process, target = writer
+    process.kill()
+    process.wait()
+    assert len(os.listdir(target.parent)) == 1
+    files.save_json("whole", target)
+    assert os.listdir(target.parent) == [target.name]
+
+
+def test_a_new_run_in_the_folder_removes_them_as_well(writer):
+    process, target = writer
+    process.kill()
+    process.wait()
+    (target.parent / ".notes.tmp").write_text("not ours")
+    files.lock_output_dir(target.parent)
+    files.release_locks()
+    assert sorted(os.listdir(target.parent)) == [".lock", ".notes.tmp"]
+
+
+def test_what_a_live_process_writes_stays(writer):
+    _, target = writer
+    files.save_json("whole", target)
+    files.lock_output_dir(target.parent)
+    files.release_locks()
+    assert len([name for name in os.listdir(target.parent) if name.endswith(".tmp")]) == 1
+
+
+def test_appended_lines_start_on_their_own_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    files.append_jsonl([{"step": 1}], log)
+    files.append_jsonl([{"step": 2}], log)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+    log.write_text('{"step": 1}\n{"st')
+    files.append_jsonl([{"step": 2}], log)
+    assert list(files.read_jsonl(log, "log", skip_damaged=True)) == [{"step": 1}, {"step": 2}]

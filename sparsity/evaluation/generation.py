@@ -19,6 +19,9 @@ def length_sorted_batches(prompts: list[list[int]], batch_size: int) -> list[lis
 
     Similar lengths waste little on padding, and the longest batch coming first makes a lack of memory show at once.
     The batches do not depend on the number of processes, so neither do the rounding errors inside them.
+
+    >>> length_sorted_batches([[5], [5, 6, 7], [5, 6]], batch_size=2)
+    [[1, 2], [0]]
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -94,6 +94,11 @@ def packed_mask(segments: torch.Tensor) -> torch.Tensor:
     """Bool mask [B, 1, T, T], true where attention is allowed: causal, and each token sees its own segment only.
 
     A padding token (segment 0) sees the padding before it and itself, so that no softmax row is empty.
+
+    >>> packed_mask(torch.tensor([[1, 1, 2]]))[0, 0].int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
     """
     same = segments[:, :, None] == segments[:, None, :]
     return (same & torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril())[:, None]
