@@ -251,7 +251,7 @@ ARGUMENT_TYPES = (ModelArguments, DataArguments, DistillationArguments, SparseTr
 
 
 def _default(name: str) -> Any:
-    """TrainingArguments' own default of a field; None where it has no such field, as transformers 5 for warmup_ratio."""
+    """TrainingArguments' own default of a field; None where it has none, as transformers 5 for warmup_ratio."""
     return next((entry.default for entry in fields(TrainingArguments) if entry.name == name), None)
 
 
