@@ -123,6 +123,8 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                     is_weight = name.endswith("weight") and not exclude.search(name)
                     if is_weight and len(tensors.get_slice(name).get_shape()) == 2:
+                        if tensors.get_slice(name).get_dtype() == "U8":
+                            raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
                         found = True
                         yield inspect_matrix(name, tensors.get_tensor(name))
         except (SafetensorError, OSError) as error:

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 from conftest import TEXTS, assert_clear_error, run_inline
+from pruning import ARCHITECTURES, small_config
 from safetensors.torch import load_file, save_file
 
 from sparsity.errors import UserError
 from sparsity.export import quantize
+from sparsity.export.companions import write_companions
 from sparsity.export.formats import FORMATS
-from sparsity.models import load_model
+from sparsity.models import load_config, load_model
 from sparsity.states import load_for_inference, load_state, sparse_masks
 
 ALGORITHMS = {
@@ -139,3 +141,23 @@ def test_a_failed_export_leaves_nothing(model_dir, state_path, tmp_path, monkeyp
     result = run_inline(*command, "--output_dir", tmp_path / "out", "--quantization", "int8_wo")
     assert_clear_error(result, "modelopt cannot export LlamaForCausalLM", "no such experts")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_model_families(tmp_path, architecture):
+    import modelopt.torch.sparsity as mts
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(small_config(architecture)).save_pretrained(tmp_path / "dense")
+    dense = str(tmp_path / "dense")
+    state = mts.sparsify(load_model(dense), "sparse_magnitude").state_dict()
+    model = quantize.fold_masks(load_model(dense), state, None)
+    expected = logits(model)
+    model = quantize.quantize(model, FORMATS["int8_sq"], list(IDS.split(1)), torch.device("cpu"))
+    (tmp_path / "out").mkdir()
+    settings = quantize.write_quantized(model, "5GB", tmp_path / "out")
+    assert quantize.check_zeros(tmp_path / "out", load_model(dense), state) > 10_000
+    write_companions(tmp_path / "dense", load_config(dense), "float32", tmp_path / "out", settings)
+    ours = logits(load_model(str(tmp_path / "out"), quantized=True))
+    assert (ours - expected).norm() / expected.norm() < 0.05
