@@ -12,8 +12,9 @@ SmoothQuant's factor per input channel (Xiao et al., 2023, section 4), 1 elsewhe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +122,8 @@ def round_inputs(model: nn.Module, scales: dict[str, dict[str, Tensor]], algorit
             module.register_forward_pre_hook(_rounding_hook(kind))
 
 
-def _rounding_hook(kind: torch.dtype):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _rounding_hook(kind: torch.dtype) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         values = inputs[0]
         if module.pre_quant_scale is not None:
             values = values * module.pre_quant_scale.to(values.dtype)
