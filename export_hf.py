@@ -6,6 +6,13 @@ r"""Write a sparse model as an ordinary Hugging Face folder: masks folded into t
 
 The folder opens with plain transformers. Its config.json has no sparsity_config: servers either need none or refuse it.
 Weights are read from the memory-mapped state and written shard by shard: memory holds a shard or two, never the model.
+
+    python export_hf.py --model_dir meta-llama/Llama-2-7b-hf --dtype fp16 --quantization fp8 --calib_data calib.jsonl \
+        --modelopt_restore_path saved_models/finetuned/finetuned_modelopt_state.pth --output_dir exported-fp8
+
+With --quantization modelopt quantizes the linear layers of the decoder to 8 bits, and every pruned weight is checked to
+be zero in the files. This takes the memory of the whole model. Servers open such a folder (docs/deployment.md), plain
+transformers do not; eval.py and eval_ppl.py compute it with the rounding of its format.
 """
 
 from __future__ import annotations
@@ -15,7 +22,8 @@ from pathlib import Path
 
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
-from utils import Parser, add_remote_code_option, run_cli
+from sparsity.export.formats import FORMATS
+from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +37,21 @@ def parse_args() -> argparse.Namespace:
     target.add_argument("--overwrite", action="store_true", help="replace --output_dir if it exists")
     target.add_argument("--dtype", choices=DTYPES, help="precision of the weights (by default the state's own)")
     target.add_argument("--max_shard_size", default="5GB", help="most bytes in one file")
+    quantization = parser.add_argument_group("quantization")
+    quantization.add_argument(
+        "--quantization",
+        choices=FORMATS,
+        help="int8: 8-bit integers for weights (one scale per row) and inputs (one per layer); int8_sq: the same with "
+        "SmoothQuant; int8_wo: weights only; fp8: float8 with one scale per matrix and per layer; fp8_pc_pt: float8 "
+        "with one scale per row and per token",
+    )
+    quantization.add_argument(
+        "--calib_data", metavar="FILE", help=".txt, .json or .jsonl of plain text; int8, int8_sq and fp8 need it"
+    )
+    quantization.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
+    quantization.add_argument("--model_max_length", type=int, default=1024, help="tokens per calibration sequence")
+    quantization.add_argument("--seed", type=int, default=0, help="order in which calibration texts are drawn")
+    add_device_options(quantization)
     card = parser.add_argument_group("model card")
     card.add_argument(
         "--figures",
@@ -40,13 +63,27 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    check_at_least(args, 1, "calib_size")
+    check_at_least(args, 2, "model_max_length")
+    if args.quantization and FORMATS[args.quantization].calibrated and not args.calib_data:
+        raise UserError(f"--quantization {args.quantization} needs calibration text; give it with --calib_data FILE")
+    if args.calib_data and not (args.quantization and FORMATS[args.quantization].calibrated):
+        given = f"--quantization {args.quantization}" if args.quantization else "an export without --quantization"
+        raise UserError(f"--calib_data has no use for {given}; leave it out")
+
+
 def main() -> None:
     args = parse_args()
+    check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
+    import torch
+
     from sparsity import models, states
-    from sparsity.devices import torch_dtype
-    from sparsity.export import weights
+    from sparsity.devices import resolve_device, torch_dtype
+    from sparsity.export import quantize, weights
     from sparsity.export.companions import source_folder, write_companions
     from sparsity.export.model_card import load_figures, write_model_card
     from sparsity.matrices import inspect_path
@@ -59,7 +96,7 @@ def main() -> None:
     config = models.load_config(args.model_dir, args.trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise UserError(f"'{args.model_dir}' is quantized; give the unquantized model that the state was made from")
-    models.load_tokenizer(args.model_dir, args.trust_remote_code)  # only to find a broken one before the long work
+    tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)
     state = states.load_state(args.modelopt_restore_path)["model_state_dict"]
     states.require_masks(state, args.modelopt_restore_path)
@@ -67,23 +104,42 @@ def main() -> None:
     model = models.empty_model(config, trust_remote_code=args.trust_remote_code)
     model.tie_weights()
     states.check_state_fits(state, model, args.modelopt_restore_path)
-
-    # Phase 2: weights, companions and the model card, in a folder that appears whole.
-    tied = weights.tied_names(model)
-    names = [name for name in state if not states.is_mask(name) and name not in tied]
-    masked = {name: weight.to("meta") for name, weight, _ in states.sparse_masks(state)}
-    pruned = weights.in_checkpoint_format(model, masked).keys()
     stored = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     cast = torch_dtype(args.dtype) if args.dtype else None
     dtype_name = str(cast or stored).removeprefix("torch.")
+    batches: list[torch.Tensor] = []
+    if args.quantization:
+        device = resolve_device(args.device)
+        quantize.check_device(FORMATS[args.quantization], device)
+    if args.calib_data:
+        models.check_lengths(config, {"--model_max_length": args.model_max_length})
+        batches = quantize.calibration_batches(
+            tokenizer, args.calib_data, args.calib_size, args.model_max_length, args.seed
+        )
+
+    # Phase 2: weights, companions and the model card, in a folder that appears whole.
+    masked = {name: weight.to("meta") for name, weight, _ in states.sparse_masks(state)}
+    pruned = weights.in_checkpoint_format(model, masked).keys()
     with weights.unfinished_folder(target) as folder:
-        files = weights.write_weights(model, state, names, cast, args.max_shard_size, folder)
-        write_companions(source, config, dtype_name, folder)
+        if args.quantization:
+            dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
+            sparse = quantize.fold_masks(dense, state, cast)
+            quantized = quantize.quantize(sparse, FORMATS[args.quantization], batches, device)
+            settings = quantize.write_quantized(quantized, args.max_shard_size, folder)
+            zeros = quantize.check_zeros(folder, model, state)
+            print(f"all {zeros:,} pruned weights are 0 in the quantized files")
+        else:
+            settings = None
+            tied = weights.tied_names(model)
+            names = [name for name in state if not states.is_mask(name) and name not in tied]
+            weights.write_weights(model, state, names, cast, args.max_shard_size, folder)
+        write_companions(source, config, dtype_name, folder, settings)
         reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]
-        write_model_card(folder, args.model_dir, config, dtype_name, reports, figures)
+        write_model_card(folder, args.model_dir, config, dtype_name, reports, figures, settings)
+        files = len(list(folder.glob("*.safetensors")))
     count = sum(report.is_2_4 for report in reports)
     print(f"{count} of {len(reports)} pruned matrices are 2:4 in the exported files")
-    print(f"wrote {target}: {files} weight file(s), {len(names)} tensors, {dtype_name}")
+    print(f"wrote {target}: {files} weight file(s), {args.quantization or dtype_name}")
 
 
 if __name__ == "__main__":

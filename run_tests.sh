@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Run the whole test suite in its own environment (.venv, made on the first run and shared with quickstart.sh).
 #
-#   bash run_tests.sh [--min] [pytest arguments]
+#   bash run_tests.sh [--min | --max] [pytest arguments]
 #
 #   bash run_tests.sh                       linters, import contracts, type checker and all tests
 #   bash run_tests.sh tests/test_files.py   one file
 #   bash run_tests.sh --min                 on the oldest releases allowed (requirements/min.txt), in .venv-min
+#   bash run_tests.sh --max                 on the newest releases allowed, torch aside, in .venv-max
 #
 # PYTHON and TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
 set -uo pipefail
@@ -20,6 +21,9 @@ fi
 if [[ ${1:-} == --min ]]; then
   environment=.venv-min constraints=requirements/min.txt
   shift
+elif [[ ${1:-} == --max ]]; then
+  environment=.venv-max constraints=newest
+  shift
 fi
 setup_env "$environment" "$constraints" requirements.txt requirements/test.txt requirements/demo.txt || exit 1
 
@@ -27,7 +31,7 @@ failed=()
 "$ENV_PYTHON" -m ruff check . || failed+=("ruff check")
 "$ENV_PYTHON" -m ruff format --check . || failed+=("ruff format")
 # Not on the oldest releases: the stubs in old safetensors lack names that the module itself has.
-if [[ -z $constraints ]]; then
+if [[ $environment != .venv-min ]]; then
   "$ENV_PYTHON" -m mypy || failed+=("mypy")
 fi
 "$environment/bin/lint-imports" --no-cache || failed+=("lint-imports")

@@ -243,3 +243,27 @@ def append_jsonl(values: Iterable[Any], path: str | Path) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+# ------------------------------------------------------------------------------------------------------- safetensors
+
+
+def safetensors_files(path: Path) -> list[Path]:
+    """The shards of a model folder, all of those its index names; or the single file `path`."""
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"no .safetensors files in {path}; export a model there with export_hf.py")
+        return files
+    content = read_json(index, "weight index")
+    try:
+        names = sorted(set(content["weight_map"].values()))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"weight index {index} has no weight_map") from error
+    for name in names:
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
+    return [path / name for name in names]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import read_json
+from sparsity.files import safetensors_files
 from sparsity.states import load_state, require_masks, weight_name
 
 # Token and position embeddings and output heads stay dense by design, whatever a model family calls them.
@@ -127,30 +127,11 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                     is_weight = name.endswith("weight") and not exclude.search(name)
                     if is_weight and len(tensors.get_slice(name).get_shape()) == 2:
+                        if tensors.get_slice(name).get_dtype() == "U8":
+                            raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
                         found = True
                         yield inspect_matrix(name, tensors.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged or truncated: {first_line(error)}") from error
     if not found:
         raise UserError(f"{path} holds no weight matrices to inspect (embeddings and output heads do not count)")
-
-
-def safetensors_files(path: Path) -> list[Path]:
-    """The shards of a model folder, all of those its index names; or the single file `path`."""
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"no .safetensors files in {path}; export a model there with export_hf.py")
-        return files
-    content = read_json(index, "weight index")
-    try:
-        names = sorted(set(content["weight_map"].values()))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"weight index {index} has no weight_map") from error
-    for name in names:
-        if not (path / name).is_file():
-            raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
-    return [path / name for name in names]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sparsity.errors import UserError, first_line
+from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,22 +56,48 @@ def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
             raise UserError(f"{asked} is more than the model's {positions} positions; choose a smaller value")
 
 
-def load_model(model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = False
+) -> PreTrainedModel:
     """Load a causal LM on the CPU in eval mode; `dtype` "auto" keeps the checkpoint's own.
 
+    Args:
+        quantized: accept a model that modelopt quantized, for evaluation only; see `sparsity.quantized`.
+
     Raises:
-        UserError: the model cannot be found or its weight files are missing, truncated or misshapen.
+        UserError: the model cannot be found, its weight files are missing, truncated or misshapen, or it is quantized.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     config = load_config(model, trust_remote_code)
+    if algorithm := quantization_algorithm(config, model):
+        if not quantized:
+            raise UserError(f"'{model}' is quantized ({algorithm}); give the unquantized model that it was made from")
+        return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, config=config, dtype=dtype, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
+    return loaded.eval()
+
+
+def _load_quantized(
+    model: str, config: PretrainedConfig, algorithm: str, dtype: torch.dtype | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    if not Path(model).is_dir():
+        raise UserError(f"'{model}' is quantized ({algorithm}) and on the hub; download it and give its folder")
+    del config.quantization_config  # transformers would look for a program that opens it
+    wanted = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    tensors, scales = read_dequantized(Path(model), wanted)
+    create: Any = type(empty_model(config, wanted, trust_remote_code)).from_pretrained
+    try:
+        loaded = create(None, config=config, state_dict=tensors, dtype=wanted)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
+    round_inputs(loaded, scales, algorithm)
     return loaded.eval()
 
 

@@ -133,7 +133,7 @@ def load_for_inference(
     Raises:
         UserError: as `load_model` and `restore_sparse`.
     """
-    loaded = load_model(model, torch_dtype(dtype) if dtype else "auto", trust_remote_code)
+    loaded = load_model(model, torch_dtype(dtype) if dtype else "auto", trust_remote_code, quantized=state is None)
     return restore_sparse(loaded, state, fold=True) if state else loaded
 
 

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and run_tests.sh, which share one environment this way. Call:
 #
-#   setup_env FOLDER CONSTRAINTS REQUIREMENTS…     CONSTRAINTS may be ""; files named demo.txt are installed with --no-deps
+#   setup_env FOLDER CONSTRAINTS REQUIREMENTS…     files named demo.txt are installed with --no-deps
 #
-# and use $ENV_PYTHON afterwards. Each file is installed once, and again when it, Python or torch changes.
+# and use $ENV_PYTHON afterwards. Each file is installed once, and again when it, Python or torch changes. CONSTRAINTS is
+# a file for pip's --constraint, or "", or the word newest: then every package but torch is upgraded, once a day.
 #   PYTHON      interpreter that creates the environment (default: the first suitable one on PATH, 3.10 or newer)
 #   TORCH_SPEC  pip's arguments for torch, options included. Without an NVIDIA GPU the default is torch==2.13.0. If that
 #               brings CUDA libraries that you do not need, give the index of the CPU wheels:
@@ -40,7 +41,7 @@ install_once() {
 }
 
 setup_env() {
-  local constraints=$2 base file options python_version torch
+  local constraints=$2 base file options python_version text torch
   ENV_DIR=$1
   ENV_PYTHON=$ENV_DIR/bin/python
   shift 2
@@ -51,13 +52,18 @@ setup_env() {
   fi
   python_version=$("$ENV_PYTHON" --version)
   options=()
-  if [[ -n $constraints ]]; then
+  text=""
+  if [[ $constraints == newest ]]; then
+    options=(--upgrade --upgrade-strategy eager --constraint "$ENV_DIR/torch.txt")
+    text=$(date +%F)
+  elif [[ -n $constraints ]]; then
     options=(--constraint "$constraints")
+    text=$(<"$constraints")
   fi
   # First and on its own: what is installed later then finds torch and keeps it.
   if [[ -z ${TORCH_SPEC:-} ]] && ! nvidia-smi >/dev/null 2>&1; then
     TORCH_SPEC=torch==2.13.0
-    if [[ -n $constraints ]]; then
+    if [[ -f $constraints ]]; then
       TORCH_SPEC=$(grep '^torch==' "$constraints")
     fi
   fi
@@ -65,12 +71,14 @@ setup_env() {
     read -ra torch <<<"$TORCH_SPEC" # several words are several arguments
     install_once torch "$python_version $TORCH_SPEC" "${torch[@]}" || return 1
   fi
+  if [[ $constraints == newest ]]; then
+    "$ENV_PYTHON" -m pip freeze --disable-pip-version-check | grep '^torch==' >"$ENV_DIR/torch.txt"
+  fi
   for file in "$@"; do
     if [[ ${file##*/} == demo.txt ]]; then
       install_once "$file" "$(cat "$file")" --no-deps --requirement "$file" || return 1
     else
-      install_once "$file" "$(cat "$file" ${constraints:+"$constraints"})" ${options[@]+"${options[@]}"} --requirement "$file" ||
-        return 1
+      install_once "$file" "$(<"$file")$text" ${options[@]+"${options[@]}"} --requirement "$file" || return 1
     fi
   done
 }

@@ -93,18 +93,20 @@ def shared_prefill(
         input_ids, attention_mask: int64 tensors [batch, L], L > 1, padded on the left.
 
     Returns:
-        {"past_key_values": cache of the first L - 1 tokens for batch * beams rows}, for `generate` to continue from;
-        empty for a model that takes no positions or has a cache that cannot be repeated (recurrent and hybrid ones).
+        {"cache": cache of the first L - 1 tokens for batch * beams rows}, for `generate` to continue from, under the
+        name that the installed transformers has for it ("past_key_values" in older releases); empty for a model that
+        takes no positions or has a cache that cannot be repeated (recurrent and hybrid ones).
     """
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     try:
         # The decoder without its head: the logits of a prompt are not needed.
         output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
-        output.past_key_values.batch_repeat_interleave(beams)
-    except (AttributeError, TypeError):
+        name = "cache" if "cache" in output else "past_key_values"
+        output[name].batch_repeat_interleave(beams)
+    except (AttributeError, KeyError, TypeError):
         return {}
-    return {"past_key_values": output.past_key_values}
+    return {name: output[name]}
 
 
 def predict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import read_json, save_json
@@ -37,11 +37,17 @@ def source_folder(model: str) -> Path:
         raise UserError(f"cannot fetch the tokenizer and settings of '{model}': {first_line(error)}") from error
 
 
-def write_companions(source: Path, model_config: PretrainedConfig, dtype: str, folder: Path) -> None:
+def write_companions(
+    source: Path,
+    model_config: PretrainedConfig,
+    dtype: str,
+    folder: Path,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """Copy tokenizer, settings, licence and model code as they are, which opens in more programs than a re-saved set.
 
     Changed are only: the dtype, leftovers of compression tools, and what transformers 5 writes in a way that
-    transformers 4 takes for something else.
+    transformers 4 takes for something else. `quantization` becomes the configuration's quantization_config.
     """
     from transformers import GenerationConfig
 
@@ -53,6 +59,8 @@ def write_companions(source: Path, model_config: PretrainedConfig, dtype: str, f
     config = read_json(folder / "config.json", "model configuration")
     for key in ("sparsity_config", "compression_config", "_name_or_path"):
         config.pop(key, None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = dtype
     rope = config.get("rope_parameters")

@@ -41,8 +41,13 @@ def write_model_card(
     dtype: str,
     reports: list[MatrixReport],
     figures: list[tuple[str, dict[str, Any]]],
+    quantization: dict[str, Any] | None = None,
 ) -> None:
-    """Write `folder`/README.md; only figures that were measured appear in it."""
+    """Write `folder`/README.md; only figures that were measured appear in it.
+
+    Args:
+        quantization: the quantization_config of a quantized model.
+    """
     elements, zeros = zero_totals(reports)
     # A local folder is no name others could follow, so its path stays out of the card.
     name = Path(base).resolve().name if Path(base).is_dir() else base
@@ -59,20 +64,14 @@ pipeline_tag: text-generation
 
 The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} linear layers
 ({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense). Architecture:
-{(config.architectures or [config.model_type])[0]}; weights in {dtype}.
+{(config.architectures or [config.model_type])[0]}; weights in {dtype}{_quantized_text(quantization)}.
 
-The zeros are ordinary zeros in ordinary tensors. The files are as large as the dense model's, and the model runs no
-faster until a runtime with 2:4 kernels compresses it.
+The zeros are ordinary zeros in ordinary tensors. They make neither the files smaller nor the model faster until a
+runtime with 2:4 kernels compresses it.
 
 ## Loading
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
+{_loading_text(quantization)}
 ## Measured
 
 {_figures_text(figures)}
@@ -81,6 +80,28 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 The licence of {name} applies to these weights, which derive from it.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _quantized_text(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return ""
+    algorithm = quantization.get("quant_algo")
+    return f", those of the decoder's linear layers quantized to {algorithm} by NVIDIA Model Optimizer"
+
+
+def _loading_text(quantization: dict[str, Any] | None) -> str:
+    if quantization is not None:
+        return (
+            "A server that reads NVIDIA Model Optimizer's checkpoints of this quantization opens the folder. Plain\n"
+            "transformers do not know the format: they would take the stored integers for weights.\n"
+        )
+    return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
 
 
 def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:

@@ -72,8 +72,8 @@ def write_weights(
     dtype: torch.dtype | None,
     shard_size: str,
     folder: Path,
-) -> int:
-    """Write safetensors shards and, if there are several, their index. Returns the number of files."""
+) -> None:
+    """Write safetensors shards and, if there are several, their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -97,7 +97,6 @@ def write_weights(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": weight_map}
         save_json(index, folder / "model.safetensors.index.json")
-    return len(plan.filename_to_tensors)
 
 
 @contextlib.contextmanager

@@ -179,10 +179,7 @@ class SparseTrainingArguments(TrainingArguments):
         self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
         self.compute_dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32"))
         self.use_cpu = given.use_cpu or not cuda
-        self.recompute = cuda if self.gradient_checkpointing is None else self.gradient_checkpointing
-        # Under FSDP accelerate wraps the layers for recomputation itself, at the sharding's own boundaries.
-        self.gradient_checkpointing = self.recompute and not self.sharded
-        self.gradient_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}  # type: ignore[assignment]
+        self._set_checkpointing(by_default=cuda)
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else []
         self.data_seed = self.seed if given.data_seed is None else given.data_seed
@@ -199,6 +196,22 @@ class SparseTrainingArguments(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(f"the training options cannot be used: {first_line(error)}") from error
+
+    def _set_checkpointing(self, by_default: bool) -> None:
+        """Set `recompute`, and what the Trainer reads: activation_checkpointing, the newer name, where it has one."""
+        given: Any = self
+        asked = (getattr(given, "activation_checkpointing", None), self.gradient_checkpointing)
+        self.recompute = next((value for value in asked if value is not None), by_default)
+        # Under FSDP accelerate wraps the layers for recomputation itself, at the sharding's own boundaries.
+        values = {
+            "checkpointing": self.recompute and not self.sharded,
+            "checkpointing_kwargs": getattr(given, "activation_checkpointing_kwargs", None)
+            or self.gradient_checkpointing_kwargs
+            or {"use_reentrant": False},
+        }
+        prefix = "activation_" if hasattr(self, "activation_checkpointing") else "gradient_"
+        for name, value in values.items():
+            setattr(self, prefix + name, value)
 
     def _refuse_unsupported(self) -> None:
         for name, reason in REFUSED.items():
@@ -238,8 +251,8 @@ ARGUMENT_TYPES = (ModelArguments, DataArguments, DistillationArguments, SparseTr
 
 
 def _default(name: str) -> Any:
-    """TrainingArguments' own default of a field."""
-    return next(entry.default for entry in fields(TrainingArguments) if entry.name == name)
+    """TrainingArguments' own default of a field; None where it has none, as transformers 5 for warmup_ratio."""
+    return next((entry.default for entry in fields(TrainingArguments) if entry.name == name), None)
 
 
 def choose_precision(wanted: str) -> str:

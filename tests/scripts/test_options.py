@@ -40,7 +40,7 @@ DEFAULTS = {
     "finetune.py": {"--lr": "2e-05", "--train_bs": "4", "--num_epochs": "3.0", "--optim": "adamw_torch_fused"},
     "eval.py": {"--beam_size": "4", "--max_new_tokens": "128", "--batch_size": "1", "--device": "auto"},
     "eval_ppl.py": {"--batch_size": "4", "--text_column": "text"},
-    "export_hf.py": {"--max_shard_size": "5GB"},
+    "export_hf.py": {"--max_shard_size": "5GB", "--calib_size": "128", "--model_max_length": "1024"},
     "report.py": {"--samples": "4"},
 }
 
@@ -81,6 +81,7 @@ def test_missing_arguments_end_with_code_2(script):
         ("eval.py", "--beam_size 2.5"),
         ("eval_ppl.py", "--context long"),
         ("export_hf.py", "--dtype fp8"),
+        ("export_hf.py", "--quantization fp6"),
         ("verify_sparsity.py", "--require 3:7"),
         ("report.py", "--samples few"),
     ],

@@ -1,0 +1,151 @@
+"""Quantizing a model with folded masks by modelopt, and the proof that what was pruned is still zero in the files.
+
+Symmetric quantization maps 0 to 0, so a 2:4 matrix stays 2:4; rounding may only add zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.errors import UserError, first_line
+from sparsity.export.formats import Format
+from sparsity.export.weights import folded, in_checkpoint_format
+from sparsity.files import read_json, safetensors_files
+from sparsity.states import sparse_masks
+from sparsity.text import read_texts, sample_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_device(chosen: Format, device: torch.device) -> None:
+    """Check that the device computes in the format.
+
+    Raises:
+        UserError: it does not, e.g. float8 on Apple's GPUs.
+    """
+    kind = torch.float8_e4m3fn if chosen.float8 else torch.int8
+    try:
+        torch.ones(1, device=device).to(kind).float()
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        raise UserError(
+            f"torch {torch.__version__} cannot compute {str(kind).removeprefix('torch.')} on {device.type} "
+            f"({first_line(error)}); choose another --device or --quantization"
+        ) from error
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, size: int, length: int, seed: int
+) -> list[Tensor]:
+    """Token ids [1, length] of `size` sequences drawn from the text file `path`.
+
+    Raises:
+        UserError: the file is missing or malformed, or does not fill one sequence.
+    """
+    blocks = sample_blocks(tokenizer, read_texts(path), length, size, seed)
+    if len(blocks) < size:
+        print(f"warning: the text gives {len(blocks)} sequences of {length}, not {size}")
+    return list(blocks.split(1))
+
+
+def fold_masks(model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None) -> PreTrainedModel:
+    """Give a dense `model` the weights of a sparse state, as plain tensors in which what is pruned is +0.0."""
+    own = model.state_dict()
+    for name in own:
+        own[name].copy_(folded(state, name, dtype))
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_modelopt() -> Iterator[None]:
+    """Keep modelopt's progress lines and its warnings about code of its own from the terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quantize(model: PreTrainedModel, chosen: Format, batches: list[Tensor], device: torch.device) -> PreTrainedModel:
+    """Insert modelopt's quantizers for the format, calibrated on `batches` of token ids, in place.
+
+    Raises:
+        UserError: modelopt cannot quantize this architecture.
+    """
+    import modelopt.torch.quantization as mtq
+    from tqdm import tqdm
+
+    def calibrate(prepared: nn.Module) -> None:
+        # The decoder without its head, which stays in full precision: logits would take time and memory.
+        decoder = getattr(prepared, "base_model", prepared)
+        for batch in tqdm(batches, desc="calibration", disable=None):
+            decoder(input_ids=batch.to(device), use_cache=False)
+
+    model.to(device)
+    try:
+        with _quiet_modelopt(), torch.inference_mode():
+            return mtq.quantize(model, getattr(mtq, chosen.modelopt), calibrate if batches else None)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        name = type(model).__name__
+        raise UserError(f"modelopt cannot quantize {name}: {first_line(error)}; leave out --quantization") from error
+
+
+def write_quantized(model: PreTrainedModel, shard_size: str, folder: Path) -> dict[str, Any]:
+    """Write a quantized model into an existing folder with modelopt's exporter.
+
+    Returns:
+        The quantization_config that belongs into config.json; hf_quant_config.json in the folder says the same.
+
+    Raises:
+        UserError: modelopt cannot export this architecture.
+    """
+    from modelopt.torch.export import export_hf_checkpoint
+
+    try:
+        with _quiet_modelopt(), torch.inference_mode():
+            export_hf_checkpoint(model, export_dir=folder, max_shard_size=shard_size)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, one per architecture and format
+        name = type(model).__name__
+        raise UserError(
+            f"modelopt cannot export {name} quantized: {first_line(error)}; leave out --quantization"
+        ) from error
+    return read_json(folder / "config.json", "model configuration")["quantization_config"]
+
+
+def check_zeros(folder: Path, model: PreTrainedModel, state: dict[str, Tensor]) -> int:
+    """Prove on the written files that each element which a mask prunes is stored as +0, bit by bit.
+
+    Args:
+        model: for the names that tensors have in files; may be on the meta device.  state: with the masks.
+
+    Returns:
+        The number of pruned elements.
+
+    Raises:
+        UserError: a matrix is missing, has another shape (e.g. packed), or holds something else under its mask.
+    """
+    from safetensors import safe_open
+
+    masks = in_checkpoint_format(model, {name: mask for name, _, mask in sparse_masks(state)})
+    pruned = 0
+    for file in safetensors_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in masks.keys() & set(tensors.keys()):
+                mask, weight = masks.pop(name), tensors.get_tensor(name)
+                if weight.shape != mask.shape:
+                    raise UserError(f"{name} is stored as {list(weight.shape)}, its mask is {list(mask.shape)}")
+                nonzero = weight.view(torch.uint8).view(*mask.shape, -1)[~mask].count_nonzero().item()
+                if nonzero:
+                    raise UserError(f"{nonzero} bytes under the mask of {name} are not 0 in the quantized files")
+                pruned += int((~mask).sum())
+    if masks:
+        raise UserError(f"the quantized files lack {len(masks)} pruned matrices, the first is {min(masks)}")
+    return pruned
