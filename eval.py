@@ -7,7 +7,7 @@ r"""ROUGE of a model's summaries: beam search over instruction / input / output 
 Without --modelopt_restore_path the model is scored as it is. `python eval.py …` runs one process, and so does
 `accelerate launch --cpu`; `torchrun --nproc_per_node=2 eval.py …` runs two, on the CPU too. Every example is scored
 exactly once, and the scores do not depend on the number of processes. The last line printed is `ROUGE scores: {…}`,
-fractions between 0 and 1.
+in percent.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main() -> None:
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
     from sparsity.evaluation.rouge import print_scores, score_predictions
+    from sparsity.figures import save_scores
     from sparsity.processes import fail_together, start_processes
     from sparsity.states import load_for_inference
 
@@ -124,7 +125,7 @@ def main() -> None:
                 "arguments": vars(args),
             }
             if args.output_json:
-                files.save_json({**scores, **facts}, args.output_json)
+                save_scores({**scores, **facts}, args.output_json)
             for index in range(min(args.samples, len(records))):
                 reference = records[index]["output"]
                 print(f"\n--- example {index}\nreference:  {reference}\nprediction: {predictions[index]}")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.figures import ROUGE_TYPES
+from sparsity.figures import INTERVALS, ROUGE_TYPES
 from sparsity.files import atomic_path
 from sparsity.reporting.results import Run
 
@@ -61,9 +61,8 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
     width = 0.8 / max(1, len(scored))
     for number, (name, rouge, colour) in enumerate(scored):
         places = [group + (number - (len(scored) - 1) / 2) * width for group in range(len(ROUGE_TYPES))]
-        values = [100 * rouge[key] for key in ROUGE_TYPES]
-        intervals = rouge.get("confidence_intervals_95", {})
-        ends = [[100 * end for end in intervals[key]] if key in intervals else None for key in ROUGE_TYPES]
+        values = [rouge[key] for key in ROUGE_TYPES]
+        ends = [rouge.get(INTERVALS, {}).get(key) for key in ROUGE_TYPES]
         right.bar(places, values, width * 0.92, color=colour, label=name)
         for middle, value, pair in zip(places, values, ends, strict=True):
             if pair:

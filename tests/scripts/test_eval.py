@@ -62,9 +62,10 @@ def test_last_line_files_and_samples(one_process, data_path):
     printed = ast.literal_eval(scores)
     assert list(printed) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     for name, value in printed.items():
-        assert value == pytest.approx(figures[name], abs=1e-6)
+        assert value == round(figures[name], 4)
         low, high = figures["confidence_intervals_95"][name]
-        assert 0 <= low <= figures[name] <= high <= 1
+        assert 0 <= low <= figures[name] <= high <= 100
+    assert figures["unit"] == "percent" and max(printed.values()) > 1
     assert figures["examples"] == figures["generated"] == len(records)
     assert [line["index"] for line in lines] == list(range(len(records)))
     assert [line["reference"] for line in lines] == [record["output"] for record in records]
@@ -73,7 +74,8 @@ def test_last_line_files_and_samples(one_process, data_path):
 
 def test_scores_are_rouge_of_the_written_predictions(one_process):
     _, figures, lines, _ = one_process
-    means = rouge_f_measures([line["prediction"] for line in lines], [line["reference"] for line in lines]).mean(axis=0)
+    pairs = [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    means = 100 * rouge_f_measures(*pairs).mean(axis=0)
     assert [figures[name] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")] == pytest.approx(means.tolist())
 
 
