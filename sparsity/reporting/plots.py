@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,9 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
             "linewidth": 1.2,
             "label": kind,
         }
-        left.plot(depths, [layer["relative_error"] for _, layer in members], **style)
+        # Magnitude pruning without calibration text measures no errors.
+        errors = [math.nan if layer["relative_error"] is None else layer["relative_error"] for _, layer in members]
+        left.plot(depths, errors, **style)
         right.plot(depths, [100 * layer["sparsity"] for _, layer in members], **style)
     left.set_title("Relative output error of each pruned matrix", fontsize=10.5)
     left.set_ylim(bottom=0)
