@@ -81,7 +81,8 @@ def test_precision_on_a_cpu():
     ("options", "steps", "per_epoch"),
     [
         ({"per_device_train_batch_size": 4}, 75, 25),
-        ({"per_device_train_batch_size": 3, "num_train_epochs": 1}, 34, 34),
+        ({"per_device_train_batch_size": 3, "num_train_epochs": 1}, 33, 33),
+        ({"per_device_train_batch_size": 3, "num_train_epochs": 1, "dataloader_drop_last": False}, 34, 34),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 0.5}, 5, 9),
         ({"per_device_train_batch_size": 4, "max_steps": 7}, 7, 25),
     ],
