@@ -30,7 +30,7 @@ from utils import Parser, check_at_least, run_cli
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--save_path", required=True, help="folder for cnn_train.json and cnn_eval.json")
+    parser.add_argument("--save_path", default="data", help="folder for cnn_train.json and cnn_eval.json")
 
     source = parser.add_argument_group("source")
     source.add_argument(
@@ -62,8 +62,9 @@ def parse_args() -> argparse.Namespace:
         "--output_column", help=f"summary column of local files (by default {' or '.join(sources.OUTPUT_COLUMNS)})"
     )
     record.add_argument("--instruction", help="the task as the model reads it (by default one that fits the source)")
-    record.add_argument("--max_train", type=int, help="write at most this many training records")
-    record.add_argument("--max_eval", type=int, help="write at most this many evaluation records")
+    record.add_argument("--max_samples", type=int, help="write at most this many records to each of the two files")
+    record.add_argument("--max_train", type=int, help="the same for training records only")
+    record.add_argument("--max_eval", type=int, help="the same for evaluation records only")
     return parser.parse_args()
 
 
@@ -71,7 +72,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read."""
     if not 0 < args.eval_fraction < 1:
         raise UserError(f"--eval_fraction must lie between 0 and 1, found {args.eval_fraction}")
-    check_at_least(args, 1, "max_train", "max_eval")
+    check_at_least(args, 1, "max_samples", "max_train", "max_eval")
     if args.eval_source and args.source in ("hub", "aclsum"):
         raise UserError(f"--eval_source goes with local files; --source {args.source} has its own evaluation split")
 
@@ -180,8 +181,8 @@ def main() -> None:
         temporaries = [stack.enter_context(atomic_path(folder / name)) for name in names]
         with ExitStack() as open_files:
             streams = [open_files.enter_context(open(path, "w", encoding="utf-8")) for path in temporaries]
-            evaluation = write_records(held_out, streams[1], "evaluation", args.max_eval, set())
-            write_records(train, streams[0], "training", args.max_train, evaluation)
+            evaluation = write_records(held_out, streams[1], "evaluation", args.max_eval or args.max_samples, set())
+            write_records(train, streams[0], "training", args.max_train or args.max_samples, evaluation)
             if args.source == "aclsum":
                 write_lines(sources.aclsum_bodies("train", without="test"), streams[2], "calibration text")
                 write_lines(sources.aclsum_bodies("test"), streams[3], "held-out text")

@@ -7,7 +7,7 @@ r"""ROUGE of a model's summaries: beam search over instruction / input / output 
 Without --modelopt_restore_path the model is scored as it is. `python eval.py …` runs one process, and so does
 `accelerate launch --cpu`; `torchrun --nproc_per_node=2 eval.py …` runs two, on the CPU too. Every example is scored
 exactly once, and the scores do not depend on the number of processes. The last line printed is `ROUGE scores: {…}`,
-fractions between 0 and 1.
+in percent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from sparsity.errors import UserError
-from utils import Parser, add_inference_options, check_at_least, run_cli
+from utils import Parser, add_inference_options, add_template_options, check_at_least, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_argument_group("what to score")
     what.add_argument("--data_path", required=True, help="JSON or JSONL records, e.g. data/cnn_eval.json")
     what.add_argument("--limit", type=int, metavar="N", help="score only the first N records")
+    add_template_options(what)
     how = parser.add_argument_group("generation")
     how.add_argument("--batch_size", type=int, default=1, help="prompts per process at a time")
     how.add_argument("--beam_size", type=int, default=4, help="beams; 1 is greedy decoding")
@@ -64,13 +65,16 @@ def main() -> None:
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     from sparsity import files, models, text
+    from sparsity.devices import use_tf32
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
     from sparsity.evaluation.rouge import print_scores, score_predictions
-    from sparsity.processes import fail_together, start_processes
+    from sparsity.figures import save_scores
+    from sparsity.processes import fail_together, start_processes, warn
     from sparsity.states import load_for_inference
 
     process = start_processes(args.device)
+    use_tf32(True)
 
     # Phase 1: everything cheap is checked before the model is loaded, and the model before any generation.
     with fail_together(process):
@@ -83,12 +87,18 @@ def main() -> None:
             files.require_file(args.modelopt_restore_path, "modelopt state")
         if args.output_json:
             files.prepare_output_dir(Path(args.output_json).parent)
+        tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
+        template = text.choose_template(args.prompt_template, args.chat_template, tokenizer)
+        if args.modelopt_restore_path and text.trained_template(args.modelopt_restore_path) not in (None, template):
+            warn(
+                f"{args.modelopt_restore_path} was trained with another prompt template (see {text.RUN_RECORD} beside "
+                "it); give the --prompt_template or --chat_template of its training"
+            )
         log = None
         if args.predictions:
-            log = PredictionLog(args.predictions, settings_key(args, records, config, process.device))
+            log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
             log.check()
-        tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
-        prompts = [text.encode_prompt(tokenizer, record, args.model_max_length) for record in records]
+        prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
         model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
         model.to(process.device)
         generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
@@ -124,7 +134,7 @@ def main() -> None:
                 "arguments": vars(args),
             }
             if args.output_json:
-                files.save_json({**scores, **facts}, args.output_json)
+                save_scores({**scores, **facts}, args.output_json)
             for index in range(min(args.samples, len(records))):
                 reference = records[index]["output"]
                 print(f"\n--- example {index}\nreference:  {reference}\nprediction: {predictions[index]}")

@@ -1,8 +1,8 @@
 r"""Perplexity of a model on held-out text, with the measuring protocol printed beside the figure.
 
     python eval_ppl.py --model_dir demo/SmolLM2-135M-Instruct --text data/heldout.jsonl --context 512 --max_blocks 32
-    python eval_ppl.py --model_dir meta-llama/Llama-2-7b-hf --dataset Salesforce/wikitext \
-        --dataset_config wikitext-2-raw-v1 --context 4096 --modelopt_restore_path saved_models/pts_modelopt_state.pth
+    python eval_ppl.py --model_dir meta-llama/Llama-2-7b-hf --text Salesforce/wikitext:wikitext-2-raw-v1:test \
+        --context 4096 --modelopt_restore_path saved_models/pts_modelopt_state.pth
 
 Blocked (the default): the token stream is cut into blocks of --context tokens, each judged on its own, as papers on
 pruning do for WikiText-2. Sliding (--stride below --context): windows overlap, and each token is predicted once from at
@@ -24,12 +24,15 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_inference_options(parser.add_argument_group("model"))
     text = parser.add_argument_group("text")
-    source = text.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="FILE", help=".txt, or .json / .jsonl with text fields")
-    source.add_argument("--dataset", metavar="ID", help="hub data set, e.g. Salesforce/wikitext")
-    text.add_argument("--dataset_config", metavar="NAME", help="its configuration, e.g. wikitext-2-raw-v1")
-    text.add_argument("--split", default="test", help="its split")
-    text.add_argument("--text_column", default="text", help="its column of text")
+    text.add_argument(
+        *("--text", "--dataset"),
+        required=True,
+        metavar="SOURCE",
+        help="a file, a folder, or a hub data set NAME:CONFIG:SPLIT; several with weights: a=0.5,b=0.5",
+    )
+    text.add_argument("--dataset_config", metavar="NAME", help="configuration of a hub data set that names none")
+    text.add_argument("--split", default="test", help="split of a data set that names none")
+    text.add_argument("--text_column", default="text", help="column of a data set's text")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--context", type=int, default=2048, help="tokens per window")
     protocol.add_argument("--stride", type=int, help="tokens from one window to the next (by default --context)")
@@ -54,28 +57,29 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
-    from sparsity import files, models, text
-    from sparsity.devices import resolve_device
+    from sparsity import files, models, sources
+    from sparsity.devices import resolve_device, use_tf32
     from sparsity.evaluation import perplexity
     from sparsity.states import load_for_inference
 
     # Phase 1: cheap checks, and the windows of text.
     device = resolve_device(args.device)
+    use_tf32(True)
     if args.output_json:
         files.prepare_output_dir(Path(args.output_json).parent)
     if args.modelopt_restore_path:
         files.require_file(args.modelopt_restore_path, "modelopt state")
-    if args.text:
-        texts, source = text.read_texts(args.text), Path(args.text).name
-    else:
-        selection = (args.dataset, args.dataset_config, args.split, args.text_column)
-        texts, source = perplexity.read_dataset(*selection), " ".join(filter(None, selection))
+    texts = perplexity.choose_texts(args.text, args.dataset_config, args.split, args.text_column)
+    if len(texts) > 1 and not args.max_blocks:
+        raise UserError("several texts are weighted by windows; say how many windows in all with --max_blocks")
+    for measured in texts:
+        sources.check_source(measured.source)
     config = models.load_config(args.model_dir, args.trust_remote_code)
     models.check_lengths(config, {"--context": args.context})
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
-    windows = perplexity.token_windows(tokenizer, texts, args.context, args.stride, args.max_blocks)
+    windows = perplexity.windows_of(tokenizer, texts, args.context, args.stride, args.max_blocks)
     scored = perplexity.scored_tokens(windows, args.stride)
-    protocol = perplexity.protocol_line(windows, args.stride, scored, source)
+    protocol = perplexity.protocol_line(windows, args.stride, scored, ", ".join(map(str, texts)))
     print(protocol, flush=True)
 
     # Phase 2: the figure.

@@ -40,6 +40,13 @@ def parse_args() -> SatArguments:
         help="keep activations; by default on the CPU",
     )
     parser.add_argument(
+        *("--no_freeze_embeddings", "--no-freeze_embeddings"),
+        dest="freeze_embeddings",
+        action="store_false",
+        default=False,
+        help="train the embeddings",
+    )
+    parser.add_argument(
         "--no-group_by_length", dest="group_by_length", action="store_false", default=True, help=argparse.SUPPRESS
     )
     return SatArguments(*parser.parse_args_into_dataclasses(look_for_args_file=False))
@@ -76,6 +83,7 @@ def main() -> None:
     from sparsity.sat.model import load_student, load_teacher
     from sparsity.sat.result import STATE_NAME, save_and_verify
     from sparsity.sat.trainer import build_trainer, explain_failures
+    from sparsity.text import choose_template
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving, which take a moment; tokenizing and training keep theirs
@@ -83,7 +91,8 @@ def main() -> None:
 
     # Phase 2: data, tokenized by the main process while the others wait and then read its cache.
     tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
-    data_args = (args.data, tokenizer, training.result_dir / "cache", training.seed)
+    template = choose_template(args.data.prompt_template, args.data.chat_template, tokenizer)
+    data_args = (args.data, tokenizer, template, training.seed)
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(training.result_dir)
@@ -91,12 +100,12 @@ def main() -> None:
     with fail_together(process):
         train, evaluation = load_data(*data_args)
         training.schedule(len(train), evaluation is not None)
-        checkpoint = resume.open_run(args, process.is_main_process)
+        checkpoint = resume.open_run(args, template, process.is_main_process)
 
     # Phase 3: the sparse model and its teacher.
     with fail_together(process):
         student = load_student(args, tokenizer.pad_token_id)
-        teacher = load_teacher(args)
+        teacher = load_teacher(args, student.model.get_input_embeddings().weight.shape[0])
 
     # Phase 4: training.
     trainer = build_trainer(args, student.model, teacher, tokenizer, (train, evaluation))

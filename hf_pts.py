@@ -17,6 +17,7 @@ import time
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
+from sparsity.sources import CALIBRATION_TEXT, Source, check_source, parse_sources
 from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
 
 
@@ -31,7 +32,10 @@ def parse_args() -> argparse.Namespace:
     add_remote_code_option(group)
     group = parser.add_argument_group("calibration")
     group.add_argument(
-        "--calib_data", help=".txt, .json or .jsonl of plain text; by default cnn_dailymail's training articles"
+        *("--calib_data", "--dataset"),
+        metavar="SOURCE",
+        help="plain text: a file, a folder or a hub data set NAME:CONFIG:SPLIT; several with weights: a=0.5,b=0.5 "
+        f"(by default {CALIBRATION_TEXT}; sparse_magnitude needs none)",
     )
     group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
     group.add_argument(
@@ -88,27 +92,40 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--percdamp must be above 0 and at most 1, found {args.percdamp}")
 
 
+def choose_sources(args: argparse.Namespace) -> list[Source]:
+    """The calibration text; empty for magnitude pruning unless some is given, which then measures errors only."""
+    if args.calib_data is None and args.sparsity_fmt == "sparse_magnitude":
+        return []
+    sources = parse_sources(CALIBRATION_TEXT if args.calib_data is None else args.calib_data)
+    for source in sources:
+        check_source(source)
+    return sources
+
+
 def main() -> None:
     args = parse_args()
     check_args(args)
     recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
+    sources = choose_sources(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     import torch
 
     from sparsity import files, models
-    from sparsity.devices import peak_memory_mib, resolve_device, torch_dtype
+    from sparsity.devices import peak_memory_mib, resolve_device, torch_dtype, use_tf32
     from sparsity.processes import fail_together, report_on_main, start_processes
     from sparsity.pts import report
     from sparsity.pts.calibration_set import load_calibration, share_of_process
     from sparsity.pts.layer_store import LayerStore, calibration_key
     from sparsity.pts.log import MatrixLog, save_log
+    from sparsity.pts.magnitude import prune_by_magnitude
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
     dtype = torch_dtype(args.dtype)
+    use_tf32(True)
     started = time.perf_counter()
 
     # Phase 1: the model and the calibration text.
@@ -117,13 +134,17 @@ def main() -> None:
         if args.activations_dir:
             files.prepare_output_dir(args.activations_dir)
         config = models.load_config(args.model_name_or_path, args.trust_remote_code)
-        models.check_lengths(config, {"--model_max_length": args.model_max_length})
+        if sources:
+            models.check_lengths(config, {"--model_max_length": args.model_max_length})
         if args.dry_run:
             model = models.empty_model(config, dtype, args.trust_remote_code)
         else:
             model = models.load_model(args.model_name_or_path, dtype, args.trust_remote_code)
         if process.is_main_process:
             print(report.describe_plan(model, recipe, args.ignore), end="")
+    if args.dry_run and not sources:
+        process.print("pruning by magnitude reads each weight once: no calibration text, no forward pass")
+        return
     if args.dry_run:
         calibration = (args.calib_size, args.model_max_length, args.batch_size)
         process.print(report.estimate(model, recipe, args.ignore, calibration, device.type))
@@ -131,13 +152,14 @@ def main() -> None:
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(output_dir)
-        tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-        batches = load_calibration(
-            tokenizer, args.calib_data, args.calib_size, args.model_max_length, args.batch_size, args.seed
-        )
-        own = share_of_process(batches, process)
-        key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model)
-        store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
+        if sources:
+            tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+            batches = load_calibration(
+                tokenizer, sources, args.calib_size, args.model_max_length, args.batch_size, args.seed
+            )
+            own = share_of_process(batches, process)
+            key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model)
+            store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
 
     # Phase 2: pruning, with a log line for every weight as soon as its layer is finished.
     rows: list[MatrixLog] = []
@@ -149,7 +171,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     with report_on_main(process):
-        masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir)
+        if sources:
+            masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir)
+        elif process.is_main_process:  # one process is enough to read each weight once
+            masks = prune_by_magnitude(model, recipe, device, args.ignore, on_rows)
     seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
     process.destroy_process_group()
     if not process.is_main_process:
@@ -159,16 +184,20 @@ def main() -> None:
     print(report.error_table(rows))
     print(report.sparsity_line(masks, model))
     path = output_dir / "pts_modelopt_state.pth"
-    probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
+    if sources:
+        probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
+    else:
+        probe = torch.arange(16)[None] % config.get_text_config().vocab_size
     write_verified_state(
         model,
         masks,
         path,
-        recipe.pattern,
+        recipe,
         probe,
         lambda: models.load_model(args.model_name_or_path, dtype, args.trust_remote_code),
     )
-    store.remove()
+    if sources:
+        store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")
     print(f"saved {path}; restored into a fresh model it gives identical logits")
 

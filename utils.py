@@ -88,6 +88,18 @@ def add_inference_options(group: argparse._ArgumentGroup) -> None:
     add_remote_code_option(group)
 
 
+def add_template_options(group: argparse._ArgumentGroup) -> None:
+    """The prompt around a record's article; finetune.py has the same options in sparsity/sat/arguments.py."""
+    group.add_argument(
+        "--prompt_template",
+        metavar="FILE",
+        help='JSON {"head": …, "tail": …}: the prompt before and after the article; {instruction} stands in the head',
+    )
+    group.add_argument(
+        "--chat_template", action="store_true", help="the tokenizer's own chat template, for instruct models"
+    )
+
+
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
     """Check that options which were given are at least `least`.
 

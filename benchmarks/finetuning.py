@@ -27,8 +27,8 @@ from benchmarks.commands import ROOT, run_command
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
-from sparsity.figures import ROUGE_TYPES
-from sparsity.files import read_json, require_file, save_json
+from sparsity.figures import ROUGE_TYPES, read_figures
+from sparsity.files import require_file, save_json
 from sparsity.models import load_model, load_tokenizer
 from sparsity.states import restore_sparse
 from sparsity.text import read_records, read_texts, token_blocks
@@ -101,14 +101,14 @@ def held_out_perplexity(model_name: str, blocks: torch.Tensor, state: Path | Non
 
 
 def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[str, float]:
-    """F-measures, as fractions, of greedy summaries of the first --examples test records."""
+    """F-measures, in percent, of greedy summaries of the first --examples test records."""
     output = folder / "rouge.json"
     command = [sys.executable, ROOT / "eval.py", "--model_dir", args.model, "--limit", args.examples]
     command += ["--data_path", args.data_path / "cnn_eval.json", "--beam_size", 1, "--batch_size", 8]
     command += ["--model_max_length", args.context, "--output_json", output, "--samples", 0]
     command += ["--modelopt_restore_path", state] if state else []
     run_command(*command)
-    scores = read_json(output, "scores")
+    scores = read_figures(output, "scores")
     return {name: scores[name] for name in ROUGE_TYPES}
 
 

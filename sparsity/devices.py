@@ -5,9 +5,11 @@ torch is imported inside the functions, so that scripts can name DTYPES in their
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
@@ -52,6 +54,29 @@ def bf16_is_faster(device: torch.device) -> bool:
 
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 matrix products on CUDA may round their factors to TF32 (10 bits of mantissa) inside the block.
+
+    Forward passes may, Hessians and what is solved with them must not. Also a decorator. The CPU is not concerned.
+    """
+    import torch
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    use_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def use_tf32(allowed: bool) -> None:
+    """What `tf32` sets for a block, from now on."""
+    import torch
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def peak_memory_mib(device: torch.device) -> float:

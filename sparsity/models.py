@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 from sparsity.errors import UserError, first_line
+from sparsity.processes import warn
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+# Fields of a configuration that only models with rotary embeddings or ALiBi fill: transformers 5 has the first, which
+# is None elsewhere, transformers 4 the others.
+ROTARY_FIELDS = ("rope_parameters", "rope_theta", "rotary_emb_base", "alibi")
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -45,15 +51,26 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
 def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
     """Check that token counts, named by their options, together stay within the model's positions.
 
+    Rotary models compute the angles of any position, so more tokens than they were trained on are possible, though of
+    unknown quality: that is a warning. ALiBi has no bound. A learned position table ends, and so do the tables that
+    GPT-J and MPT compute once.
+
     Raises:
-        UserError: they do not. A model without a bound (e.g. ALiBi) passes.
+        UserError: more tokens than a table of positions holds.
     """
     text_config = config.get_text_config()
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         positions = getattr(text_config, key, None)
-        if isinstance(positions, int) and sum(lengths.values()) > positions:
-            asked = " plus ".join(f"{name} {value}" for name, value in lengths.items())
+        if not isinstance(positions, int) or sum(lengths.values()) <= positions:
+            continue
+        asked = " plus ".join(f"{name} {value}" for name, value in lengths.items())
+        if not any(getattr(text_config, name, None) for name in ROTARY_FIELDS):
             raise UserError(f"{asked} is more than the model's {positions} positions; choose a smaller value")
+        if not getattr(text_config, "alibi", False):
+            warn(
+                f"{asked} is more than the {positions} positions that the model was trained with; its quality may drop"
+            )
+        return
 
 
 def load_model(

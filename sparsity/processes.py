@@ -72,6 +72,12 @@ def report_on_main(process: PartialState) -> Iterator[None]:
         sys.exit(1)
 
 
+def warn(message: str) -> None:
+    """Print one line of warning to stderr, on the main process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def is_main_process() -> bool:
     """True in a single process and on rank 0 of several."""
     import torch.distributed as dist

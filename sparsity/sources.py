@@ -1,21 +1,34 @@
-"""Where summarization records come from: the hub's CNN/DailyMail, local files, or the ACLSum wheel.
+"""Where text comes from: plain text of files, folders and hub data sets; summarization records of data_prep.py.
 
-Each source yields (article, summary, instruction) triples lazily, so that no source has to fit in memory.
+`parse_sources` is the one home of the grammar that --calib_data, --text_path and --text share:
+
+    SOURCE[=WEIGHT][,SOURCE[=WEIGHT]…]
+
+    SOURCE   a file           .txt, .json, .jsonl, .csv, .parquet or .arrow
+             a folder         of such files, or of a data set that was saved with save_to_disk
+             a hub data set   NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; FOLDER::SPLIT works as well
+             self             text that the model writes itself
+
+A source without a weight has the weight 1; what counts is its share of the sum. Records come as (article, summary,
+instruction) triples, lazily, so that no source has to fit in memory.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import read_json, read_jsonl
-from sparsity.text import DEFAULT_INSTRUCTION
+from sparsity.files import file_digest, read_json, read_jsonl
+from sparsity.text import DEFAULT_INSTRUCTION, TEXT_FIELDS, read_texts, valid_unicode
 
 Triple = tuple[str, str, str]
 
@@ -41,6 +54,268 @@ ACLSUM_ASPECTS = ("challenge", "approach", "outcome")
 ACLSUM_INSTRUCTION = (
     "Summarize the challenge, the approach and the outcome of the following paper, in one sentence each."
 )
+
+
+# -------------------------------------------------------------------------------------------------------- plain text
+
+
+SELF = "self"
+
+
+CALIBRATION_TEXT = "cnn_dailymail"  # what hf_pts.py calibrates on unless told otherwise
+
+
+# Names that modelopt's calibration knows, and the hub data sets of plain text that they stand for.
+SHORT_NAMES = {
+    "cnn_dailymail": f"{CNN_DAILYMAIL[0]}:{CNN_DAILYMAIL[1]}",
+    "c4": "allenai/c4:en",
+    "pile": "monology/pile-uncopyrighted",
+    "wikitext": "Salesforce/wikitext:wikitext-103-v1",
+}
+
+
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow")
+
+
+# Of a data set that is read in part: twice the wanted text, counting no more of a document than the length of a usual
+# article, so that many documents contribute. Four characters are about one token.
+CHARACTERS_PER_TOKEN, COUNTED_CHARACTERS, SHUFFLE_BUFFER = 4, 3200, 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of plain text.
+
+    Attributes:
+        spec: a path, a hub data set, or SELF; see the grammar above.
+        weight: its share of the text; the weights of a list sum to 1.
+    """
+
+    spec: str
+    weight: float = 1.0
+
+
+def parse_sources(text: str) -> list[Source]:
+    """Read a list of sources, without opening any. Paths that exist may contain ',', ':' and '='.
+
+    Raises:
+        UserError: an empty source, a weight that is not a number of at least 0, or weights that sum to 0.
+    """
+    parts = text.split(",")
+    found: list[Source] = []
+    while parts:
+        # The longest beginning that names an existing path, else the part up to the next comma.
+        for length in range(len(parts), 0, -1):
+            source = _weighted(",".join(parts[:length]), text, exists=True)
+            if source:
+                break
+        else:
+            length = 1
+            source = _weighted(parts[0], text, exists=False)
+        assert source is not None
+        found.append(source)
+        parts = parts[length:]
+    total = sum(source.weight for source in found)
+    if not 0 < total < math.inf:
+        raise UserError(f"the weights of the sources '{text}' sum to {total:g}; at least one must be above 0")
+    return [replace(source, weight=source.weight / total) for source in found if source.weight]
+
+
+def _weighted(part: str, text: str, exists: bool) -> Source | None:
+    """The source SPEC or SPEC=WEIGHT of the list `text`; None if `exists` asks for a path and it is none."""
+    part = part.strip()
+    spec, equals, weight = part.rpartition("=")
+    if part and _exists(part):
+        return Source(part)
+    if exists and not (equals and _exists(spec) and "," not in weight):
+        return None
+    if not (spec if equals else part):
+        raise UserError(f"'{text}' has an empty source; write SOURCE or SOURCE=WEIGHT, separated by commas")
+    if not equals:
+        return Source(part)
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"the weight of the source '{spec}' must be a number of at least 0, found '{weight}'")
+    return Source(spec, number)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).exists()
+    except (OSError, ValueError):  # too long a name, a null byte
+        return False
+
+
+def _parts(spec: str) -> tuple[str, str | None, str | None]:
+    """Name or folder, configuration and split of a data set's specification; None for what is left out.
+
+    Raises:
+        UserError: more than three parts.
+    """
+    if _exists(spec):
+        return spec, None, None
+    name, *more = spec.split(":")
+    if name in SHORT_NAMES and not _exists(name):
+        name, *default = SHORT_NAMES[name].split(":")
+        more = [*more, *default[len(more) :]]
+    if len(more) > 2:
+        raise UserError(f"source '{spec}' has too many parts; write NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
+    config, split = ([part or None for part in more] + [None, None])[:2]
+    return name, config, split
+
+
+def is_streamed(source: Source) -> bool:
+    """Whether the source is a data set of the hub, which is read only as far as needed."""
+    return source.spec != SELF and not _exists(_parts(source.spec)[0])
+
+
+def check_source(source: Source) -> None:
+    """Check what can be known without reading.
+
+    Raises:
+        UserError: a path that does not exist, or a file of an unknown type.
+    """
+    if source.spec == SELF:
+        return
+    name = _parts(source.spec)[0]
+    path = Path(name)
+    if not _exists(name):
+        if name.startswith((".", "/", "~")) or path.suffix.lower() in TEXT_SUFFIXES or name.count("/") > 1:
+            raise UserError(f"text file not found: {name}")
+    elif path.is_file() and path.suffix.lower() not in TEXT_SUFFIXES:
+        raise UserError(f"text file {name} has an unknown type '{path.suffix}'; use {', '.join(TEXT_SUFFIXES)}")
+
+
+def content_key(source: Source, samples: int | None = None) -> str:
+    """What identifies the content of a source: the digest of its files; of a hub data set only its name.
+
+    Args:
+        samples: see `file_digest`.
+    """
+    path = Path(_parts(source.spec)[0])
+    if source.spec == SELF or not _exists(str(path)):
+        return hashlib.sha256(source.spec.encode()).hexdigest()
+    if path.is_file():
+        return file_digest(path, samples)
+    digest = hashlib.sha256(source.spec.encode())
+    for file in sorted(item for item in path.rglob("*") if item.is_file() and item.suffix.lower() in TEXT_SUFFIXES):
+        digest.update(f"{file.relative_to(path)} {file_digest(file, samples)}".encode())
+    return digest.hexdigest()
+
+
+def read_source(
+    source: Source, wanted_tokens: int | None, seed: int | None, split: str = "train", column: str | None = None
+) -> list[str]:
+    """The texts of a source.
+
+    Args:
+        wanted_tokens: read about as many as give twice that; None: all. Of .txt and JSON files always all.
+        seed: of the shuffle of a data set that is read in part; None: in its order.
+        split: of a data set that does not name its split.
+        column: of a data set; None: the first of TEXT_FIELDS that it has.
+
+    Raises:
+        UserError: nothing there, unreadable, or without text.
+    """
+    check_source(source)
+    if source.spec == SELF:
+        return own_texts(wanted_tokens, seed)
+    path = Path(source.spec)
+    if _exists(source.spec) and path.is_file() and path.suffix.lower() in (".txt", ".json", ".jsonl"):
+        return read_texts(path)
+    texts = list(_dataset_texts(source.spec, wanted_tokens, seed, split, column))
+    if not texts:
+        raise UserError(f"source '{source.spec}' holds no text")
+    return texts
+
+
+def own_texts(wanted_tokens: int | None, seed: int | None) -> list[str]:
+    """Text that the model writes itself.
+
+    Raises:
+        UserError: always, where no model can write.
+    """
+    raise UserError(f"the source '{SELF}' (text that the model writes itself) is not available here; name a text")
+
+
+def _dataset_texts(
+    spec: str, wanted_tokens: int | None, seed: int | None, split: str, column: str | None
+) -> Iterator[str]:
+    """Texts of a file, folder or hub data set, read through the `datasets` library."""
+    count = counted = 0
+    try:
+        rows = _open_dataset(spec, split)
+        if wanted_tokens is not None and seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for row in rows:
+            text = _row_text(row, column, spec)
+            count += 1
+            if not text.strip():
+                continue
+            yield text
+            counted += min(len(text), COUNTED_CHARACTERS)
+            if wanted_tokens is not None and counted >= 2 * CHARACTERS_PER_TOKEN * wanted_tokens:
+                return
+    except UserError:
+        raise
+    except Exception as error:  # datasets and the network stack below it raise errors of a dozen unrelated classes
+        where = f"after {count} rows " if count else ""
+        name = _parts(spec)[0]
+        hint = "" if _exists(name) else "; check the name and the network, or give a local file or folder"
+        raise UserError(f"cannot read the data set '{spec}' {where}({first_line(error)}){hint}") from error
+
+
+def _open_dataset(spec: str, split: str) -> Any:
+    """An IterableDataset of the rows of a file, folder or hub data set."""
+    from datasets import load_dataset, load_from_disk
+
+    name, config, own_split = _parts(spec)
+    split, path = own_split or split, Path(name)
+    if not _exists(name):
+        return load_dataset(name, config, split=split, streaming=True)
+    if path.is_file():
+        return load_dataset(_builder(path), data_files=str(path), split="train", streaming=True)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, dict):
+            if split not in saved:
+                raise UserError(f"data set '{name}' has no split '{split}'; it has {', '.join(saved)}")
+            saved = saved[split]
+        return saved.to_iterable_dataset()
+    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()} & set(TEXT_SUFFIXES)
+    if not suffixes:
+        raise UserError(f"folder {name} holds no file of type {', '.join(TEXT_SUFFIXES)}")
+    whole = {"sample_by": "document"} if suffixes == {".txt"} else {}
+    splits = load_dataset(name, config, streaming=True, **whole)
+    if split not in splits and own_split is None and len(splits) == 1:
+        split = next(iter(splits))  # the only one there is
+    if split not in splits:
+        raise UserError(f"data set '{name}' has no split '{split}'; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def _builder(path: Path) -> str:
+    """The name of the loader in `datasets` for a file."""
+    return path.suffix.lower().removeprefix(".")
+
+
+def _row_text(row: dict[str, Any], column: str | None, spec: str) -> str:
+    name = column or next((field for field in TEXT_FIELDS if field in row), None)
+    if name is None or name not in row:
+        looked_for = f"column '{column}'" if column else f"column {' or '.join(TEXT_FIELDS)}"
+        raise UserError(f"data set '{spec}' has no {looked_for}; its columns are {', '.join(row)}")
+    value = row[name]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"data set '{spec}': column '{name}' holds a {type(value).__name__}, not text")
+    return valid_unicode(value)
+
+
+# ----------------------------------------------------------------------------------------------------------- records
 
 
 def hub_triples(split: str, instruction: str | None = None) -> Iterator[Triple]:

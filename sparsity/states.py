@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, first_line
 from sparsity.files import require_file
 from sparsity.models import load_model
+from sparsity.processes import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,12 +75,53 @@ def require_masks(state_dict: dict[str, torch.Tensor], path: str | Path) -> list
     return masks
 
 
-def check_state_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> None:
+def grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
+    """Give the embedding and the output head `rows` rows; the new ones are the mean of those before, as for no token.
+
+    Reference scripts do this where a tokenizer has no padding token, before they prune: their states have a row more.
+    """
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                weight = module.weight
+                weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+
+
+def fit_vocabulary(state_dict: dict[str, torch.Tensor], model: PreTrainedModel, path: str | Path) -> None:
+    """Grow the vocabulary of `model` if the state has more rows in embedding and head, and is the same elsewhere.
+
+    Says so in one line. What else differs is left to `check_state_fits`.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = {id(embedding), id(head)}
+    names = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules}
+    own = model.state_dict()
+    grown = {
+        tensor.shape[0]
+        for name, tensor in state_dict.items()
+        if name in names and name in own and tensor.dim() == 2 and tensor.shape[1:] == own[name].shape[1:]
+    }
+    before = embedding.weight.shape[0]
+    if len(grown) != 1 or (rows := grown.pop()) <= before:
+        return
+    grow_vocabulary(model, rows)
+    warn(
+        f"state {path} has {rows} tokens and the model {before}: embedding and output head get {rows - before} more "
+        "row(s), as where a [PAD] token was added before pruning"
+    )
+
+
+def check_state_fits(state_dict: dict[str, torch.Tensor], model: PreTrainedModel, path: str | Path) -> None:
     """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
+
+    Where the state only has more tokens, `model` and its configuration are given their rows first.
 
     Raises:
         UserError: names or shapes differ: the state, read from `path`, belongs to another model.
     """
+    fit_vocabulary(state_dict, model, path)
     saved = {name: tensor.shape for name, tensor in state_dict.items() if not is_mask(name)}
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in sorted(saved.keys() ^ own.keys()) + sorted(n for n in saved.keys() & own.keys() if saved[n] != own[n]):
@@ -106,6 +147,8 @@ def apply_state(model: PreTrainedModel, state: dict[str, Any], path: str | Path,
     Args:
         fold: for inference. Multiply the masks into the weights and leave plain layers, which give the same outputs; a
             masked layer repeats that product in every forward pass, which takes longer than decoding one token.
+
+    A state with further tokens, such as one of the reference scripts with [PAD], gives the model their rows.
 
     Raises:
         UserError: the state belongs to a model of other layers or sizes.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError
+from sparsity.errors import UserError, first_line
 from sparsity.files import read_json, require_file
 
 if TYPE_CHECKING:
@@ -14,17 +15,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Headed sections in the manner of Alpaca; training and evaluation must see the very same text.
-PROMPT_HEAD = (
+@dataclass(frozen=True)
+class PromptTemplate:
+    """What stands before and after a record's article; training and evaluation must see the very same text.
+
+    Attributes:
+        head: the text before the article, with {instruction} where the record's instruction goes.
+        tail: the text after the article; the answer follows it directly.
+        special_tokens: whether the tokenizer adds its own first and last tokens. Chat templates spell theirs out.
+    """
+
+    head: str
+    tail: str
+    special_tokens: bool = True
+
+    def prompt(self, instruction: str, article: str) -> str:
+        """The whole prompt of a record."""
+        return self.head.replace(INSTRUCTION, instruction) + article + self.tail
+
+
+INSTRUCTION = "{instruction}"  # its place in a template
+
+
+# Headed sections in the manner of Alpaca.
+DEFAULT_TEMPLATE = PromptTemplate(
     "The task below comes with a text to work on. Write an answer that carries out the task.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n",
+    "\n\n### Response:\n",
 )
 
 
-PROMPT_TAIL = "\n\n### Response:\n"
-
-
 DEFAULT_INSTRUCTION = "Summarize the following article."
+
+
+TEXT_FIELDS = ("text", "input", "article", "document", "content")  # of a JSON item or a data set's row, first found
 
 
 def valid_unicode(text: str) -> str:
@@ -58,7 +82,7 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
 def read_texts(path: str | Path) -> list[str]:
     """Read plain documents: .txt (documents parted by blank lines stay one text), .json or .jsonl.
 
-    JSON items are strings, or objects with one of the fields text, input, article or document.
+    JSON items are strings, or objects with one of TEXT_FIELDS.
     """
     path = require_file(path, "text file")
     if path.suffix not in (".json", ".jsonl"):
@@ -80,10 +104,10 @@ def read_texts(path: str | Path) -> list[str]:
 def _text_of(item: Any, number: int, path: Path) -> str:
     if isinstance(item, str):
         return valid_unicode(item)
-    for key in ("text", "input", "article", "document"):
+    for key in TEXT_FIELDS:
         if isinstance(item, dict) and isinstance(item.get(key), str):
             return valid_unicode(item[key])
-    raise UserError(f"text file {path}: item {number} has no field text, input, article or document")
+    raise UserError(f"text file {path}: item {number} has no field {', '.join(TEXT_FIELDS)}")
 
 
 def token_blocks(
@@ -151,7 +175,91 @@ def sample_blocks(
     return _cut_blocks(stream, block_size, limit)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: dict[str, str], max_length: int) -> list[int]:
+# ------------------------------------------------------------------------------------------------------------- prompt
+
+
+def read_template(path: str | Path) -> PromptTemplate:
+    """Read a template from a JSON object with the texts "head" and "tail".
+
+    Raises:
+        UserError: the file is missing or malformed, or the head has no place for the instruction.
+    """
+    content = read_json(path, "prompt template")
+    wrong = sorted(content.keys() ^ {"head", "tail"}) if isinstance(content, dict) else ["head", "tail"]
+    if wrong or not all(isinstance(value, str) for value in content.values()):
+        raise UserError(
+            f"prompt template {path} must hold the two texts 'head' and 'tail'"
+            + (f"; missing or unknown: {', '.join(wrong)}" if wrong else "")
+        )
+    if INSTRUCTION not in content["head"]:
+        raise UserError(f"prompt template {path}: 'head' has no {INSTRUCTION}, the place of a record's instruction")
+    if "{input}" in content["head"] + content["tail"]:
+        raise UserError(f"prompt template {path}: leave out {{input}}; the article goes between 'head' and 'tail'")
+    return PromptTemplate(**content)
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """The tokenizer's own chat template: instruction, blank line and article as the user's turn.
+
+    Raises:
+        UserError: there is none, or it does not keep the user's text as it is.
+    """
+    article = "<article>"
+    turn = [{"role": "user", "content": f"{INSTRUCTION}\n\n{article}"}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # ValueError without a template, errors of jinja in a broken one
+        raise UserError(
+            f"--chat_template: the tokenizer has no usable chat template ({first_line(error)}); leave the option out"
+        ) from error
+    head, _, tail = text.partition(article)
+    if INSTRUCTION not in head or not tail:
+        raise UserError("--chat_template: the tokenizer's template changes the user's text; use --prompt_template")
+    return PromptTemplate(head, tail, special_tokens=False)
+
+
+def choose_template(path: str | Path | None, chat: bool, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
+    """The template of --prompt_template or --chat_template, else the default one.
+
+    Raises:
+        UserError: both are given, or the chosen one cannot be used.
+    """
+    if path and chat:
+        raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
+    if chat:
+        return chat_template(tokenizer)
+    return read_template(path) if path else DEFAULT_TEMPLATE
+
+
+RUN_RECORD = "run.json"  # what finetune.py keeps of a run beside its result
+PROMPT_FIELD = "prompt"  # the template in it
+
+
+def template_record(template: PromptTemplate) -> dict[str, Any]:
+    """What a run record keeps of a template."""
+    return asdict(template)
+
+
+def trained_template(state: str | Path) -> PromptTemplate | None:
+    """The template that a fine-tuned state was trained with, from the run record beside it; None if there is none."""
+    record = Path(state).parent / RUN_RECORD
+    if not record.is_file():
+        return None
+    content = read_json(record, "run record")
+    found = content.get(PROMPT_FIELD) if isinstance(content, dict) else None
+    if found is None:  # written before there were other templates
+        return DEFAULT_TEMPLATE
+    if not isinstance(found, dict) or found.keys() != asdict(DEFAULT_TEMPLATE).keys():
+        raise UserError(f"run record {record} holds no valid '{PROMPT_FIELD}'; was it changed by hand?")
+    return PromptTemplate(**found)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, str],
+    max_length: int,
+    template: PromptTemplate = DEFAULT_TEMPLATE,
+) -> list[int]:
     """Token ids of a record's prompt in at most `max_length` tokens; only the article is ever shortened.
 
     Raises:
@@ -159,8 +267,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: dict[str, str], ma
     """
 
     def encode(article: str) -> list[int]:
-        prompt = PROMPT_HEAD.format(instruction=record["instruction"]) + article + PROMPT_TAIL
-        return tokenizer(prompt, verbose=False)["input_ids"]
+        prompt = template.prompt(record["instruction"], article)
+        return tokenizer(prompt, add_special_tokens=template.special_tokens, verbose=False)["input_ids"]
 
     article = record["input"].strip()
     ids = encode(article)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sparsity.errors import UserError
-from sparsity.models import load_config, load_model, load_tokenizer
+from sparsity.models import check_lengths, load_config, load_model, load_tokenizer
 
 
 def save_config(path, **fields):
@@ -46,3 +46,26 @@ def test_truncated_weights_are_refused(tmp_path, model_dir):
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError, match="cannot load the weights"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [("Llama", "warning"), ("GPTNeoX", "warning"), ("OPT", "error"), ("GPT2", "error"), ("Bloom", "nothing")],
+)
+def test_more_tokens_than_positions(kind, outcome, capsys):
+    """Rotary models compute any position, a learned table ends, and ALiBi has no bound."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")()
+    lengths = {"--model_max_length": 2000, "--max_new_tokens": 500}
+    check_lengths(config, {"--model_max_length": 8})
+    assert not capsys.readouterr().err
+    if outcome == "error":
+        with pytest.raises(
+            UserError, match="--model_max_length 2000 plus --max_new_tokens 500 is more than the model's"
+        ):
+            check_lengths(config, lengths)
+    else:
+        check_lengths(config, lengths)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (outcome == "warning") and all(line.startswith("warning: ") for line in lines)

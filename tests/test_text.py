@@ -8,7 +8,16 @@ import pytest
 from conftest import TEXTS
 
 from sparsity.errors import UserError
-from sparsity.text import PROMPT_HEAD, PROMPT_TAIL, encode_prompt, read_records, read_texts, token_blocks
+from sparsity.text import (
+    DEFAULT_TEMPLATE,
+    PromptTemplate,
+    chat_template,
+    encode_prompt,
+    read_records,
+    read_template,
+    read_texts,
+    token_blocks,
+)
 
 # ----------------------------------------------------------------------------------------------- data
 
@@ -77,8 +86,8 @@ def test_prompt_is_shortened_in_the_article_only(tokenizer, room):
     ids = encode_prompt(tokenizer, record, length)
     text = tokenizer.decode(ids)
     assert length - 6 <= len(ids) <= length  # as much of the article as fits, but for tokens that merge at the cut
-    assert text.startswith(PROMPT_HEAD.format(instruction="Sum.") + TEXTS[0][: max(0, room - 6)])
-    assert text.endswith(PROMPT_TAIL)
+    assert text.startswith(DEFAULT_TEMPLATE.head.replace("{instruction}", "Sum.") + TEXTS[0][: max(0, room - 6)])
+    assert text.endswith(DEFAULT_TEMPLATE.tail)
 
 
 def test_length_too_small_for_the_prompt_alone_is_refused(tokenizer):
@@ -91,4 +100,48 @@ def test_length_too_small_for_the_prompt_alone_is_refused(tokenizer):
 def test_short_prompt_is_left_as_it_is(tokenizer):
     record = {"instruction": "Sum.", "input": " hello ", "output": "x"}
     text = tokenizer.decode(encode_prompt(tokenizer, record, 500))
-    assert text == PROMPT_HEAD.format(instruction="Sum.") + "hello" + PROMPT_TAIL
+    assert text == DEFAULT_TEMPLATE.head.replace("{instruction}", "Sum.") + "hello" + DEFAULT_TEMPLATE.tail
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "must hold the two texts"),
+        ({"head": "{instruction}"}, "missing or unknown: tail"),
+        ({"head": "{instruction}", "tail": "", "body": ""}, "missing or unknown: body"),
+        ({"head": "{instruction}", "tail": 3}, "must hold the two texts"),
+        ({"head": "Task:", "tail": ""}, "'head' has no {instruction}"),
+        ({"head": "{instruction} {input}", "tail": ""}, "leave out {input}"),
+    ],
+)
+def test_wrong_templates_are_refused(tmp_path, content, message):
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_template(tmp_path / "t.json")
+
+
+def test_a_template_of_ones_own_keeps_its_braces(tmp_path, tokenizer):
+    (tmp_path / "t.json").write_text(json.dumps({"head": "{x} {instruction}\n", "tail": "\n=>"}))
+    template = read_template(tmp_path / "t.json")
+    assert template == PromptTemplate("{x} {instruction}\n", "\n=>")
+    record = {"instruction": "Sum.", "input": " hello ", "output": "x"}
+    assert tokenizer.decode(encode_prompt(tokenizer, record, 500, template)) == "{x} Sum.\nhello\n=>"
+
+
+def test_chat_template_is_the_tokenizers_own(tokenizer):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    with pytest.raises(UserError, match="no usable chat template"):
+        chat_template(chat)
+    chat.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    record = {"instruction": "Sum.", "input": "hello", "output": "x"}
+    turn = [{"role": "user", "content": "Sum.\n\nhello"}]
+    expected = chat.apply_chat_template(turn, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(chat, record, 500, chat_template(chat)) == expected
+    chat.chat_template = "{{ messages[0]['content'][:5] }}"
+    with pytest.raises(UserError, match="changes the user's text"):
+        chat_template(chat)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import check_output, describe_machine
+from sparsity.figures import read_figures
 from sparsity.files import read_json, require_file, save_json
 from utils import Parser, run_cli
 
@@ -79,10 +80,10 @@ def sat_rows(folder: Path, step: str) -> list[Row]:
 
 def eval_rows(folder: Path, step: str) -> list[Row]:
     """Speed over all processes, and ROUGE-L in percent."""
-    found = read_json(folder / "rouge.json", "figures")
+    found = read_figures(folder / "rouge.json", "figures")
     return [
         Row("eval", "examples per second", found["examples_per_second"]),
-        Row("eval", f"rougeL of {found['examples']} examples", 100 * found["rougeL"], "%"),
+        Row("eval", f"rougeL of {found['examples']} examples", found["rougeL"], "%"),
     ]
 
 

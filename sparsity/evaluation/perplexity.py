@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError
+from sparsity.sources import Source, parse_sources, read_source
 from sparsity.text import token_blocks
 
 if TYPE_CHECKING:
@@ -46,22 +49,69 @@ def perplexity(
     return math.inf if mean > 700 else math.exp(mean)
 
 
-def read_dataset(name: str, config: str | None, split: str, column: str) -> list[str]:
-    """One text: the rows of a hub data set joined by blank lines, as WikiText-2 is joined in the literature.
+@dataclass(frozen=True)
+class MeasuredText:
+    """A text to measure, as it is named in the protocol line.
+
+    Attributes:
+        split, column: for a data set; see `read_source`.
+    """
+
+    source: Source
+    split: str
+    column: str
+
+    @property
+    def is_file(self) -> bool:
+        return Path(self.source.spec).is_file()
+
+    def __str__(self) -> str:
+        if self.is_file:
+            return Path(self.source.spec).name
+        return " ".join([*filter(None, self.source.spec.split(":")), self.split, self.column])
+
+    def read(self, tokens: int | None) -> list[str]:
+        """The texts; the rows of a data set as one text, joined by blank lines as the literature joins WikiText-2.
+
+        Args:
+            tokens: how many are wanted at most; None: all.
+        """
+        texts = read_source(self.source, tokens, None, self.split, self.column)
+        return texts if self.is_file else ["\n\n".join(texts)]
+
+
+def choose_texts(sources: str, config: str | None, split: str, column: str) -> list[MeasuredText]:
+    """The texts of --text.
+
+    Args:
+        config, split, column: of data sets that do not name theirs.
 
     Raises:
-        UserError: the data set, split or column is not there, or the hub cannot be reached.
+        UserError: the sources cannot be parsed.
     """
-    from datasets import load_dataset
+    found = []
+    for source in parse_sources(sources):
+        if config and ":" not in source.spec and not Path(source.spec).exists():
+            source = replace(source, spec=f"{source.spec}:{config}")
+        named = source.spec.split(":")
+        found.append(MeasuredText(source, "" if len(named) > 2 else split, column))
+    return found
 
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:  # datasets raises many kinds: connection, missing set, missing config, bad split
-        chosen = f"{name} {config or ''} {split}"
-        raise UserError(f"cannot load the data set {chosen}: {first_line(error)}") from error
-    if column not in rows.column_names:
-        raise UserError(f"data set '{name}' has no column '{column}'; --text_column may be one of {rows.column_names}")
-    return ["\n\n".join(rows[column])]
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, texts: list[MeasuredText], context: int, stride: int, limit: int | None
+) -> torch.Tensor:
+    """Windows [count, context] of all texts, by weight where there are several.
+
+    Raises:
+        UserError: a text is unreadable or too short.
+    """
+    found = []
+    for text in texts:
+        own = None if limit is None else max(1, round(limit * text.source.weight))
+        tokens = None if own is None else context + (own - 1) * stride
+        found.append(token_windows(tokenizer, text.read(tokens), context, stride, own))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def token_windows(

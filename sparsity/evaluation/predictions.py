@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.files import append_jsonl, prepare_output_dir, read_jsonl, save_jsonl
-from sparsity.text import PROMPT_HEAD, PROMPT_TAIL
+from sparsity.text import PromptTemplate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,7 +33,11 @@ def run_key(**settings: Any) -> str:
 
 
 def settings_key(
-    args: argparse.Namespace, records: list[dict[str, str]], config: PretrainedConfig, device: torch.device
+    args: argparse.Namespace,
+    records: list[dict[str, str]],
+    config: PretrainedConfig,
+    device: torch.device,
+    template: PromptTemplate,
 ) -> str:
     """Digest of all that can change a prediction: data, model, state, prompt, generation settings and versions."""
     import transformers
@@ -43,7 +48,7 @@ def settings_key(
     names = ("batch_size", "beam_size", "model_max_length", "max_new_tokens", "min_new_tokens", "dtype")
     settings = {name: getattr(args, name) for name in names}
     versions = [torch.__version__, transformers.__version__]
-    prompt = [PROMPT_HEAD, PROMPT_TAIL]
+    prompt = list(astuple(template))
     return run_key(
         records=records, model=model, state=state, prompt=prompt, device=device.type, versions=versions, **settings
     )

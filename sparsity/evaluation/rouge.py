@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsity.errors import UserError
-from sparsity.figures import ROUGE_TYPES
+from sparsity.figures import INTERVALS, ROUGE_TYPES
 
 if TYPE_CHECKING:
     from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -96,30 +96,30 @@ def bootstrap_interval(
 
 
 def score_predictions(predictions: list[str], references: list[str]) -> dict[str, Any]:
-    """Mean F-measures as fractions under their names, with 95% intervals and the number of empty predictions.
+    """Mean F-measures in percent under their names, with 95% intervals and the number of empty predictions.
 
     Raises:
         UserError: every prediction is empty.
     """
     if not any(predictions):
         raise UserError("every prediction is empty: the model only produced end-of-text or blanks; check its tokenizer")
-    scores = rouge_f_measures(predictions, references, progress=True)
+    scores = 100 * rouge_f_measures(predictions, references, progress=True)
     low, high = bootstrap_interval(scores)
     return {
         **dict(zip(ROUGE_TYPES, scores.mean(axis=0).tolist(), strict=True)),
-        "confidence_intervals_95": {name: [low[i].item(), high[i].item()] for i, name in enumerate(ROUGE_TYPES)},
+        INTERVALS: {name: [low[i].item(), high[i].item()] for i, name in enumerate(ROUGE_TYPES)},
         "examples": len(predictions),
         "empty": sum(not text for text in predictions),
     }
 
 
 def print_scores(scores: dict[str, Any], saved_in: str | None) -> None:
-    """Print what `score_predictions` returned; the last line is `ROUGE scores: {…}`."""
+    """Print what `score_predictions` returned; the last line is `ROUGE scores: {…}`, in percent."""
     print(f"\n{scores['examples']} examples, {scores['empty']} with an empty prediction; ", end="")
     print("mean F-measure in percent, 95% interval")
     for name in ROUGE_TYPES:
-        low, high = scores["confidence_intervals_95"][name]
-        print(f"  {name:<10} {100 * scores[name]:6.2f}  [{100 * low:.2f}, {100 * high:.2f}]")
+        low, high = scores[INTERVALS][name]
+        print(f"  {name:<10} {scores[name]:6.2f}  [{low:.2f}, {high:.2f}]")
     if saved_in:
         print(f"figures saved in {saved_in}")
-    print(f"ROUGE scores: { {name: round(scores[name], 6) for name in ROUGE_TYPES} }", flush=True)
+    print(f"ROUGE scores: { {name: round(scores[name], 4) for name in ROUGE_TYPES} }", flush=True)

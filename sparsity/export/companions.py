@@ -63,6 +63,10 @@ def write_companions(
         config["quantization_config"] = quantization
     for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = dtype
+    # The state may have more tokens than the dense model; see states.fit_vocabulary.
+    sizes = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    if "vocab_size" in sizes:
+        sizes["vocab_size"] = max(sizes["vocab_size"], model_config.get_text_config().vocab_size)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # transformers 4 would use a rope_theta of 10000
         config.setdefault("rope_theta", rope["rope_theta"])

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
-from sparsity.figures import ROUGE_TYPES
-from sparsity.files import read_json
+from sparsity.figures import INTERVALS, ROUGE_TYPES, read_figures
 from sparsity.matrices import MatrixReport, zero_totals
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def load_figures(options: list[str]) -> list[tuple[str, dict[str, Any]]]:
         label, separator, path = option.partition("=")
         if not separator or not label or not path:
             raise UserError(f"--figures '{option}' is not of the form LABEL=FILE, e.g. sparse=ppl.json")
-        content = read_json(path, "figures file")
+        content = read_figures(path, "figures file")
         if not isinstance(content, dict) or not ("perplexity" in content or set(ROUGE_TYPES) <= content.keys()):
             raise UserError(
                 f"figures file {path} holds neither perplexity nor ROUGE; give one that eval.py or eval_ppl.py wrote"
@@ -126,6 +125,6 @@ def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _rouge_cell(content: dict[str, Any], key: str) -> str:
-    cell = f"{100 * content[key]:.2f}"
-    interval = content.get("confidence_intervals_95", {}).get(key)
-    return cell if interval is None else f"{cell} [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+    cell = f"{content[key]:.2f}"
+    interval = content.get(INTERVALS, {}).get(key)
+    return cell if interval is None else f"{cell} [{interval[0]:.2f}, {interval[1]:.2f}]"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsity.devices import tf32
 from sparsity.errors import UserError
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.discovery import Stop, replaced_forward
@@ -49,6 +50,7 @@ class Statistics:
         self.tokens = 0
         self._scratch = scratch
 
+    @tf32(False)
     def add(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
         """Take in inputs [tokens, cols] and, with a cross product, wanted outputs [tokens, rows]."""
         cols = len(self.hessian)

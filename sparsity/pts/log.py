@@ -15,7 +15,8 @@ class MatrixLog:
     Attributes:
         name: of the linear layer within the model.
         shape: [out, in].
-        relative_error: ‖S X - W X‖² / ‖W X‖² on the calibration set, S being the pruned and W the dense weight.
+        relative_error: ‖S X - W X‖² / ‖W X‖² on the calibration set, S being the pruned and W the dense weight;
+            None without a calibration set.
         sparsity: share of zeros.
         percdamp: damping that was used, as a share of the Hessian's mean diagonal; None without a Hessian.
         seconds: this matrix's share of the time to prune its group.
@@ -25,7 +26,7 @@ class MatrixLog:
 
     name: str
     shape: list[int]
-    relative_error: float
+    relative_error: float | None
     sparsity: float
     percdamp: float | None
     seconds: float

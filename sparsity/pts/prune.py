@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsity.devices import peak_memory_mib, return_freed_memory
+from sparsity.devices import peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.processes import is_main_process
@@ -50,6 +50,7 @@ def check_weights(groups: list[dict[str, nn.Linear]]) -> None:
                 raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")
 
 
+@tf32(False)
 def new_weight(
     weight: Tensor, statistics: Statistics, recipe: Recipe, name: str
 ) -> tuple[Tensor, Tensor, Tensor, float | None]:
@@ -234,7 +235,7 @@ def prune_model(
         on_rows(rows)
         return_freed_memory()
         if layer_rows:
-            bar.set_postfix(error=f"{sum(row.relative_error for row in layer_rows) / len(layer_rows):.4f}")
+            bar.set_postfix(error=f"{sum(row.relative_error or 0.0 for row in layer_rows) / len(layer_rows):.4f}")
     return masks
 
 

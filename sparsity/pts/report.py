@@ -30,11 +30,12 @@ def error_table(rows: list[MatrixLog]) -> str:
     header = ("layer", "count", "shape", "sparsity", "mean error", "max error", "seconds")
     lines = ["{:<16}{:>6}{:>14}{:>10}{:>12}{:>11}{:>9}".format(*header)]
     for kind, group in kinds.items():
-        errors = [row.relative_error for row in group]
+        errors = [row.relative_error for row in group if row.relative_error is not None]
+        mean, worst = (f"{sum(errors) / len(errors):.5f}", f"{max(errors):.5f}") if errors else ("-", "-")
         lines.append(
             f"{kind:<16}{len(group):>6}{'x'.join(map(str, group[0].shape)):>14}"
             f"{sum(row.sparsity for row in group) / len(group):>10.4f}"
-            f"{sum(errors) / len(errors):>12.5f}{max(errors):>11.5f}{sum(row.seconds for row in group):>9.1f}"
+            f"{mean:>12}{worst:>11}{sum(row.seconds for row in group):>9.1f}"
         )
     return "\n".join(lines)
 

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from sparsity.errors import UserError
 from sparsity.files import atomic_path
 from sparsity.pts.pattern import Pattern
+from sparsity.pts.recipe import Recipe
 from sparsity.states import restore_sparse, sparse_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path) -> None:
+# The mode of modelopt that a state records. "sparsegpt" means that the weights that remain were updated with
+# second-order information, "sparse_magnitude" that a score of each weight chose the masks and the weights that remain
+# kept their values. The latter is true of Wanda, whose score is the magnitude times the norm of the input; modelopt has
+# no mode of its own for it. Both modes restore in the same way.
+MODES = {"sparsegpt": "sparsegpt", "magnitude": "sparse_magnitude", "wanda": "sparse_magnitude"}
+
+
+def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, method: str) -> None:
     """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
     import modelopt.torch.opt as mto
     from modelopt.torch.opt.conversion import apply_mode
@@ -29,7 +37,7 @@ def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path) -> 
         name: None for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in masks
     }
     rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
-    model = apply_mode(model, [("sparsegpt", rules)], registry=SparsityModeRegistry)
+    model = apply_mode(model, [(MODES[method], rules)], registry=SparsityModeRegistry)
     for name, mask in masks.items():
         model.get_submodule(name).set_mask(mask)
     mto.save(model, path)
@@ -67,7 +75,7 @@ def write_verified_state(
     model: PreTrainedModel,
     masks: dict[str, Tensor],
     path: Path,
-    pattern: Pattern,
+    recipe: Recipe,
     probe: Tensor,
     load_dense: Callable[[], PreTrainedModel],
 ) -> None:
@@ -85,6 +93,6 @@ def write_verified_state(
         dtype = str(model.dtype).removeprefix("torch.")
         raise UserError(f"the pruned model's logits are not finite in {dtype}; try --dtype bf16 or fp32")
     with atomic_path(path) as temporary:
-        save_state(model, masks, temporary)
+        save_state(model, masks, temporary, recipe.method)
         model.to("meta")  # the restored one takes its memory
-        verify(load_dense(), temporary, pattern, probe, expected)
+        verify(load_dense(), temporary, recipe.pattern, probe, expected)

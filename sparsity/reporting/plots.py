@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.figures import ROUGE_TYPES
+from sparsity.figures import INTERVALS, ROUGE_TYPES
 from sparsity.files import atomic_path
 from sparsity.reporting.results import Run
 
@@ -61,9 +62,8 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
     width = 0.8 / max(1, len(scored))
     for number, (name, rouge, colour) in enumerate(scored):
         places = [group + (number - (len(scored) - 1) / 2) * width for group in range(len(ROUGE_TYPES))]
-        values = [100 * rouge[key] for key in ROUGE_TYPES]
-        intervals = rouge.get("confidence_intervals_95", {})
-        ends = [[100 * end for end in intervals[key]] if key in intervals else None for key in ROUGE_TYPES]
+        values = [rouge[key] for key in ROUGE_TYPES]
+        ends = [rouge.get(INTERVALS, {}).get(key) for key in ROUGE_TYPES]
         right.bar(places, values, width * 0.92, color=colour, label=name)
         for middle, value, pair in zip(places, values, ends, strict=True):
             if pair:
@@ -95,7 +95,9 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
             "linewidth": 1.2,
             "label": kind,
         }
-        left.plot(depths, [layer["relative_error"] for _, layer in members], **style)
+        # Magnitude pruning without calibration text measures no errors.
+        errors = [math.nan if layer["relative_error"] is None else layer["relative_error"] for _, layer in members]
+        left.plot(depths, errors, **style)
         right.plot(depths, [100 * layer["sparsity"] for _, layer in members], **style)
     left.set_title("Relative output error of each pruned matrix", fontsize=10.5)
     left.set_ylim(bottom=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.figures import ROUGE_TYPES
+from sparsity.figures import ROUGE_TYPES, read_figures
 from sparsity.files import read_json
 from sparsity.matrices import inspect_path, zero_totals
 
@@ -36,8 +36,8 @@ class Sparsity:
 
 
 def read_fields(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON object that has numbers under `keys`."""
-    value = read_json(path, what)
+    """A file of figures that has numbers under `keys`; ROUGE is in percent."""
+    value = read_figures(path, what)
     for key in keys:
         if not isinstance(value, dict) or not isinstance(value.get(key), int | float):
             raise UserError(f"{what} {path} has no number '{key}'; is it the --output_json of our evaluation scripts?")
@@ -103,7 +103,7 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
     """Header and one row a run, as text: perplexity, ROUGE in percent, sparsity measured in the linear layers."""
     rows = [["model", "perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
     for run in runs:
-        rouge = [f"{100 * run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
+        rouge = [f"{run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
         found = run.sparsity
         rows.append(
             [

@@ -15,11 +15,13 @@ from typing import Any, ClassVar, Literal
 
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_tf32_available
 
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError, first_line
-from sparsity.files import require_file
 from sparsity.processes import WAIT_SECONDS, start_processes
+from sparsity.sources import check_source, is_streamed, parse_sources
+from sparsity.text import read_template
 
 # What the Trainer cannot combine with held masks, our own checkpoints or our own loss. An option counts as given when
 # its value differs from the default.
@@ -66,10 +68,23 @@ class DataArguments:
     train_datapath: str | None = option("training records, in place of DATA_PATH/cnn_train.json", default=None)
     val_datapath: str | None = option("evaluation records, in place of DATA_PATH/cnn_eval.json", default=None)
     model_max_length: int = option(
-        "tokens of prompt and answer; only the article is cut", default=1024, aliases=["--max_length"]
+        "tokens of prompt and answer; a longer article loses its end, then the answer",
+        default=1024,
+        aliases=["--max_length"],
     )
+    prompt_template: str | None = option(
+        'JSON {"head": …, "tail": …}: the prompt before and after the article; {instruction} stands in the head',
+        default=None,
+    )
+    chat_template: bool = option("prompt with the tokenizer's own chat template, for instruct models", default=False)
     text_path: str | None = option(
-        "plain text (.txt, .json, .jsonl) to train on as well, with loss on all tokens", default=None
+        "plain text to train on as well, with loss on all tokens: a file, a folder or a hub set NAME:CONFIG:SPLIT; "
+        "several with weights: a=0.5,b=0.5",
+        default=None,
+    )
+    text_tokens: int | None = option(
+        "tokens to read of --text_path; by default all of files and folders, and of hub sets what --text_ratio needs",
+        default=None,
     )
     text_ratio: float = option(
         "share of plain text among all training tokens, with --text_path; 1: only the text", default=0.5
@@ -78,6 +93,9 @@ class DataArguments:
     packing: bool = option("put several samples into a row; attention stays within each sample", default=False)
     pad_to_max: bool = option("pad every batch to --max_length (for comparisons)", default=False)
     workers: int = option("processes that tokenize", default_factory=lambda: min(8, os.cpu_count() or 1))
+    cache_dir: str | None = option(
+        "folder of tokenized data, which all runs share; by default cache, beside the training records", default=None
+    )
     max_eval_samples: int = option("evaluate on the first N only; 0: all", default=512)
 
     @property
@@ -89,6 +107,13 @@ class DataArguments:
     def eval_file(self) -> Path:
         """The evaluation records."""
         return Path(self.val_datapath) if self.val_datapath else Path(self.data_path) / "cnn_eval.json"
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenized data is kept."""
+        if self.cache_dir:
+            return Path(self.cache_dir)
+        return (self.train_file.parent if self.uses_records else Path(self.data_path)) / "cache"
 
     @property
     def uses_records(self) -> bool:
@@ -132,6 +157,9 @@ class SparseTrainingArguments(TrainingArguments):
     optim: OptimizerNames | str = option("optimizer; 8 bit needs bitsandbytes", default="adamw_torch_fused")
     seed: int = option("random seed, also of the data order", default=0)
     group_by_length: bool = option("batches of samples of similar length, which need less padding", default=True)
+    freeze_embeddings: bool = option(
+        "keep the embeddings, and an output head that is tied to them, as they are", default=False
+    )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "compute type; weights and optimizer stay fp32. auto: bf16 where the hardware has it", default="auto"
     )
@@ -160,6 +188,7 @@ class SparseTrainingArguments(TrainingArguments):
     check_masks_every: int = option("steps between mask checks; 0: never", default=100)
     check_only: bool = option("check arguments and files, then stop", default=False)
     remove_unused_columns: bool = option("must stay off: the batches carry more than the model takes", default=False)
+    dataloader_drop_last: bool = option("leave out the last batch of an epoch if it is not full", default=True)
     ddp_timeout: int = option("seconds that processes wait for one another", default=WAIT_SECONDS)
     ddp_find_unused_parameters: bool | None = option("see DistributedDataParallel", default=False)
 
@@ -174,6 +203,8 @@ class SparseTrainingArguments(TrainingArguments):
         self.fsdp = ""  # type: ignore[assignment]  # see sharding.configure_fsdp, called once the model is known
         cuda = torch.cuda.is_available()
         given: Any = self  # with the fields of TrainingArguments, whose types mypy does not see
+        if given.tf32 is None and is_torch_tf32_available():
+            self.tf32 = True
         self.requested_precision = self.mixed_precision
         precision = "bf16" if given.bf16 else "fp16" if given.fp16 else choose_precision(self.mixed_precision)
         self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
@@ -281,6 +312,7 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "max_length": data.model_max_length,
         "text_ratio": data.text_ratio,
         "text_length": data.text_length,
+        "text_tokens": data.text_tokens,
         "packing": data.packing,
         "group_by_length": training.group_by_length,
         "num_epochs": training.num_train_epochs,
@@ -294,8 +326,10 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "weight_decay": training.weight_decay,
         "adam_beta2": training.adam_beta2,
         "max_grad_norm": training.max_grad_norm,
+        "dataloader_drop_last": training.dataloader_drop_last,
         "optim": getattr(training.optim, "value", training.optim),
         "seed": training.seed,
+        "freeze_embeddings": training.freeze_embeddings,
         "distill": distillation.distill,
         "distill_kl": distillation.distill_kl,
         "distill_hidden": distillation.distill_hidden,
@@ -323,7 +357,7 @@ def check_arguments(args: SatArguments) -> None:
         raise UserError(f"--max_steps must be above 0, found {args.training.max_steps}")
     positive = (
         *("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit"),
-        *("logging_steps", "text_length", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
+        *("logging_steps", "text_length", "text_tokens", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
         "distill_temperature",
     )
     for name in positive:
@@ -338,7 +372,16 @@ def check_arguments(args: SatArguments) -> None:
     if args.data.text_length and args.data.text_length > args.data.model_max_length:
         raise UserError(f"--text_length {args.data.text_length} exceeds --max_length {args.data.model_max_length}")
     if args.data.text_path:
-        require_file(args.data.text_path, "text file (--text_path)")
+        for source in parse_sources(args.data.text_path):
+            check_source(source)
+            if is_streamed(source) and args.data.text_ratio >= 1 and not args.data.text_tokens:
+                raise UserError(
+                    f"--text_ratio 1 would read all of the hub set '{source.spec}'; say how much with --text_tokens"
+                )
+    if args.data.prompt_template and args.data.chat_template:
+        raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
+    if args.data.prompt_template:
+        read_template(args.data.prompt_template)
     if "bnb" in values["optim"] and find_spec("bitsandbytes") is None:
         raise UserError(f"--optim {values['optim']} needs bitsandbytes; pip install bitsandbytes, or use adafactor")
     offload = args.training.cpu_offload or args.distillation.teacher_offload
@@ -358,7 +401,9 @@ def planned_steps(training: SparseTrainingArguments, samples: int) -> tuple[int,
             f"{samples} training samples do not fill one batch of {size} on {processes} process(es); "
             "add data or lower --train_bs or --num_processes"
         )
-    per_epoch = math.ceil(math.ceil(samples / (size * processes)) / training.gradient_accumulation_steps)
+    batches = samples / (size * processes)
+    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     if training.max_steps > 0:
         return training.max_steps, per_epoch
     return math.ceil(per_epoch * training.num_train_epochs), per_epoch

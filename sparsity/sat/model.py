@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.loss import check_packing
-from sparsity.states import apply_state, load_state, require_masks
+from sparsity.states import apply_state, grow_vocabulary, load_state, require_masks
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +47,29 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
     model = load_model(args.model.model_name_or_path, "float32", args.model.trust_remote_code)
     model = apply_state(model, state, path)
+    if args.training.freeze_embeddings:
+        freeze_embeddings(model)
     if args.data.packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
     return Student(model, mto.modelopt_state(model), dtypes)
 
 
-def load_teacher(args: SatArguments) -> PreTrainedModel | None:
-    """The dense model in the compute dtype, on the CPU; None without distillation."""
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Keep every embedding, and an output head that is tied to one, as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(False)
+
+
+def load_teacher(args: SatArguments, vocabulary: int) -> PreTrainedModel | None:
+    """The dense model in the compute dtype, on the CPU; None without distillation.
+
+    Args:
+        vocabulary: rows of the student's embedding, to which the teacher's is grown.
+    """
     if not args.distillation.distill:
         return None
-    return load_model(args.model.model_name_or_path, args.training.compute_dtype, args.model.trust_remote_code)
+    teacher = load_model(args.model.model_name_or_path, args.training.compute_dtype, args.model.trust_remote_code)
+    if vocabulary > teacher.get_input_embeddings().weight.shape[0]:
+        grow_vocabulary(teacher, vocabulary)
+    return teacher

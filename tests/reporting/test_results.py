@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from sparsity.errors import UserError
 from sparsity.reporting.results import Run, Sparsity, markdown, read_run, split_pairs, table_rows
 
-ROUGE = {"rouge1": 0.25, "rouge2": 0.125, "rougeL": 0.2, "rougeLsum": 0.21}
+ROUGE = {"rouge1": 25.0, "rouge2": 12.5, "rougeL": 20.0, "rougeLsum": 21.0}
 
 
 def test_rows_show_percent_and_dashes_for_what_is_missing():
@@ -32,6 +33,26 @@ def test_pairs_are_names_and_paths():
             split_pairs([wrong], "--run")
     with pytest.raises(UserError, match="'a' twice"):
         split_pairs(["a=x", "a=y"], "--run")
+
+
+def test_files_with_and_without_a_unit_give_the_same_figures(tmp_path):
+    """Earlier versions wrote fractions and no unit."""
+    intervals = {"rouge1": [24.0, 26.0]}
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, factor in ((old, 0.01), (new, 1)):
+        folder.mkdir()
+        scores = {name: factor * value for name, value in ROUGE.items()}
+        bounds = {name: [factor * end for end in pair] for name, pair in intervals.items()}
+        found = {**scores, "confidence_intervals_95": bounds, "examples": 3}
+        (folder / "rouge.json").write_text(json.dumps(found | ({"unit": "percent"} if factor == 1 else {})))
+    for folder in (old, new):
+        found = read_run("a", folder).rouge
+        assert {name: found[name] for name in ROUGE} == pytest.approx(ROUGE)
+        assert found["confidence_intervals_95"]["rouge1"] == pytest.approx(intervals["rouge1"])
+        assert found["examples"] == 3
+    (new / "rouge.json").write_text(json.dumps({**ROUGE, "unit": "permille"}))
+    with pytest.raises(UserError, match="unit 'permille'"):
+        read_run("a", new)
 
 
 def test_empty_folder_is_no_run(tmp_path):

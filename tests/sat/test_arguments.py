@@ -27,7 +27,7 @@ def training(**options) -> SparseTrainingArguments:
         ("data", {"model_max_length": 0}, "--max_length must be above 0, found 0"),
         ("data", {"text_ratio": 1.5}, "--text_ratio must lie between 0 and 1, found 1.5"),
         ("data", {"text_length": 2000}, "--text_length 2000 exceeds --max_length 1024"),
-        ("data", {"text_path": "/nowhere.txt"}, "text file .--text_path. not found: /nowhere.txt"),
+        ("data", {"text_path": "/nowhere.txt"}, "text file not found: /nowhere.txt"),
         ("distillation", {"distill_kl": -0.5}, "--distill_kl must lie between 0 and 1, found -0.5"),
         ("distillation", {"distill_temperature": 0}, "--distill_temperature must be above 0"),
         ("training", {"learning_rate": float("nan")}, "--lr must be above 0, found nan"),
@@ -81,7 +81,8 @@ def test_precision_on_a_cpu():
     ("options", "steps", "per_epoch"),
     [
         ({"per_device_train_batch_size": 4}, 75, 25),
-        ({"per_device_train_batch_size": 3, "num_train_epochs": 1}, 34, 34),
+        ({"per_device_train_batch_size": 3, "num_train_epochs": 1}, 33, 33),
+        ({"per_device_train_batch_size": 3, "num_train_epochs": 1, "dataloader_drop_last": False}, 34, 34),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_train_epochs": 0.5}, 5, 9),
         ({"per_device_train_batch_size": 4, "max_steps": 7}, 7, 25),
     ],

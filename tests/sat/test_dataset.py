@@ -10,7 +10,8 @@ from conftest import TEXTS
 from sparsity.errors import UserError
 from sparsity.sat import dataset as sat_dataset
 from sparsity.sat.batching import IGNORE
-from sparsity.text import encode_prompt
+from sparsity.sources import Source
+from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate, encode_prompt
 
 
 @pytest.fixture
@@ -41,16 +42,22 @@ def test_only_the_article_is_cut(tokenizer, records):
 
 
 def test_too_small_max_length_is_refused(tokenizer, records, data_file, tmp_path):
-    with pytest.raises(UserError, match="--max_length 30 is too small: 10 of 10 records"):
+    with pytest.raises(UserError, match="--max_length 30 is too small: .* each of the 10 records"):
         sat_dataset.load_records(tokenizer, data_file, 30, tmp_path / "cache", 1)
 
 
-def test_a_rare_overlong_answer_is_left_out(tokenizer, records, capsys):
-    many = [dict(record) for record in records * 11]
+def test_an_overlong_answer_loses_its_end_and_what_has_no_room_is_left_out(tokenizer, records, capsys):
+    many = [dict(record) for record in records]
     many[7]["output"] = "word " * 500
+    many[8]["instruction"] = "Summarize. " * 200
     dataset = sat_dataset.encode_records(tokenizer, many, 400, 1)
-    assert len(dataset) == 109 and 7 not in dataset["record"]
-    assert "left out 1 record" in capsys.readouterr().out
+    assert len(dataset) == 9 and 8 not in dataset["record"]
+    cut = dataset[7]
+    assert cut["length"] == len(cut["input_ids"]) == 400 and cut["labels"][-1] != tokenizer.eos_token_id
+    text = tokenizer.decode(cut["input_ids"])
+    assert f"### Input:\n{DEFAULT_TEMPLATE.tail}word word" in text, "the article went first"
+    warning = "of 10 records 1 lost the end of their answer and 1 were left out"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_workers_give_the_same_samples(tokenizer, records):
@@ -72,9 +79,9 @@ def test_cache_is_read_again_and_never_stale(tokenizer, data_file, tmp_path, mon
         assert sat_dataset.load_records(tokenizer, data_file, 400, cache, 1)[:] == first[:]
         with pytest.raises(AssertionError):
             sat_dataset.load_records(tokenizer, data_file, 399, cache, 1)
-        with pytest.raises(AssertionError), patch.context() as other:
-            other.setattr(sat_dataset, "PROMPT_TAIL", "\n\n### Answer:\n")
-            sat_dataset.load_records(tokenizer, data_file, 400, cache, 1)
+        with pytest.raises(AssertionError):
+            other = PromptTemplate(DEFAULT_TEMPLATE.head, "\n\n### Answer:\n")
+            sat_dataset.load_records(tokenizer, data_file, 400, cache, 1, other)
     changed = json.loads(data_file.read_text())
     changed[0]["output"] = "Another answer."
     data_file.write_text(json.dumps(changed))
@@ -95,8 +102,43 @@ def test_cache_keys_on_the_tokenizer(tokenizer, data_file, tmp_path):
 def test_text_ratio_is_a_share_of_tokens(tokenizer, records):
     dataset = sat_dataset.encode_records(tokenizer, records, 400, 1)
     texts = sat_dataset.encode_texts(tokenizer, TEXTS * 40, 32)
-    mixed = sat_dataset.mix(dataset, texts, 0.3, seed=0)
+    mixed = sat_dataset.mix(dataset, [(texts, 1.0)], 0.3, seed=0)
     text_tokens = sum(len(ids) for ids in mixed[len(dataset) :]["input_ids"])
     share = text_tokens / sum(len(ids) for ids in mixed["input_ids"])
     assert abs(share - 0.3) < 0.02
-    assert len(sat_dataset.mix(dataset, texts, 1.0, seed=0)) == len(texts)
+    assert len(sat_dataset.mix(dataset, [(texts, 1.0)], 1.0, seed=0)) == len(texts)
+
+
+def test_texts_are_drawn_by_weight(tokenizer):
+    long, short = (sat_dataset.encode_texts(tokenizer, TEXTS * count, 32) for count in (40, 20))
+    drawn = sat_dataset.draw_blocks([(long, 0.75), (short, 0.25)], 40, seed=0)
+    assert len(drawn) == 40
+    first = {tuple(ids) for ids in long["input_ids"]}
+    assert sum(tuple(ids) in first for ids in drawn[:30]["input_ids"]) == 30
+    whole = sat_dataset.draw_blocks([(long, 0.5), (short, 0.5)], None, seed=0)
+    assert len(whole) == pytest.approx(2 * len(short), abs=1), "the shorter text bounds an even mixture"
+
+
+def test_runs_that_build_the_same_data_at_once_share_it(tokenizer, tmp_path):
+    """Each starts before any has finished; the slower ones take what the first one kept."""
+    build = sat_dataset.encode_texts
+
+    def slow_and_overtaken():
+        sat_dataset.cached(tmp_path, ["key"], lambda: build(tokenizer, TEXTS * 4, 16))
+        return build(tokenizer, TEXTS * 4, 16)
+
+    dataset = sat_dataset.cached(tmp_path, ["key"], slow_and_overtaken)
+    assert dataset[:] == build(tokenizer, TEXTS * 4, 16)[:]
+    assert len(list(tmp_path.iterdir())) == 1, "nothing half built is left"
+
+
+def test_a_damaged_cache_is_replaced(tokenizer, tmp_path):
+    texts = tmp_path / "a.txt"
+    texts.write_text(" ".join(TEXTS))
+    cache = tmp_path / "cache"
+    first = sat_dataset.load_texts(tokenizer, Source(str(texts)), 16, cache, None, 0)[:]
+    (folder,) = cache.iterdir()
+    for file in folder.glob("*.arrow"):
+        file.write_bytes(b"")
+    assert sat_dataset.load_texts(tokenizer, Source(str(texts)), 16, cache, None, 0)[:] == first
+    assert list(cache.iterdir()) == [folder]

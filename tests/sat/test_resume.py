@@ -18,6 +18,7 @@ from sparsity.sat.arguments import (
     SatArguments,
     SparseTrainingArguments,
 )
+from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate
 
 
 @pytest.fixture
@@ -67,17 +68,18 @@ def legacy_record(state_path, data_dir):
 
 
 def test_settings_are_those_of_earlier_releases(make, legacy_record):
-    assert json.loads(json.dumps(resume.run_settings(make()))) == legacy_record
+    settings = json.loads(json.dumps(resume.run_settings(make(), DEFAULT_TEMPLATE)))
+    assert {name: value for name, value in settings.items() if name not in resume.EARLIER} == legacy_record
 
 
 def test_earlier_record_without_newer_keys_resumes(make, legacy_record):
-    args = make(resume=True)
+    args = make(resume=True, dataloader_drop_last=False)  # which was the default then
     folder = add_checkpoint(args, 4)
     for name in ("max_grad_norm", "adam_beta2", "num_processes"):
         del legacy_record[name]
     save_json(legacy_record, args.training.result_dir / "run.json")
-    resume.check_same_run(legacy_record, resume.run_settings(args), args.training.result_dir)
-    assert resume.open_run(args, is_main=True) == folder
+    resume.check_same_run(legacy_record, resume.run_settings(args, DEFAULT_TEMPLATE), args.training.result_dir)
+    assert resume.open_run(args, DEFAULT_TEMPLATE, is_main=True) == folder
     assert read_json(args.training.result_dir / "run.json", "record")["max_grad_norm"] == 1.0
 
 
@@ -85,9 +87,9 @@ def test_new_run_is_recorded_and_starts_at_the_beginning(make):
     args = make()
     torn = add_checkpoint(args, 3)
     (torn / checkpoints.MARKER).unlink()
-    assert resume.open_run(args, is_main=False) is None
+    assert resume.open_run(args, DEFAULT_TEMPLATE, is_main=False) is None
     assert not (args.training.result_dir / "run.json").exists() and torn.exists()
-    assert resume.open_run(args, is_main=True) is None
+    assert resume.open_run(args, DEFAULT_TEMPLATE, is_main=True) is None
     assert read_json(args.training.result_dir / "run.json", "record")["lr"] == 2e-05
     assert not torn.exists()
 
@@ -96,8 +98,8 @@ def test_earlier_checkpoints_are_only_used_when_asked_for(make):
     args = make()
     folder = add_checkpoint(args, 4)
     with pytest.raises(UserError, match="add --resume to continue from checkpoint-4"):
-        resume.open_run(args, is_main=True)
-    assert resume.open_run(make(resume=True), is_main=True) == folder
+        resume.open_run(args, DEFAULT_TEMPLATE, is_main=True)
+    assert resume.open_run(make(resume=True), DEFAULT_TEMPLATE, is_main=True) == folder
 
 
 @pytest.mark.parametrize(
@@ -110,30 +112,38 @@ def test_earlier_checkpoints_are_only_used_when_asked_for(make):
     ],
 )
 def test_other_settings_are_refused_by_name(make, changed, message):
-    resume.open_run(make(), is_main=True)
+    resume.open_run(make(), DEFAULT_TEMPLATE, is_main=True)
     args = make(resume=True, **changed)
     add_checkpoint(args, 4)
-    with pytest.raises(UserError, match=rf"{message}; to start .* remove .*checkpoints"):
-        resume.open_run(args, is_main=True)
+    with pytest.raises(UserError, match=f"{message}; to start over, remove"):
+        resume.open_run(args, DEFAULT_TEMPLATE, is_main=True)
     assert read_json(args.training.result_dir / "run.json", "record")["lr"] == 2e-05
 
 
 def test_other_content_of_a_file_is_noticed(make, data_dir, tmp_path):
-    resume.open_run(make(), is_main=True)
+    resume.open_run(make(), DEFAULT_TEMPLATE, is_main=True)
     (tmp_path / "data").mkdir()
     records = json.loads((data_dir / "cnn_train.json").read_text())
     (tmp_path / "data" / "cnn_train.json").write_text(json.dumps(records))
     args = make(data=tmp_path / "data", resume=True)
     folder = add_checkpoint(args, 4)
-    assert resume.open_run(args, is_main=True) == folder  # the same content at another place
+    assert resume.open_run(args, DEFAULT_TEMPLATE, is_main=True) == folder  # the same content at another place
     (tmp_path / "data" / "cnn_train.json").write_text(json.dumps(records[1:]))
     with pytest.raises(UserError, match="the content of --data_path has changed"):
-        resume.open_run(args, is_main=True)
+        resume.open_run(args, DEFAULT_TEMPLATE, is_main=True)
 
 
 def test_resuming_from_a_named_checkpoint(make, tmp_path):
     first = add_checkpoint(make(), 2)
     add_checkpoint(make(), 4)
-    assert resume.open_run(make(resume_from_checkpoint=str(first)), is_main=True) == first
-    with pytest.raises(UserError, match="is not a complete checkpoint of finetune.py"):
-        resume.open_run(make(resume_from_checkpoint=str(tmp_path)), is_main=True)
+    assert resume.open_run(make(resume_from_checkpoint=str(first)), DEFAULT_TEMPLATE, is_main=True) == first
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
+        resume.open_run(make(resume_from_checkpoint=str(tmp_path)), DEFAULT_TEMPLATE, is_main=True)
+
+
+def test_another_prompt_is_refused(make):
+    resume.open_run(make(), DEFAULT_TEMPLATE, is_main=True)
+    args = make(resume=True)
+    add_checkpoint(args, 4)
+    with pytest.raises(UserError, match="the prompt template has changed"):
+        resume.open_run(args, PromptTemplate("{instruction}", ""), is_main=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 
 from sparsity.evaluation.rouge import rouge_f_measures
+from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate, template_record
 
 LENGTHS = ("--model_max_length", "400", "--max_new_tokens", "40")
 
@@ -62,9 +64,10 @@ def test_last_line_files_and_samples(one_process, data_path):
     printed = ast.literal_eval(scores)
     assert list(printed) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     for name, value in printed.items():
-        assert value == pytest.approx(figures[name], abs=1e-6)
+        assert value == round(figures[name], 4)
         low, high = figures["confidence_intervals_95"][name]
-        assert 0 <= low <= figures[name] <= high <= 1
+        assert 0 <= low <= figures[name] <= high <= 100
+    assert figures["unit"] == "percent" and max(printed.values()) > 1
     assert figures["examples"] == figures["generated"] == len(records)
     assert [line["index"] for line in lines] == list(range(len(records)))
     assert [line["reference"] for line in lines] == [record["output"] for record in records]
@@ -73,7 +76,8 @@ def test_last_line_files_and_samples(one_process, data_path):
 
 def test_scores_are_rouge_of_the_written_predictions(one_process):
     _, figures, lines, _ = one_process
-    means = rouge_f_measures([line["prediction"] for line in lines], [line["reference"] for line in lines]).mean(axis=0)
+    pairs = [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    means = 100 * rouge_f_measures(*pairs).mean(axis=0)
     assert [figures[name] for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")] == pytest.approx(means.tolist())
 
 
@@ -158,12 +162,36 @@ def test_clear_errors_for_data_and_lengths(model_dir, data_path, tmp_path):
     no_reference = tmp_path / "no reference.json"
     no_reference.write_text(json.dumps([{"instruction": "Summarize.", "input": "Rain."}]))
     assert_clear_error(run_inline(*command, no_reference, *LENGTHS), "record 0", "output")
-    too_long = run_inline(*command, data_path)
-    assert_clear_error(too_long, "--model_max_length 1024 plus --max_new_tokens 128", "1024 positions")
     foreign = tmp_path / "notes.txt"
     foreign.write_text("my notes\n")
     assert_clear_error(run_inline(*command, data_path, *LENGTHS, "--predictions", foreign), "something else")
     assert foreign.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("flag", ["--prompt_template", "--chat_template"])
+def test_prompts_of_another_template(model_dir, data_path, state_path, tmp_path, flag):
+    """The template reaches the prompt, and one that the state was not trained with is warned of."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    shutil.copy(state_path, tmp_path / "state.pth")
+    (tmp_path / "run.json").write_text(json.dumps({"prompt": template_record(DEFAULT_TEMPLATE)}))
+    (tmp_path / "t.json").write_text(json.dumps({"head": "{instruction}: ", "tail": "=>"}))
+    chat = {"chat_template": "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **chat}))
+    command = ["eval.py", "--model_dir", folder, "--data_path", data_path, *LENGTHS, "--limit", "1", "--beam_size", "1"]
+    command += ["--modelopt_restore_path", tmp_path / "state.pth", "--output_json"]
+    words = [flag, tmp_path / "t.json"] if flag == "--prompt_template" else [flag]
+    plain = run_inline(*command, tmp_path / "plain.json")
+    other = run_inline(*command, tmp_path / "other.json", *words)
+    assert plain.returncode == other.returncode == 0, plain.stderr + other.stderr
+    assert "another prompt template" not in plain.stderr
+    assert other.stderr.count("was trained with another prompt template") == 1
+    own = PromptTemplate("{instruction}: ", "=>")
+    template = own if len(words) > 1 else PromptTemplate("<s>{instruction}\n\n", "</s>", special_tokens=False)
+    (tmp_path / "run.json").write_text(json.dumps({"prompt": template_record(template)}))
+    again = run_inline(*command, tmp_path / "again.json", *words)
+    assert "another prompt template" not in again.stderr
 
 
 def test_clear_errors_for_models(model_dir, data_path, tmp_path, state_path, tokenizer):
