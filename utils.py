@@ -125,7 +125,8 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _close_bars()
-        print(f"error: {error}", file=sys.stderr)
+        if not _repeats_first_process():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
@@ -149,6 +150,12 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         release_locks()
+
+
+def _repeats_first_process() -> bool:
+    """Whether this is a further process of several that have not joined yet, whose errors are all the same."""
+    joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    return int(os.environ.get("LOCAL_RANK", 0)) > 0 and not joined
 
 
 def _close_bars() -> None:
