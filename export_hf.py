@@ -46,7 +46,10 @@ def parse_args() -> argparse.Namespace:
         "with one scale per row and per token",
     )
     quantization.add_argument(
-        "--calib_data", metavar="FILE", help=".txt, .json or .jsonl of plain text; int8, int8_sq and fp8 need it"
+        *("--calib_data", "--dataset"),
+        metavar="SOURCE",
+        help="plain text: a file, a folder or a hub data set NAME:CONFIG:SPLIT; several with weights: a=0.5,b=0.5; "
+        "int8, int8_sq and fp8 need it",
     )
     quantization.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
     quantization.add_argument("--model_max_length", type=int, default=1024, help="tokens per calibration sequence")
@@ -68,7 +71,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, 1, "calib_size")
     check_at_least(args, 2, "model_max_length")
     if args.quantization and FORMATS[args.quantization].calibrated and not args.calib_data:
-        raise UserError(f"--quantization {args.quantization} needs calibration text; give it with --calib_data FILE")
+        raise UserError(f"--quantization {args.quantization} needs calibration text; give it with --calib_data SOURCE")
     if args.calib_data and not (args.quantization and FORMATS[args.quantization].calibrated):
         given = f"--quantization {args.quantization}" if args.quantization else "an export without --quantization"
         raise UserError(f"--calib_data has no use for {given}; leave it out")
@@ -87,12 +90,16 @@ def main() -> None:
     from sparsity.export.companions import source_folder, write_companions
     from sparsity.export.model_card import load_figures, write_model_card
     from sparsity.matrices import inspect_path
+    from sparsity.sources import check_source, parse_sources
 
     # Phase 1: checks, before the long work.
     target = Path(args.output_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not args.overwrite):
         raise UserError(f"{target} exists already; choose another --output_dir or add --overwrite")
     figures = load_figures(args.figures)
+    sources = parse_sources(args.calib_data) if args.calib_data else []
+    for text_source in sources:
+        check_source(text_source)
     config = models.load_config(args.model_dir, args.trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise UserError(f"'{args.model_dir}' is quantized; give the unquantized model that the state was made from")
@@ -113,9 +120,7 @@ def main() -> None:
         quantize.check_device(FORMATS[args.quantization], device)
     if args.calib_data:
         models.check_lengths(config, {"--model_max_length": args.model_max_length})
-        batches = quantize.calibration_batches(
-            tokenizer, args.calib_data, args.calib_size, args.model_max_length, args.seed
-        )
+        batches = quantize.calibration_batches(tokenizer, sources, args.calib_size, args.model_max_length, args.seed)
 
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
     masked = {name: weight.to("meta") for name, weight, _ in states.sparse_masks(state)}

@@ -232,6 +232,16 @@ def read_source(
     return texts
 
 
+def shares(sources: list[Source], size: int) -> list[int]:
+    """Split `size` sequences by the weights of the sources; what rounding leaves goes to the largest remainders."""
+    exact = [source.weight * size for source in sources]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(sources)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: size - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
 def own_texts(wanted_tokens: int | None, seed: int | None) -> list[str]:
     """Text that the model writes itself.
 

@@ -19,8 +19,10 @@ from sparsity.errors import UserError, first_line
 from sparsity.export.formats import Format
 from sparsity.export.weights import folded, in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
+from sparsity.processes import warn
+from sparsity.sources import Source, read_source, shares
 from sparsity.states import sparse_masks
-from sparsity.text import read_texts, sample_blocks
+from sparsity.text import sample_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,16 +45,21 @@ def check_device(chosen: Format, device: torch.device) -> None:
 
 
 def calibration_batches(
-    tokenizer: PreTrainedTokenizerBase, path: str | Path, size: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, sources: list[Source], size: int, length: int, seed: int
 ) -> list[Tensor]:
-    """Token ids [1, length] of `size` sequences drawn from the text file `path`.
+    """Token ids [1, length] of `size` sequences, drawn from the sources by their weights.
 
     Raises:
-        UserError: the file is missing or malformed, or does not fill one sequence.
+        UserError: a source cannot be read, or does not fill one sequence.
     """
-    blocks = sample_blocks(tokenizer, read_texts(path), length, size, seed)
+    drawn = [
+        sample_blocks(tokenizer, read_source(source, count * length, seed), length, count, seed)
+        for source, count in zip(sources, shares(sources, size), strict=True)
+        if count
+    ]
+    blocks = torch.cat(drawn)
     if len(blocks) < size:
-        print(f"warning: the text gives {len(blocks)} sequences of {length}, not {size}")
+        warn(f"the text gives {len(blocks)} sequences of {length}, not {size}")
     return list(blocks.split(1))
 
 

@@ -8,22 +8,12 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.processes import warn
-from sparsity.sources import Source, read_source
+from sparsity.sources import Source, read_source, shares
 from sparsity.text import sample_blocks
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
-
-
-def shares(sources: list[Source], size: int) -> list[int]:
-    """Split `size` sequences by the weights of the sources; what rounding leaves goes to the largest remainders."""
-    exact = [source.weight * size for source in sources]
-    counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(sources)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: size - sum(counts)]:
-        counts[index] += 1
-    return counts
 
 
 def load_calibration(

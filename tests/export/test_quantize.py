@@ -15,6 +15,7 @@ from sparsity.export import quantize
 from sparsity.export.companions import write_companions
 from sparsity.export.formats import FORMATS
 from sparsity.models import load_config, load_model
+from sparsity.sources import parse_sources
 from sparsity.states import load_for_inference, load_state, sparse_masks
 
 ALGORITHMS = {
@@ -95,7 +96,7 @@ def test_the_folder_computes_nearly_what_the_sparse_model_does(export, model_dir
 def test_the_folder_computes_what_modelopt_simulates(export, model_dir, state_path, calibration, tokenizer, name):
     chosen, batches = FORMATS[name], []
     if chosen.calibrated:
-        batches = quantize.calibration_batches(tokenizer, calibration, 4, 32, seed=0)
+        batches = quantize.calibration_batches(tokenizer, parse_sources(str(calibration)), 4, 32, seed=0)
     state = load_state(state_path)["model_state_dict"]
     model = quantize.fold_masks(load_model(str(model_dir)), state, None)
     expected = logits(quantize.quantize(model, chosen, batches, torch.device("cpu")))

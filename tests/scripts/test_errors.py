@@ -132,7 +132,7 @@ ROWS = [
     ("finetune.py", "hub set out of reach", "--text_path no/such-set", ["no/such-set"]),
     ("finetune.py", "cache is a file", "--cache_dir {file}", ["cannot write", "{file}"]),
     ("finetune.py", "no room for an answer", "--max_length 8", ["max_length"]),
-    ("export_hf.py", "no calibration text", "--quantization int8", ["--quantization int8", "--calib_data FILE"]),
+    ("export_hf.py", "no calibration text", "--quantization int8", ["--quantization int8", "--calib_data SOURCE"]),
     ("export_hf.py", "no such text", "--quantization fp8 --calib_data {absent}", ["not found", "{absent}"]),
     ("export_hf.py", "text shorter than a sequence", "--quantization fp8 --calib_data {short}", ["tokens"]),
     ("export_hf.py", "text without use", "--calib_data {texts}", ["--calib_data has no use"]),
