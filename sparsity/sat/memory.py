@@ -30,6 +30,7 @@ class Shapes:
     hidden: int
     intermediate: int
     vocabulary: int
+    embeddings: int = 0  # in embeddings, and in a head that is tied to one
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Settings:
     hidden_loss: bool
     cpu_offload: bool
     teacher_offload: bool
+    freeze_embeddings: bool = False
 
 
 def settings_of(args: SatArguments) -> Settings:
@@ -65,6 +67,7 @@ def settings_of(args: SatArguments) -> Settings:
         hidden_loss=distillation.distill and distillation.distill_hidden > 0,
         cpu_offload=training.cpu_offload,
         teacher_offload=distillation.teacher_offload,
+        freeze_embeddings=training.freeze_embeddings,
     )
 
 
@@ -87,6 +90,7 @@ def model_shapes(config: PretrainedConfig, trust_remote_code: bool = False) -> S
         hidden=text.hidden_size,
         intermediate=max(max(module.weight.shape) for module in linears),
         vocabulary=text.vocab_size,
+        embeddings=sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)),
     )
 
 
@@ -98,6 +102,7 @@ def estimate(shapes: Shapes, run: Settings) -> dict[str, float]:
     and two normalizations in fp32. Attention is counted without score matrices, as SDPA computes it.
     """
     share = 1 / run.processes
+    trained = shapes.parameters - (shapes.embeddings if run.freeze_embeddings else 0)
     resident = 0 if run.cpu_offload else share
     tokens = run.train_bs * run.max_length
     layer = tokens * (run.compute_bytes * (8 * shapes.hidden + 4 * shapes.intermediate) + 8 * shapes.hidden)
@@ -105,8 +110,8 @@ def estimate(shapes: Shapes, run: Settings) -> dict[str, float]:
     in_flight = shapes.layer_parameters if run.checkpointing else shapes.pruned
     parts = {
         "weights, fp32": 4 * shapes.parameters * resident,
-        "gradients, fp32": 4 * shapes.parameters * resident,
-        f"optimizer, {run.optimizer}": run.optimizer_bytes * shapes.parameters * resident,
+        "gradients, fp32": 4 * trained * resident,
+        f"optimizer, {run.optimizer}": run.optimizer_bytes * trained * resident,
         "masks, 1 byte": shapes.pruned * (1 + (share if run.processes > 1 else 0)),
         "masked weights at work": (4 + run.compute_bytes) * in_flight,
         "activations": layer + shapes.layers * kept if run.checkpointing else shapes.layers * layer,
@@ -143,6 +148,8 @@ def advice(shapes: Shapes, run: Settings) -> str:
         changes.append((text, replace(run, train_bs=half)))
     if run.max_length > 256:
         changes.append((f"--max_length {run.max_length // 2}", replace(run, max_length=run.max_length // 2)))
+    if not run.freeze_embeddings:
+        changes.append(("--freeze_embeddings", replace(run, freeze_embeddings=True)))
     if run.optimizer_bytes > 1:
         changes.append(("--optim adafactor", replace(run, optimizer="adafactor", optimizer_bytes=0.01)))
     if run.processes > 1 and not run.cpu_offload:

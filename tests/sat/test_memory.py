@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sparsity.sat.memory import GIB, Settings, Shapes, advice, estimate
@@ -13,4 +15,7 @@ def test_memory_estimate_counts_and_advises():
     parts = estimate(shapes, run)
     assert parts["weights, fp32"] / GIB == pytest.approx(6.738 * 4 / 8 / 1.0737, rel=0.01)
     assert parts["optimizer, adamw_torch_fused"] == 2 * parts["weights, fp32"]
+    frozen = estimate(replace(shapes, embeddings=131_072_000), replace(run, freeze_embeddings=True))
+    saved = parts["gradients, fp32"] - frozen["gradients, fp32"]
+    assert saved == pytest.approx(131_072_000 * 4 / 8) and frozen["weights, fp32"] == parts["weights, fp32"]
     assert "--gradient_checkpointing saves about" in advice(shapes, run)
