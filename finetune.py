@@ -40,11 +40,7 @@ def parse_args() -> SatArguments:
         help="keep activations; by default on the CPU",
     )
     parser.add_argument(
-        *("--no_freeze_embeddings", "--no-freeze_embeddings"),
-        dest="freeze_embeddings",
-        action="store_false",
-        default=False,
-        help="train the embeddings",
+        "--no-freeze_embeddings", dest="freeze_embeddings", action="store_false", default=True, help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--no-group_by_length", dest="group_by_length", action="store_false", default=True, help=argparse.SUPPRESS

@@ -158,7 +158,7 @@ class SparseTrainingArguments(TrainingArguments):
     seed: int = option("random seed, also of the data order", default=0)
     group_by_length: bool = option("batches of samples of similar length, which need less padding", default=True)
     freeze_embeddings: bool = option(
-        "keep the embeddings, and an output head that is tied to them, as they are", default=False
+        "keep the embeddings, and an output head that is tied to them, as they are", default=True
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "compute type; weights and optimizer stay fp32. auto: bf16 where the hardware has it", default="auto"

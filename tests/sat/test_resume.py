@@ -73,7 +73,7 @@ def test_settings_are_those_of_earlier_releases(make, legacy_record):
 
 
 def test_earlier_record_without_newer_keys_resumes(make, legacy_record):
-    args = make(resume=True, dataloader_drop_last=False)  # which was the default then
+    args = make(resume=True, dataloader_drop_last=False, freeze_embeddings=False)  # which were the defaults then
     folder = add_checkpoint(args, 4)
     for name in ("max_grad_norm", "adam_beta2", "num_processes"):
         del legacy_record[name]
