@@ -16,7 +16,9 @@ import time
 
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
+from sparsity.pts.calibration_set import DEFAULT_SOURCES, SELF, load_calibration, share_of_process, shares
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
+from sparsity.sources import parse_sources
 from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
 
 
@@ -31,9 +33,14 @@ def parse_args() -> argparse.Namespace:
     add_remote_code_option(group)
     group = parser.add_argument_group("calibration")
     group.add_argument(
-        "--calib_data", help=".txt, .json or .jsonl of plain text; by default cnn_dailymail's training articles"
+        "--calib_data",
+        default=DEFAULT_SOURCES,
+        help=".txt, .json or .jsonl of plain text, cnn_dailymail (its training articles), or self (text that the model "
+        "writes); several with weights: a.jsonl=0.3,b.txt=0.2,self=0.5 (default: %(default)s)",
     )
-    group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
+    group.add_argument(
+        "--calib_size", type=int, default=128, help="calibration sequences that are read; self adds half as many"
+    )
     group.add_argument(
         "--model_max_length", type=int, default=1024, help="tokens per sequence; texts are joined, never padded"
     )
@@ -53,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--pattern", default="2:4", help="2:4, 4:8 or unstructured:FRACTION; GPUs accelerate 2:4")
     group.add_argument(
-        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (by default 0.1)"
+        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (by default 0.01)"
     )
     group.add_argument(
         "--ignore", nargs="*", default=[], metavar="GLOB", help="layers to leave dense, e.g. '*.down_proj'"
@@ -92,6 +99,8 @@ def main() -> None:
     args = parse_args()
     check_args(args)
     recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
+    sources = parse_sources(args.calib_data)
+    counts = shares(sources, args.calib_size)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     import torch
@@ -100,11 +109,11 @@ def main() -> None:
     from sparsity.devices import peak_memory_mib, resolve_device, torch_dtype
     from sparsity.processes import fail_together, report_on_main, start_processes
     from sparsity.pts import report
-    from sparsity.pts.calibration_set import load_calibration, share_of_process
     from sparsity.pts.layer_store import LayerStore, calibration_key
     from sparsity.pts.log import MatrixLog, save_log
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
+    from sparsity.self_text import self_text
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
@@ -125,18 +134,33 @@ def main() -> None:
         if process.is_main_process:
             print(report.describe_plan(model, recipe, args.ignore), end="")
     if args.dry_run:
-        calibration = (args.calib_size, args.model_max_length, args.batch_size)
+        calibration = (sum(counts), args.model_max_length, args.batch_size)
         process.print(report.estimate(model, recipe, args.ignore, calibration, device.type))
+        written = sum(count for source, count in zip(sources, counts, strict=True) if source.spec == SELF)
+        if written:
+            process.print(report.self_text_estimate(model, written, args.model_max_length, device.type))
         return
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(output_dir)
         tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-        batches = load_calibration(
-            tokenizer, args.calib_data, args.calib_size, args.model_max_length, args.batch_size, args.seed
-        )
-        own = share_of_process(batches, process)
-        key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model)
+
+        def write(count: int) -> torch.Tensor:
+            name, length = args.model_name_or_path, args.model_max_length
+            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code)
+
+        def load() -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+            length = args.model_max_length
+            return load_calibration(tokenizer, sources, args.calib_size, length, args.batch_size, args.seed, write)
+
+        if process.is_main_process:  # alone, so that the others find in the cache what the model writes
+            batches, token_weights = load()
+    with fail_together(process):
+        if not process.is_main_process:
+            batches, token_weights = load()
+        own, own_weights = share_of_process(batches, process), share_of_process(token_weights, process)
+        settings = [args.ignore, args.dtype, args.batch_size]
+        key = calibration_key(recipe, settings, batches, model, token_weights)
         store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
 
     # Phase 2: pruning, with a log line for every weight as soon as its layer is finished.
@@ -149,7 +173,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     with report_on_main(process):
-        masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir)
+        masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir, own_weights)
     seconds, peak = time.perf_counter() - started, peak_memory_mib(device)
     process.destroy_process_group()
     if not process.is_main_process:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,41 @@ ACLSUM_ASPECTS = ("challenge", "approach", "outcome")
 ACLSUM_INSTRUCTION = (
     "Summarize the challenge, the approach and the outcome of the following paper, in one sentence each."
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of text, and its share among several."""
+
+    spec: str  # a file, or a name such as cnn_dailymail or self
+    weight: float  # the weights of all sources sum to 1
+
+
+def parse_sources(text: str) -> list[Source]:
+    """Read "a.jsonl=0.5,self=0.5"; a source without a weight counts 1, one of weight 0 is left out.
+
+    Raises:
+        UserError: a weight is negative or not finite, or all are 0.
+
+    >>> [(source.spec, source.weight) for source in parse_sources("a.jsonl=3,self=1")]
+    [('a.jsonl', 0.75), ('self', 0.25)]
+    """
+    if Path(text).exists():  # whatever its name holds
+        return [Source(text, 1.0)]
+    sources = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        spec, _, number = part.rpartition("=")
+        try:
+            sources.append(Source(spec.strip(), float(number)) if spec else Source(part, 1.0))
+        except ValueError:
+            sources.append(Source(part, 1.0))
+    for source in sources:
+        if not 0 <= source.weight < math.inf:
+            raise UserError(f"the weight {source.weight:g} of source '{source.spec}' must be a number from 0 up")
+    total = sum(source.weight for source in sources)
+    if total <= 0:
+        raise UserError(f"the weights of the sources '{text}' sum to 0; give at least one a weight above 0")
+    return [Source(source.spec, source.weight / total) for source in sources if source.weight]
 
 
 def hub_triples(split: str, instruction: str | None = None) -> Iterator[Triple]:

@@ -1,34 +1,37 @@
-"""The calibration set: which text is read, and its share of each process."""
+"""The calibration set: which texts it is drawn from, how much each counts, and the share of each process."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from sparsity.errors import UserError, first_line
-from sparsity.sources import CNN_DAILYMAIL
+from sparsity.sources import CNN_DAILYMAIL, Source
 from sparsity.text import read_texts, sample_blocks
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
 ARTICLE_TOKENS = 800  # about the length of a cnn_dailymail article
+SELF = "self"  # the source that the model writes
+HUB = "cnn_dailymail"  # the source that is read from the hub
+DEFAULT_SOURCES = f"{HUB}=0.5,{SELF}=0.5"
 
 
-def calibration_texts(path: str | Path | None, tokens: int, seed: int) -> list[str]:
+def calibration_texts(spec: str, tokens: int, seed: int) -> list[str]:
     """The texts of a file, or articles of cnn_dailymail's training split (evaluation uses its test split).
 
     Args:
+        spec: a file, or `HUB`.
         tokens: how many are wanted in all.
 
     Raises:
         UserError: the file is missing or malformed, or the hub cannot be reached.
     """
-    if path:
-        return read_texts(path)
+    if spec != HUB:
+        return read_texts(spec)
     from datasets import load_dataset
 
     try:
@@ -42,28 +45,83 @@ def calibration_texts(path: str | Path | None, tokens: int, seed: int) -> list[s
         ) from error
 
 
+def shares(sources: Sequence[Source], size: int) -> list[int]:
+    """How many sequences each source gives, of `size` in all that are read.
+
+    The model's own text does not take from what is read: it adds half as many sequences, or is all there is.
+
+    Raises:
+        UserError: there are more sources than sequences.
+
+    >>> shares([Source("a", 0.5), Source("self", 0.5)], 64)
+    [64, 32]
+    >>> shares([Source("a", 0.2), Source("b", 0.3), Source("self", 0.5)], 64)
+    [26, 38, 32]
+    """
+    read = [source for source in sources if source.spec != SELF]
+    if len(read) > size:
+        raise UserError(f"--calib_size {size} is less than one sequence for each of {len(read)} sources; raise it")
+    total = sum(source.weight for source in read)
+    counts, left = {}, size
+    for position, source in enumerate(read):
+        still = len(read) - position - 1
+        exact = left if not still else round(size * source.weight / total)
+        counts[source] = min(max(1, exact), left - still)
+        left -= counts[source]
+    counts |= {source: -(-size // 2) if read else size for source in sources if source.spec == SELF}
+    return [counts[source] for source in sources]
+
+
 def load_calibration(
-    tokenizer: PreTrainedTokenizerBase, path: str | Path | None, size: int, length: int, batch_size: int, seed: int
-) -> list[dict[str, torch.Tensor]]:
-    """Batches {"input_ids": int64 [batch_size, length]} of full sequences; the last one may be smaller.
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    size: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+    write: Callable[[int], torch.Tensor],
+) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+    """Calibration sequences of all sources, no batch with those of two.
+
+    Args:
+        write: from a number of sequences to the model's own text, int64 [sequences, length].
+
+    Returns:
+        batches {"input_ids": int64 [batch_size, length]} of full sequences, the last of a source may be smaller; for
+        each batch, what its tokens count, 1 on average: a source counts by its weight, however long it is.
 
     Raises:
         UserError: no text, or less than one sequence of it.
     """
-    texts = calibration_texts(path, size * length, seed)
-    blocks = sample_blocks(tokenizer, texts, length, size, seed)
-    if len(blocks) < size:
-        print(f"warning: the text gives {len(blocks)} sequences of {length}, not {size}")
-    return [{"input_ids": batch} for batch in blocks.split(batch_size)]
+    blocks = []
+    for source, count in zip(sources, shares(sources, size), strict=True):
+        if source.spec == SELF:
+            blocks.append(write(count))
+            continue
+        texts = calibration_texts(source.spec, count * length, seed)
+        try:
+            blocks.append(sample_blocks(tokenizer, texts, length, count, seed))
+        except UserError as error:
+            raise UserError(f"source {source.spec} is too short for its share of --calib_data: {error}") from error
+        if len(blocks[-1]) < count:
+            counts = ", which count as much" if len(sources) > 1 else ""
+            print(f"warning: {source.spec} gives {len(blocks[-1])} sequences of {length}, not {count}{counts}")
+    total = sum(map(len, blocks))
+    batches, token_weights = [], []
+    for source, found in zip(sources, blocks, strict=True):
+        parts = found.split(batch_size)
+        batches += [{"input_ids": part} for part in parts]
+        token_weights += [source.weight * total / len(found)] * len(parts)
+    return batches, token_weights
 
 
-def share_of_process(batches: list[dict[str, torch.Tensor]], process: PartialState) -> list[dict[str, torch.Tensor]]:
-    """This process's part of the calibration batches, as many as every other's.
+def share_of_process(items: list, process: PartialState) -> list:
+    """This process's part of the calibration batches or of their weights, as many as every other's.
 
     Raises:
         UserError: there are fewer batches than processes.
     """
     world = process.num_processes
-    if len(batches) < world:
-        raise UserError(f"{len(batches)} calibration batches cannot be shared by {world} processes; raise --calib_size")
-    return batches[: len(batches) // world * world][process.process_index :: world]
+    if len(items) < world:
+        raise UserError(f"{len(items)} calibration batches cannot be shared by {world} processes; raise --calib_size")
+    return items[: len(items) // world * world][process.process_index :: world]

@@ -22,7 +22,15 @@ from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.processes import is_main_process
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
-from sparsity.pts.calibration import Statistics, add_output, collect, collect_residual
+from sparsity.pts.calibration import (
+    MAX_SEQUENTIAL_GROUPS,
+    Statistics,
+    add_output,
+    collect,
+    collect_missing,
+    collect_residual,
+    stream_writers,
+)
 from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog
@@ -32,10 +40,6 @@ from sparsity.pts.solvers import admm, damp, layer_error, least_squares, refit, 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# Decoder layers have about four groups of linear layers: before attention, after it, before and after the activation.
-MAX_SEQUENTIAL_GROUPS = 8
 
 
 def check_weights(groups: list[dict[str, nn.Linear]]) -> None:
@@ -66,11 +70,11 @@ def new_weight(
         mask = magnitude_mask(weight, recipe.pattern) if by_magnitude else wanda_mask(weight, hessian, recipe.pattern)
         pruned = weight * mask
     else:
-        damping, inverse_factor, percdamp = damp(hessian, recipe.percdamp)
+        damping, inverse_factor, percdamp = damp(hessian, recipe.percdamp, recipe.shrinkage)
         if percdamp > recipe.percdamp and is_main_process():
             tqdm.write(f"warning: {name}: its Hessian needed damping {percdamp:g}, not {recipe.percdamp:g}")
         if statistics.cross is not None:
-            weight = least_squares(weight, statistics.cross, damping, inverse_factor)
+            weight = least_squares(weight, statistics.cross, inverse_factor)
             statistics.cross = None
         if recipe.admm_iterations:
             del inverse_factor  # as large as the Hessian
@@ -121,14 +125,18 @@ def prune_layer(
     layer: nn.Module,
     index: int,
     groups: list[dict[str, nn.Linear]],
-    known: list[Statistics],
+    known: dict[int, Statistics],
     recipe: Recipe,
+    writers: Sequence[int] = (),
+    sums: list[Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[MatrixLog]]:
     """Prune one decoder layer that is on the device, and move the pruned model's hidden states past it.
 
     Args:
-        known: statistics of the first groups, from the dense model; empty afterwards. The other groups are pruned one
+        known: statistics of groups by number, from the dense model; empty afterwards. The other groups are pruned one
             after the other, each on the inputs that the pruned ones before it produce.
+        writers: numbers of the groups to fit to the dense model's residual stream (`stream_writers`).
+        sums: that stream within the layer, for a writer before the last group; emptied when it is no longer needed.
 
     Returns:
         mask [out, in] on the CPU by name; log rows.
@@ -136,31 +144,34 @@ def prune_layer(
     masks: dict[str, Tensor] = {}
     rows: list[MatrixLog] = []
 
-    def prune(stage: list[dict[str, nn.Linear]], found: list[Statistics]) -> None:
-        for group in stage:
-            new_masks, new_rows = prune_group(group, found.pop(0), recipe)  # its Hessian is then no longer needed
+    def prune(numbers: list[int], found: list[Statistics]) -> None:
+        for number in numbers:
+            new_masks, new_rows = prune_group(groups[number], found.pop(0), recipe)  # its Hessian is then not needed
             masks.update(new_masks)
             rows.extend(new_rows)
 
-    count = len(known)
-    prune(groups[:count], known)
-    rest = groups[count:]
-    last = None
-    if recipe.asymmetric and rest and len(rest[-1]) == 1 and len(groups) <= MAX_SEQUENTIAL_GROUPS:
-        *rest, last = rest
-    # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
-    for stage in [[group] for group in rest] if len(groups) <= MAX_SEQUENTIAL_GROUPS else [rest]:
-        if stage:
-            assert states.pruned is not None
-            prune(stage, collect(states, layer, index, stage, states.pruned))
-    if last:
-        ((name, linear),) = last.items()
-        if residual := collect_residual(states, layer, index, name, linear):
-            prune([last], [residual[0]])
-            add_output(states, linear, residual[1])
+    last = len(groups) - 1
+    together = len(groups) > MAX_SEQUENTIAL_GROUPS
+    for number, group in enumerate(groups):
+        if next(iter(group)) in masks:
+            continue
+        name, linear = next(iter(group.items()))
+        if number in known:
+            prune([number], [known.pop(number)])
+        elif number in writers and number < last and sums:
+            prune([number], [collect_missing(states, layer, index, name, linear, sums)])
+            sums.clear()
+        elif number in writers and number == last:
+            statistics, inputs = collect_residual(states, layer, index, name, linear)
+            prune([number], [statistics])
+            del statistics
+            add_output(states, linear, inputs)
             return masks, rows
-        assert states.pruned is not None
-        prune([last], collect(states, layer, index, [last], states.pruned))
+        else:
+            assert states.pruned is not None
+            # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
+            stage = [n for n in range(number, len(groups)) if n not in known] if together else [number]
+            prune(stage, collect(states, layer, index, [groups[n] for n in stage], states.pruned))
     if states.pruned is not None:
         states.advance(layer, index, states.pruned)
     return masks, rows
@@ -175,6 +186,7 @@ def prune_model(
     ignore: Sequence[str] = (),
     on_rows: Callable[[list[MatrixLog]], None] = lambda rows: None,
     activations_dir: Path | None = None,
+    token_weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Prune every decoder layer of `model` (on the CPU, in eval mode) in place.
 
@@ -184,6 +196,7 @@ def prune_model(
         store: takes every finished layer, and supplies the ones that an earlier run finished.
         on_rows: called after each layer with all log rows so far.
         activations_dir: folder for activations, which are otherwise kept in CPU memory.
+        token_weights: for each batch, what its tokens count in the statistics; by default all count alike.
 
     Returns:
         mask [out, in] (bool, True is kept) by name of the linear layer.
@@ -205,6 +218,7 @@ def prune_model(
         activations_dir,
         needs_pruned=recipe.needs_pruned,
         needs_dense=recipe.needs_dense,
+        token_weights=token_weights,
     )
     prefetcher = LayerPrefetcher(layers, device)
     masks: dict[str, Tensor] = {}
@@ -218,12 +232,8 @@ def prune_model(
             started = time.perf_counter()
             prefetcher.fetch(index)
             check_weights(groups)
-            known: list[Statistics] = []
-            if states.dense is not None:
-                early = groups[:-1] if recipe.asymmetric else groups
-                early = early if recipe.dense_inputs else []
-                known = collect(states, layer, index, early, states.dense, advance=True)
-            layer_masks, layer_rows = prune_layer(states, layer, index, groups, known, recipe)
+            known, writers, sums = observe_dense(states, layer, index, groups, recipe)
+            layer_masks, layer_rows = prune_layer(states, layer, index, groups, known, recipe, writers, sums)
             layer.to("cpu")
             for row in layer_rows:
                 row.layer_seconds = round(time.perf_counter() - started, 3)
@@ -236,6 +246,26 @@ def prune_model(
         if layer_rows:
             bar.set_postfix(error=f"{sum(row.relative_error for row in layer_rows) / len(layer_rows):.4f}")
     return masks
+
+
+def observe_dense(
+    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], recipe: Recipe
+) -> tuple[dict[int, Statistics], list[int], list[Tensor]]:
+    """Move the dense model's hidden states, where the recipe needs them, past a layer, and note what it needs of them.
+
+    Returns:
+        statistics by number of group; numbers of the groups to fit to the residual stream; the stream inside.
+    """
+    if states.dense is None:
+        return {}, [], []
+    writers = stream_writers(states, layer, index, groups) if recipe.asymmetric else []
+    later = {*writers, len(groups) - 1} if recipe.asymmetric else set()
+    early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
+    inner = next((next(iter(groups[number].values())) for number in writers if number < len(groups) - 1), None)
+    sums = states.allocate(states.shapes, states.dense[0].dtype) if inner else []
+    chosen = [groups[number] for number in early]
+    found = collect(states, layer, index, chosen, states.dense, advance=True, writer=inner, sums=sums)
+    return dict(zip(early, found, strict=True)), writers, sums
 
 
 def repeat_layer(
