@@ -130,14 +130,15 @@ def run_arm(args: argparse.Namespace) -> dict[str, float]:
     batches = [batch["input_ids"] for batch in inputs]
     model(batches[0][:1, :64])  # the libraries allocate their working memory before the measurement begins
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, started = memory_kib("VmRSS"), time.perf_counter()
+    before, started, busy = memory_kib("VmRSS"), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if args.arm == "reference":
             prune_llama(model, batches)
         elif args.arm != "dense":
             prune(args.arm.removesuffix("_read"), model, batches, CPU, Path(folder), token_weights)
+    busy = time.process_time() - busy
     seconds, memory = time.perf_counter() - started, (memory_kib("VmHWM") - before) / 1024
-    result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1)}
+    result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1), "cpu_seconds": round(busy, 1)}
     return result if args.deepen > 1 else result | perplexities(model, tokenizer, args)
 
 
@@ -192,19 +193,23 @@ def ratios(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
             continue
         rises = {kind: (row[kind] - dense[kind]) / (base[kind] - dense[kind]) for kind in KINDS}
         rises["other"] = sum(rises[kind] for kind in KINDS[1:]) / len(KINDS[1:])
-        parts = {name: row[name] / base[name] for name in ("seconds", "memory_mib")}
+        parts = {name: row[name] / base[name] for name in ("seconds", "cpu_seconds", "memory_mib")}
         found[arm] = {name: round(value, 3) for name, value in (rises | parts).items()}
     return found
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """Figures of every arm, and for the pruned ones the ratios to modelopt's."""
-    print(f"\n{'perplexity':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "seconds", "MiB")))
+    print(f"\n{'perplexity':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "seconds", "CPU s", "MiB")))
     for arm, row in results.items():
-        cells = [f"{row[kind]:.2f}" for kind in KINDS] + [f"{row['seconds']:.0f}", f"{row['memory_mib']:.0f}"]
+        cells = [f"{row[kind]:.2f}" for kind in KINDS] + [
+            f"{row[name]:.0f}" for name in ("seconds", "cpu_seconds", "memory_mib")
+        ]
         print(f"{arm:<14}" + "".join(f"{cell:>9}" for cell in cells))
     if "modelopt" in results:
-        print(f"\n{'÷ modelopt':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "other", "time", "memory")))
+        print(
+            f"\n{'÷ modelopt':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "other", "time", "CPU time", "memory"))
+        )
         for arm, found in ratios(results).items():
             print(f"{arm:<14}" + "".join(f"{value:>9.3f}" for value in found.values()))
 

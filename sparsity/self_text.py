@@ -123,7 +123,8 @@ def write_batch(
         prompt: token ids that all sequences begin with; without any, each begins with a token at random.
 
     Returns:
-            "the model's output is NaN or infinite, so it cannot write text; give text files in place of 'self'"
+        int64 [count, length] on the CPU, prompts included. An end-of-text token does not end a sequence: another text
+        follows it.
 
     Raises:
         UserError: probabilities are not finite.
@@ -162,7 +163,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     highest = logits.amax(1, keepdim=True)
     if not torch.isfinite(highest).all():
         raise UserError(
-            "the model's output is NaN or infinite, so it cannot write text; use text files or --dtype bf16"
+            "the model's output is NaN or infinite, so it cannot write text; give text files in place of 'self'"
         )
     weights = F.pad((logits - highest).exp_(), (0, -size % TOKENS_IN_A_SUM)).view(rows, -1, TOKENS_IN_A_SUM)
     sums = weights.sum(-1).double().cumsum(-1)

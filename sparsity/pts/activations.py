@@ -70,12 +70,29 @@ class HiddenStates:
                 hidden = self.allocate(shapes, embedded.dtype)
             self.store(embedded, hidden[number])
             self.keep.append(None if mask is None else mask.flatten().bool().to(device))
+            if self.autocast:
+                calls = [_with_half_positions(call) for call in calls]
             self.calls.append(seen.setdefault(embedded.shape, calls) if mask is None else calls)
         self.shapes = [tensor.shape for tensor in hidden]
         self.pruned = hidden if needs_pruned else None
         self.dense: list[Tensor] | None = None
         if needs_dense:
             self.dense = self._copy(hidden) if needs_pruned else hidden
+
+    def allocate_with_tail(
+        self, shapes: list[torch.Size], tail_shapes: list[torch.Size], dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Two buffers for each batch in one allocation, the smaller ones at the end of the larger ones' memory.
+
+        The larger ones may be written in order while the smaller ones are read in order: number n of the larger
+        reaches into none of the smaller but those up to number n.
+        """
+        buffers = self.allocate(shapes, dtype)
+        whole = buffers[0].as_strided((sum(buffer.numel() for buffer in buffers),), (1,), 0)
+        counts = [shape.numel() for shape in tail_shapes]
+        assert all(count <= shape.numel() for count, shape in zip(counts, shapes, strict=True))
+        tail = whole[len(whole) - sum(counts) :].split(counts)
+        return buffers, [part.view(shape) for part, shape in zip(tail, tail_shapes, strict=True)]
 
     def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
         """One buffer for each batch, where activations are kept: memory, pinned for CUDA, or a mapped file.
@@ -180,6 +197,14 @@ class LayerPrefetcher:
 def _pin(layer: nn.Module) -> None:
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.data = tensor.data.pin_memory()
+
+
+def _with_half_positions(call: Call) -> Call:
+    """A layer's arguments with rotary cosines and sines in bfloat16, as a model in bfloat16 computes with them."""
+    args, kwargs = call
+    if (positions := kwargs.get("position_embeddings")) is not None:
+        kwargs = {**kwargs, "position_embeddings": tuple(part.bfloat16() for part in positions)}
+    return args, kwargs
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,39 +171,57 @@ def collect(
     return found
 
 
-@torch.no_grad()
-def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> list[int]:
-    """Numbers of the groups that are one linear layer whose output is simply added to the residual stream.
+@dataclass
+class Writers:
+    """The groups of a decoder layer that are one linear layer whose output is simply added to the residual stream."""
 
-    Those of a Llama are o_proj and down_proj. They are tested on the first batch of the dense model's hidden states:
-    without the last linear the layer must return its input plus what the earlier one adds; the last must add the rest.
-    Models that normalize such outputs first (Gemma) have none.
+    inner: int | None = None  # number of the group that is added to the layer's input (in a Llama, o_proj)
+    last: int | None = None  # number of the last group, if the layer's output is the sum so far plus its output
+    parent: str | None = None  # the module within the layer (in a Llama, self_attn) that returns what inner returns
+    returned: int = 0  # how many values it returns, all but the first None; 0 if only a tensor
+
+
+@torch.no_grad()
+def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> Writers:
+    """Find the linear layers that write to the residual stream.
+
+    They are tested on the first batch of the dense model's hidden states: without the last linear the layer must return
+    its input plus what the inner one adds; the last must add the rest. Models that normalize such outputs first (Gemma)
+    have none.
     """
     assert states.dense is not None
-    if len(groups) > MAX_SEQUENTIAL_GROUPS or not groups or len(groups[-1]) != 1:
-        return []
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    writers, last = Writers(), len(groups) - 1
+    if len(groups) > MAX_SEQUENTIAL_GROUPS or not groups or len(groups[last]) != 1:
+        return writers
+    outputs: dict[nn.Module, Any] = {}
 
-    def note(number: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            seen[number] = (args[0], output)
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        outputs[module] = output
 
-        return hook
-
+    names = {module: name for name, module in layer.named_modules()}
     linears = {number: next(iter(group.values())) for number, group in enumerate(groups) if len(group) == 1}
-    last = max(linears)
-    handles = [linear.register_forward_hook(note(number)) for number, linear in linears.items()]
+    parents = {number: layer.get_submodule(names[linear].rpartition(".")[0]) for number, linear in linears.items()}
+    handles = [module.register_forward_hook(note) for module in {*linears.values(), *parents.values()}]
     with states.converted_weights(layer):
         whole = states.run(layer, index, 0, states.dense[0])
-        outputs = {number: output for number, (_, output) in seen.items()}
+        found = dict(outputs)
         with _zero_output(states, linears[last]):
             residual = states.run(layer, index, 0, states.dense[0])
     for handle in handles:
         handle.remove()
-    if last not in outputs or not _adds_up(whole - residual, outputs[last]):
-        return []
+    if linears[last] not in found or not _adds_up(whole - residual, found[linears[last]]):
+        return writers
+    writers.last = last
     added = residual - states.dense[0].to(states.device)
-    return [number for number in linears if number in outputs and (number == last or _adds_up(added, outputs[number]))]
+    for number, linear in linears.items():
+        if number != last and linear in found and _adds_up(added, found[linear]):
+            writers.inner = number
+            values = found.get(parents[number])
+            first, *others = values if isinstance(values, tuple) else (values,)
+            if parents[number] is not layer and first is found[linear] and all(value is None for value in others):
+                writers.parent = names[parents[number]]
+                writers.returned = len(values) if isinstance(values, tuple) else 0
+    return writers
 
 
 @contextmanager
@@ -225,7 +245,8 @@ def collect_missing(
     """Statistics of a linear whose output is added to the layer's input, and of what the sum lacks.
 
     Args:
-        sums: input plus output of the dense model, for each batch, from `collect`.
+        sums: input plus output of the dense model, for each batch, from `collect`. Afterwards they hold the linear's
+            inputs in the pruned model, if these are as wide.
 
     Returns:
         Statistics with `cross`, for E = sum - pruned model's hidden states - W X.
@@ -238,6 +259,8 @@ def collect_missing(
             missing = sums[batch].to(states.device, non_blocking=True) - hidden.to(states.device, non_blocking=True)
             missing = missing.float() - states.linear(linear, args[0]).view_as(missing)
             found.add(*states.kept(batch, args[0], missing), token_weight=states.token_weights[batch])
+            if linear.in_features == linear.out_features:
+                states.store(args[0].view_as(sums[batch]), sums[batch])
             raise Stop
 
         return add
@@ -254,34 +277,45 @@ def collect_missing(
 
 @torch.no_grad()
 def collect_residual(
-    states: HiddenStates, layer: nn.Module, index: int, name: str, linear: nn.Linear
-) -> tuple[Statistics, list[Tensor]]:
+    states: HiddenStates,
+    layer: nn.Module,
+    index: int,
+    name: str,
+    linear: nn.Linear,
+    inputs_of_last: list[Tensor],
+    outputs_of_parent: Callable[[int], Callable] | None = None,
+    parent: nn.Module | None = None,
+) -> Statistics:
     """Statistics of the layer's last linear, and of all that the layer's output lacks so far.
 
     The linear's output is added to the residual stream R. What is missing from the layer's target T (the dense model's
     hidden states, `states.dense`, already moved past the layer) is E = T - R - W X. Fitting it is the asymmetric
     calibration of GPTAQ (Li et al. 2025), with the residual's own error included.
 
+    Args:
+        inputs_of_last: buffers that receive X per batch.
+        outputs_of_parent: from a batch's number to the forward function of `parent`, a module whose output is known.
+
     Returns:
-        Statistics with `cross`; X per batch. `states.pruned` then holds R.
+        Statistics with `cross`. `states.pruned` then holds R.
     """
     assert states.pruned is not None and states.dense is not None  # an asymmetric recipe asks for both
     found = Statistics(linear.in_features, Scratch(states.device), linear.out_features)
-    inputs_of_last: list[Tensor] = []
     with states.converted_weights(layer):
         for batch, hidden in enumerate(states.pruned):
-            with _zero_output(states, linear) as seen:
+            known: AbstractContextManager = nullcontext()
+            if parent is not None and outputs_of_parent is not None:
+                forward = outputs_of_parent(batch)
+                known = replaced_forward([parent], lambda index, forward=forward: forward)  # type: ignore[misc]
+            with known, _zero_output(states, linear) as seen:
                 residual = states.run(layer, index, batch, hidden)
-            if not inputs_of_last:
-                shapes = [torch.Size((*shape[:-1], linear.in_features)) for shape in states.shapes]
-                inputs_of_last = states.allocate(shapes, seen[0].dtype)
-            states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
             missing = states.dense[batch].to(states.device, non_blocking=True).float() - residual.float()
             missing -= states.linear(linear, seen[0]).view_as(missing)
             states.store(residual, hidden)
             found.add(*states.kept(batch, seen[0], missing), token_weight=states.token_weights[batch])
+            states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
     found.finish(name)
-    return found, inputs_of_last
+    return found
 
 
 def _adds_up(added: Tensor, output: Tensor) -> bool:

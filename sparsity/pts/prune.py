@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from sparsity.pts.activations import HiddenStates, LayerPrefetcher
 from sparsity.pts.calibration import (
     MAX_SEQUENTIAL_GROUPS,
     Statistics,
+    Writers,
     add_output,
     collect,
     collect_missing,
@@ -120,23 +122,56 @@ def prune_group(
     return masks, rows
 
 
+@dataclass
+class Observed:
+    """What the dense model's pass through a decoder layer left for its pruning."""
+
+    known: dict[int, Statistics] = field(default_factory=dict)  # statistics of the groups' inputs, by number of group
+    writers: Writers = field(default_factory=Writers)  # groups to fit to the dense model's residual stream
+    sums: list[Tensor] = field(default_factory=list)  # that stream behind writers.inner, for each batch
+    inputs_of_last: list[Tensor] = field(default_factory=list)  # buffers, not yet written
+
+
+def observe_dense(
+    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], recipe: Recipe
+) -> Observed:
+    """Move the dense model's hidden states, where the recipe needs them, past a layer, and keep what it needs of them.
+
+    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass.
+    """
+    if states.dense is None:
+        return Observed()
+    writers = stream_writers(states, layer, index, groups) if recipe.asymmetric else Writers()
+    observed = Observed(writers=writers)
+    inner = None
+    if writers.last is not None:
+        wide = next(iter(groups[writers.last].values())).in_features
+        shapes, dtype = [torch.Size((*shape[:-1], wide)) for shape in states.shapes], states.dense[0].dtype
+        if writers.inner is None or wide < states.shapes[0][-1]:
+            writers.inner, observed.inputs_of_last = None, states.allocate(shapes, dtype)
+        else:
+            inner = next(iter(groups[writers.inner].values()))
+            observed.inputs_of_last, observed.sums = states.allocate_with_tail(shapes, states.shapes, dtype)
+    later = {writers.inner, len(groups) - 1} if recipe.asymmetric else set()
+    early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
+    chosen = [groups[number] for number in early]
+    found = collect(states, layer, index, chosen, states.dense, advance=True, writer=inner, sums=observed.sums)
+    observed.known = dict(zip(early, found, strict=True))
+    return observed
+
+
 def prune_layer(
     states: HiddenStates,
     layer: nn.Module,
     index: int,
     groups: list[dict[str, nn.Linear]],
-    known: dict[int, Statistics],
+    observed: Observed,
     recipe: Recipe,
-    writers: Sequence[int] = (),
-    sums: list[Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[MatrixLog]]:
     """Prune one decoder layer that is on the device, and move the pruned model's hidden states past it.
 
-    Args:
-        known: statistics of groups by number, from the dense model; empty afterwards. The other groups are pruned one
-            after the other, each on the inputs that the pruned ones before it produce.
-        writers: numbers of the groups to fit to the dense model's residual stream (`stream_writers`).
-        sums: that stream within the layer, for a writer before the last group; emptied when it is no longer needed.
+    Groups whose statistics are not known from the dense model (`observed.known`, empty afterwards) are pruned one after
+    the other, each on the inputs that the pruned ones before it produce.
 
     Returns:
         mask [out, in] on the CPU by name; log rows.
@@ -150,22 +185,19 @@ def prune_layer(
             masks.update(new_masks)
             rows.extend(new_rows)
 
-    last = len(groups) - 1
+    known, writers = observed.known, observed.writers
     together = len(groups) > MAX_SEQUENTIAL_GROUPS
     for number, group in enumerate(groups):
-        if next(iter(group)) in masks:
-            continue
         name, linear = next(iter(group.items()))
+        if name in masks:
+            continue
         if number in known:
             prune([number], [known.pop(number)])
-        elif number in writers and number < last and sums:
-            prune([number], [collect_missing(states, layer, index, name, linear, sums)])
-            sums.clear()
-        elif number in writers and number == last:
-            statistics, inputs = collect_residual(states, layer, index, name, linear)
-            prune([number], [statistics])
-            del statistics
-            add_output(states, linear, inputs)
+        elif number == writers.inner:
+            prune([number], [collect_missing(states, layer, index, name, linear, observed.sums)])
+        elif number == writers.last:
+            prune([number], [collect_last(states, layer, index, groups, observed)])
+            add_output(states, linear, observed.inputs_of_last)
             return masks, rows
         else:
             assert states.pruned is not None
@@ -175,6 +207,32 @@ def prune_layer(
     if states.pruned is not None:
         states.advance(layer, index, states.pruned)
     return masks, rows
+
+
+def collect_last(
+    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], observed: Observed
+) -> Statistics:
+    """Statistics of the last group, without running attention again where its inputs at the end were kept."""
+    writers = observed.writers
+    assert writers.last is not None
+    name, linear = next(iter(groups[writers.last].items()))
+    if writers.inner is None or writers.parent is None:
+        return collect_residual(states, layer, index, name, linear, observed.inputs_of_last)
+    inner = next(iter(groups[writers.inner].values()))
+    if inner.in_features != inner.out_features:
+        return collect_residual(states, layer, index, name, linear, observed.inputs_of_last)
+
+    def outputs_of_parent(batch: int) -> Callable:
+        # Before the last group's inputs are written to this memory.
+        output = states.linear(inner, observed.sums[batch].to(states.device, non_blocking=True))
+
+        def forward(*args: object, **kwargs: object) -> object:
+            return (output, *[None] * (writers.returned - 1)) if writers.returned else output
+
+        return forward
+
+    parent = layer.get_submodule(writers.parent)
+    return collect_residual(states, layer, index, name, linear, observed.inputs_of_last, outputs_of_parent, parent)
 
 
 def prune_model(
@@ -232,8 +290,9 @@ def prune_model(
             started = time.perf_counter()
             prefetcher.fetch(index)
             check_weights(groups)
-            known, writers, sums = observe_dense(states, layer, index, groups, recipe)
-            layer_masks, layer_rows = prune_layer(states, layer, index, groups, known, recipe, writers, sums)
+            observed = observe_dense(states, layer, index, groups, recipe)
+            layer_masks, layer_rows = prune_layer(states, layer, index, groups, observed, recipe)
+            del observed  # its buffers are as large as all hidden states
             layer.to("cpu")
             for row in layer_rows:
                 row.layer_seconds = round(time.perf_counter() - started, 3)
@@ -246,26 +305,6 @@ def prune_model(
         if layer_rows:
             bar.set_postfix(error=f"{sum(row.relative_error for row in layer_rows) / len(layer_rows):.4f}")
     return masks
-
-
-def observe_dense(
-    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], recipe: Recipe
-) -> tuple[dict[int, Statistics], list[int], list[Tensor]]:
-    """Move the dense model's hidden states, where the recipe needs them, past a layer, and note what it needs of them.
-
-    Returns:
-        statistics by number of group; numbers of the groups to fit to the residual stream; the stream inside.
-    """
-    if states.dense is None:
-        return {}, [], []
-    writers = stream_writers(states, layer, index, groups) if recipe.asymmetric else []
-    later = {*writers, len(groups) - 1} if recipe.asymmetric else set()
-    early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
-    inner = next((next(iter(groups[number].values())) for number in writers if number < len(groups) - 1), None)
-    sums = states.allocate(states.shapes, states.dense[0].dtype) if inner else []
-    chosen = [groups[number] for number in early]
-    found = collect(states, layer, index, chosen, states.dense, advance=True, writer=inner, sums=sums)
-    return dict(zip(early, found, strict=True)), writers, sums
 
 
 def repeat_layer(

@@ -25,7 +25,9 @@ def test_only_linears_whose_output_is_simply_added_are_fitted_to_the_residual_st
     plan = shared_inputs(model, linears(model))[0]
     groups = [{name: model.get_submodule(name) for name in names} for names in plan]
     found = stream_writers(states, layers[0], 0, groups)
-    assert [plan[number] for number in found] == [[f"{prefix}.0.{name}"] for name in writers]
+    numbers = [number for number in (found.inner, found.last) if number is not None]
+    assert [plan[number] for number in numbers] == [[f"{prefix}.0.{name}"] for name in writers]
+    assert found.parent == ("self_attn" if writers else None)
 
 
 @pytest.mark.parametrize("cols", [8, TOKENS_AT_ONCE])

@@ -83,9 +83,9 @@ def test_hidden_states_behind_a_layer_are_the_pruned_layers_own_output_to_the_bi
     states = HiddenStates(model, layers, calibration(), torch.device("cpu"), needs_dense=recipe.needs_dense)
     before = [hidden.clone() for hidden in states.pruned]
     groups = [{n: model.get_submodule(n) for n in names} for names in shared_inputs(model, linears(model))[0]]
-    known, writers, sums = observe_dense(states, layers[0], 0, groups, recipe)
+    observed = observe_dense(states, layers[0], 0, groups, recipe)
     with torch.no_grad():
-        prune_layer(states, layers[0], 0, groups, known, recipe, writers, sums)
+        prune_layer(states, layers[0], 0, groups, observed, recipe)
         states.advance(layers[0], 0, before)
     assert all(torch.equal(left, right) for left, right in zip(states.pruned, before, strict=True))
 
