@@ -16,9 +16,9 @@ import time
 
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
-from sparsity.pts.calibration_set import DEFAULT_SOURCES, SELF, load_calibration, share_of_process, shares
+from sparsity.pts.calibration_set import DEFAULT_SOURCES, load_calibration, share_of_process, shares
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
-from sparsity.sources import parse_sources
+from sparsity.sources import SELF, parse_sources
 from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
 
 
@@ -38,9 +38,7 @@ def parse_args() -> argparse.Namespace:
         help=".txt, .json or .jsonl of plain text, cnn_dailymail (its training articles), or self (text that the model "
         "writes); several with weights: a.jsonl=0.3,b.txt=0.2,self=0.5 (default: %(default)s)",
     )
-    group.add_argument(
-        "--calib_size", type=int, default=128, help="calibration sequences that are read; self adds half as many"
-    )
+    group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences, shared by weight")
     group.add_argument(
         "--model_max_length", type=int, default=1024, help="tokens per sequence; texts are joined, never padded"
     )

@@ -5,9 +5,9 @@
     python -m benchmarks.pruning
 
 Arms: modelopt's SparseGPT; SparseGPT as in the paper (reference_sparsegpt.py); hf_pts.py's three qualities. Each arm
-runs in a process of its own. All read the same calibration text, papers; hf_pts.py's qualities add text that the model
-wrote itself, as by `--calib_data calib.jsonl=0.5,self=0.5`, and `balanced_read` does without it. Writing that text is
-measured apart, since it is done once for a model.
+runs in a process of its own, with as many calibration sequences. They are papers; for hf_pts.py's qualities half of
+them are text that the model wrote itself, as by `--calib_data calib.jsonl=0.5,self=0.5`, and `balanced_read` has
+papers alone. Writing that text is measured apart, since it is done once for a model.
 
 The first held-out text is of the same kind as the calibration text (papers, but other documents). The others are of
 other kinds: the Python manual and the source code that come with Python, an encyclopedia, and a novel, which was held
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import texts
 from benchmarks.arms import prune
@@ -38,10 +39,10 @@ from sparsity.errors import UserError
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
 from sparsity.models import load_model, load_tokenizer
-from sparsity.pts.calibration_set import SELF, load_calibration
+from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
 from sparsity.self_text import self_text
-from sparsity.sources import Source, parse_sources
+from sparsity.sources import SELF, Source, parse_sources
 from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, check_at_least, run_cli
 
@@ -67,7 +68,7 @@ def parse_args() -> argparse.Namespace:
         default=Path("demo/texts"),
         help="folder of benchmarks.texts with jargon.txt and novel.txt",
     )
-    parser.add_argument("--calib_size", type=int, default=64, help="calibration sequences that are read")
+    parser.add_argument("--calib_size", type=int, default=64, help="calibration sequences")
     parser.add_argument("--eval_size", type=int, default=32, help="held-out sequences of each text")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences per forward pass, the same for every arm")
@@ -78,6 +79,7 @@ def parse_args() -> argparse.Namespace:
     add_output_option(parser, "pruning")
     # The options of a process that measures one arm.
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deepen", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     check_at_least(args, 1, "calib_size", "eval_size", "batch_size")
@@ -125,9 +127,8 @@ def run_arm(args: argparse.Namespace) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:  # mapped from a file, as every model is
             deepen(model, args.deepen).save_pretrained(folder)
             model = load_model(folder, torch.float32)
-    text = MIXED if args.arm in QUALITY else "calib.jsonl"
-    inputs, token_weights = calibration(args, text)
-    batches = [batch["input_ids"] for batch in inputs]
+    mixed, read = (load_file(args.tokens)[name] for name in ("mixed", "read"))
+    batches = list((mixed if args.arm in QUALITY else read).split(args.batch_size))
     model(batches[0][:1, :64])  # the libraries allocate their working memory before the measurement begins
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started, busy = memory_kib("VmRSS"), time.perf_counter(), time.process_time()
@@ -135,15 +136,15 @@ def run_arm(args: argparse.Namespace) -> dict[str, float]:
         if args.arm == "reference":
             prune_llama(model, batches)
         elif args.arm != "dense":
-            prune(args.arm.removesuffix("_read"), model, batches, CPU, Path(folder), token_weights)
+            prune(args.arm.removesuffix("_read"), model, batches, CPU, Path(folder))
     busy = time.process_time() - busy
     seconds, memory = time.perf_counter() - started, (memory_kib("VmHWM") - before) / 1024
     result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1), "cpu_seconds": round(busy, 1)}
     return result if args.deepen > 1 else result | perplexities(model, tokenizer, args)
 
 
-def calibration(args: argparse.Namespace, text: str) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Batches and token weights of `--calib_data`, with the file in the data folder."""
+def calibration(args: argparse.Namespace, text: str) -> torch.Tensor:
+    """Sequences [calib_size, length] of `--calib_data`, with the file in the data folder; sources count alike."""
     tokenizer = load_tokenizer(args.model)
 
     def write(count: int) -> torch.Tensor:
@@ -153,7 +154,8 @@ def calibration(args: argparse.Namespace, text: str) -> tuple[list[dict[str, tor
         Source(str(args.data / source.spec) if source.spec != SELF else SELF, source.weight)
         for source in parse_sources(text)
     ]
-    return load_calibration(tokenizer, sources, args.calib_size, args.length, args.batch_size, 0, write)
+    batches, _ = load_calibration(tokenizer, sources, args.calib_size, args.length, args.batch_size, 0, write)
+    return torch.cat([batch["input_ids"] for batch in batches])
 
 
 def perplexities(
@@ -176,7 +178,7 @@ def perplexities(
 
 def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, float]:
     """Run one arm in a new process."""
-    names = ("model", "data", "texts", "calib_size", "eval_size", "length", "batch_size")
+    names = ("model", "data", "texts", "tokens", "calib_size", "eval_size", "length", "batch_size")
     options = [word for name in names for word in (f"--{name}", getattr(args, name))]
     command = (sys.executable, "-m", "benchmarks.pruning", "--arm", arm, "--deepen", deepen, *options)
     result = json.loads(run_command(*command).splitlines()[-1])
@@ -220,15 +222,18 @@ def main() -> None:
         print(json.dumps(run_arm(args)))
         return
     print(describe_machine(CPU), flush=True)
-    started = time.perf_counter()
-    calibration(args, MIXED)  # written once, for the arms to find
-    seconds = round(time.perf_counter() - started, 1)
-    print(f"self text in {seconds} s, or read from the cache", flush=True)
-    results = {arm: measure(arm, args) for arm in args.arms}
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        mixed = calibration(args, MIXED)
+        seconds = round(time.perf_counter() - started, 1)
+        print(f"calibration text with self text in {seconds} s, faster from the cache", flush=True)
+        args.tokens = Path(folder) / "tokens.safetensors"
+        save_file({"mixed": mixed, "read": calibration(args, "calib.jsonl")}, args.tokens)
+        results = {arm: measure(arm, args) for arm in args.arms}
+        doubled = {arm: measure(arm, args, deepen=2) for arm in args.double}
     print_table(results)
     found = ratios(results) if "modelopt" in results else {}
-    for arm in args.double:
-        twice = measure(arm, args, deepen=2)
+    for arm, twice in doubled.items():
         results[f"{arm} x2"] = twice
         print(f"twice the layers, {arm}: time x{twice['seconds'] / results[arm]['seconds']:.2f}, ", end="")
         print(f"memory x{twice['memory_mib'] / results[arm]['memory_mib']:.2f} (masks included)")

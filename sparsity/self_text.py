@@ -31,7 +31,6 @@ from sparsity.processes import is_main_process
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MARK = "USER'S TEXT"  # stands in the chat template for what the user says
 SEQUENCES_AT_ONCE = 32  # each step reads all weights once, for however many sequences
 MOST_CACHE_BYTES = 2**30  # of keys and values
 TOKENS_IN_A_SUM = 256  # of probabilities, when a token is drawn
@@ -43,14 +42,22 @@ def cache_folder() -> Path:
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids up to the first word of a user's turn in the tokenizer's chat template; [] where it has none."""
+    """Token ids that open a user's turn in the tokenizer's chat template; [] where it has none.
+
+    They are those of a second turn. A first turn comes behind the template's own system prompt, with which a model
+    writes as an assistant only: far less varied text, and far worse calibration.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return []
+    turns = [("user", "USER ONE"), ("assistant", "ANSWER ONE"), ("user", "USER TWO")]
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+        chat = [{"role": role, "content": content} for role, content in turns]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # a template is a program by anybody: without it the text begins with a random token
         return []
-    return tokenizer(text.partition(MARK)[0], add_special_tokens=False)["input_ids"]
+    between = text.partition("ANSWER ONE")[2].partition("USER TWO")[0].lstrip()
+    end = next((token for token in tokenizer.all_special_tokens if between.startswith(token)), "")
+    return tokenizer(between[len(end) :].lstrip(), add_special_tokens=False)["input_ids"]
 
 
 def self_text(

@@ -45,6 +45,9 @@ ACLSUM_INSTRUCTION = (
 )
 
 
+SELF = "self"  # the source that the model writes
+
+
 @dataclass(frozen=True)
 class Source:
     """A source of text, and its share among several."""

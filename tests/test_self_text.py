@@ -81,10 +81,11 @@ def test_an_interrupted_run_keeps_what_it_has_finished(write, tmp_path, monkeypa
     assert len(write(8)) == 8
 
 
-def test_instruct_models_begin_with_a_users_turn(tokenizer):
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_instruct_models_begin_with_a_users_turn_and_without_a_system_prompt(tokenizer, end):
     assert prompt_of(tokenizer) == []
-    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>{% endfor %}"
-    tokenizer.chat_template = template
+    turns = "{% for m in messages %}<{{ m.role }}> {{ m.content }}" + end + "\n{% endfor %}"
+    tokenizer.chat_template = "<system> Be kind.\n" + turns
     try:
         assert tokenizer.decode(prompt_of(tokenizer)) == "<user> "
         tokenizer.chat_template = "{{ raise_exception('no users here') }}"

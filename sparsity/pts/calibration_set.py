@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError, first_line
-from sparsity.sources import CNN_DAILYMAIL, Source
+from sparsity.sources import CNN_DAILYMAIL, SELF, Source
 from sparsity.text import read_texts, sample_blocks
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ARTICLE_TOKENS = 800  # about the length of a cnn_dailymail article
-SELF = "self"  # the source that the model writes
 HUB = "cnn_dailymail"  # the source that is read from the hub
 DEFAULT_SOURCES = f"{HUB}=0.5,{SELF}=0.5"
 
@@ -46,30 +45,23 @@ def calibration_texts(spec: str, tokens: int, seed: int) -> list[str]:
 
 
 def shares(sources: Sequence[Source], size: int) -> list[int]:
-    """How many sequences each source gives, of `size` in all that are read.
-
-    The model's own text does not take from what is read: it adds half as many sequences, or is all there is.
+    """Split `size` sequences by the weights of the sources; what rounding leaves goes to the largest remainders.
 
     Raises:
-        UserError: there are more sources than sequences.
+        UserError: a source would get none.
 
-    >>> shares([Source("a", 0.5), Source("self", 0.5)], 64)
-    [64, 32]
-    >>> shares([Source("a", 0.2), Source("b", 0.3), Source("self", 0.5)], 64)
-    [26, 38, 32]
+    >>> shares([Source("a", 0.5), Source("b", 0.2), Source("self", 0.3)], 64)
+    [32, 13, 19]
     """
-    read = [source for source in sources if source.spec != SELF]
-    if len(read) > size:
-        raise UserError(f"--calib_size {size} is less than one sequence for each of {len(read)} sources; raise it")
-    total = sum(source.weight for source in read)
-    counts, left = {}, size
-    for position, source in enumerate(read):
-        still = len(read) - position - 1
-        exact = left if not still else round(size * source.weight / total)
-        counts[source] = min(max(1, exact), left - still)
-        left -= counts[source]
-    counts |= {source: -(-size // 2) if read else size for source in sources if source.spec == SELF}
-    return [counts[source] for source in sources]
+    exact = [source.weight * size for source in sources]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(sources)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: size - sum(counts)]:
+        counts[index] += 1
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise UserError(f"--calib_size {size} leaves no sequence for the source '{source.spec}'; raise it")
+    return counts
 
 
 def load_calibration(
