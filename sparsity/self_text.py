@@ -86,8 +86,8 @@ def self_text(
     Raises:
         UserError: the model cannot be loaded, has no output head, or gives no finite probabilities; no memory for it.
     """
-    on_cpu_half = device.type == "cpu" and bf16_is_faster(device)
-    model = load_model(model_name, torch.bfloat16 if on_cpu_half else "auto", trust_remote_code)
+    on_cpu = torch.bfloat16 if bf16_is_faster(device) else torch.float32
+    model = load_model(model_name, on_cpu if device.type == "cpu" else "auto", trust_remote_code)
     if model.get_output_embeddings() is None:
         raise UserError(f"'{model_name}' has no output head to write text with; give text files in place of 'self'")
     at_once = sequences_at_once(model, length)
