@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sparsity.devices import bf16_is_faster
+from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
 from sparsity.models import load_model
@@ -110,6 +110,10 @@ def self_text(
                 found[number] = write_batch(model, at_once, length, generator, len(tokenizer), prompt, bar)
                 with atomic_path(files[number]) as temporary:
                     save_file({"input_ids": found[number]}, temporary)
+    del model  # before anything else takes memory
+    return_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return torch.cat([found[number] for number in range(len(files))])[:sequences]
 
 

@@ -5,6 +5,7 @@ Each source yields (article, summary, instruction) triples lazily, so that no so
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import math
@@ -65,8 +66,9 @@ def parse_sources(text: str) -> list[Source]:
     >>> [(source.spec, source.weight) for source in parse_sources("a.jsonl=3,self=1")]
     [('a.jsonl', 0.75), ('self', 0.25)]
     """
-    if Path(text).exists():  # whatever its name holds
-        return [Source(text, 1.0)]
+    with contextlib.suppress(OSError):  # too long for a name
+        if text and Path(text).exists():  # whatever its name holds
+            return [Source(text, 1.0)]
     sources = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         spec, _, number = part.rpartition("=")
