@@ -99,17 +99,17 @@ def self_text(
         number: tokens for number, file in enumerate(files) if (tokens := _load(file, at_once, length)) is not None
     }
     missing = [number for number in range(len(files)) if number not in found]
-    if missing:
-        try:
+    try:
+        if missing:
             model.to(device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(f"'{model_name}' does not fit on {device}; give text files in place of 'self'") from error
-        with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=_silent()) as bar:
+        with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=_silent() or not missing) as bar:
             for number in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 found[number] = write_batch(model, at_once, length, generator, len(tokenizer), prompt, bar)
                 with atomic_path(files[number]) as temporary:
                     save_file({"input_ids": found[number]}, temporary)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"'{model_name}' and its cache do not fit on {device}; give text files, not 'self'") from error
     del model  # before anything else takes memory
     return_freed_memory()
     if device.type == "cuda":
