@@ -196,6 +196,7 @@ def prune_layer(
         elif number == writers.inner:
             prune([number], [collect_missing(states, layer, index, name, linear, observed.sums)])
         elif number == writers.last:
+            return_freed_memory()  # of the passes before, which would add to the largest one
             prune([number], [collect_last(states, layer, index, groups, observed)])
             add_output(states, linear, observed.inputs_of_last)
             return masks, rows
