@@ -16,8 +16,9 @@ import time
 
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
+from sparsity.pts.calibration_set import DEFAULT_SOURCES, load_calibration, share_of_process
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
-from sparsity.sources import CALIBRATION_TEXT, Source, check_source, parse_sources
+from sparsity.sources import SELF, Source, check_source, parse_sources, shares
 from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
 
 
@@ -34,10 +35,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         *("--calib_data", "--dataset"),
         metavar="SOURCE",
-        help="plain text: a file, a folder or a hub data set NAME:CONFIG:SPLIT; several with weights: a=0.5,b=0.5 "
-        f"(by default {CALIBRATION_TEXT}; sparse_magnitude needs none)",
+        help="plain text: a file, a folder, a hub data set NAME:CONFIG:SPLIT, or self (text that the model writes); "
+        f"several with weights: a=0.5,self=0.5 (by default {DEFAULT_SOURCES}; sparse_magnitude needs none)",
     )
-    group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
+    group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences, shared by weight")
     group.add_argument(
         "--model_max_length", type=int, default=1024, help="tokens per sequence; texts are joined, never padded"
     )
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--pattern", default="2:4", help="2:4, 4:8 or unstructured:FRACTION; GPUs accelerate 2:4")
     group.add_argument(
-        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (by default 0.1)"
+        "--percdamp", type=float, help="damping, as a share of the Hessian's mean diagonal (by default 0.01)"
     )
     group.add_argument(
         "--ignore", nargs="*", default=[], metavar="GLOB", help="layers to leave dense, e.g. '*.down_proj'"
@@ -96,7 +97,7 @@ def choose_sources(args: argparse.Namespace) -> list[Source]:
     """The calibration text; empty for magnitude pruning unless some is given, which then measures errors only."""
     if args.calib_data is None and args.sparsity_fmt == "sparse_magnitude":
         return []
-    sources = parse_sources(CALIBRATION_TEXT if args.calib_data is None else args.calib_data)
+    sources = parse_sources(args.calib_data or DEFAULT_SOURCES)
     for source in sources:
         check_source(source)
     return sources
@@ -107,6 +108,7 @@ def main() -> None:
     check_args(args)
     recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
     sources = choose_sources(args)
+    counts = shares(sources, args.calib_size)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     import torch
@@ -115,12 +117,12 @@ def main() -> None:
     from sparsity.devices import peak_memory_mib, resolve_device, torch_dtype, use_tf32
     from sparsity.processes import fail_together, report_on_main, start_processes
     from sparsity.pts import report
-    from sparsity.pts.calibration_set import load_calibration, share_of_process
     from sparsity.pts.layer_store import LayerStore, calibration_key
     from sparsity.pts.log import MatrixLog, save_log
     from sparsity.pts.magnitude import prune_by_magnitude
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
+    from sparsity.self_text import self_text
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
@@ -146,19 +148,35 @@ def main() -> None:
         process.print("pruning by magnitude reads each weight once: no calibration text, no forward pass")
         return
     if args.dry_run:
-        calibration = (args.calib_size, args.model_max_length, args.batch_size)
+        calibration = (sum(counts), args.model_max_length, args.batch_size)
         process.print(report.estimate(model, recipe, args.ignore, calibration, device.type))
+        written = sum(count for source, count in zip(sources, counts, strict=True) if source.spec == SELF)
+        if written:
+            process.print(report.self_text_estimate(model, written, args.model_max_length, device.type))
         return
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(output_dir)
         if sources:
             tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-            batches = load_calibration(
-                tokenizer, sources, args.calib_size, args.model_max_length, args.batch_size, args.seed
-            )
-            own = share_of_process(batches, process)
-            key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model)
+
+        def write(count: int) -> torch.Tensor:
+            name, length = args.model_name_or_path, args.model_max_length
+            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code)
+
+        def load() -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+            length = args.model_max_length
+            return load_calibration(tokenizer, sources, args.calib_size, length, args.batch_size, args.seed, write)
+
+        if sources and process.is_main_process:  # alone, so that the others find in the cache what the model writes
+            batches, token_weights = load()
+    with fail_together(process):
+        if sources and not process.is_main_process:
+            batches, token_weights = load()
+        if sources:
+            own, own_weights = share_of_process(batches, process), share_of_process(token_weights, process)
+            settings = [args.ignore, args.dtype, args.batch_size]
+            key = calibration_key(recipe, settings, batches, model, token_weights)
             store = LayerStore(output_dir / "pts_resume", key, writer=process.is_main_process)
 
     # Phase 2: pruning, with a log line for every weight as soon as its layer is finished.
@@ -172,7 +190,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     with report_on_main(process):
         if sources:
-            masks = prune_model(model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir)
+            masks = prune_model(
+                model, own, recipe, device, store, args.ignore, on_rows, args.activations_dir, own_weights
+            )
         elif process.is_main_process:  # one process is enough to read each weight once
             masks = prune_by_magnitude(model, recipe, device, args.ignore, on_rows)
     seconds, peak = time.perf_counter() - started, peak_memory_mib(device)

@@ -17,17 +17,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def prune(arm: str, model: PreTrainedModel, batches: list[torch.Tensor], device: torch.device, folder: Path) -> None:
+def prune(
+    arm: str,
+    model: PreTrainedModel,
+    batches: list[torch.Tensor],
+    device: torch.device,
+    folder: Path,
+    token_weights: list[float] | None = None,
+) -> None:
     """Prune `model` in place.
 
     Args:
         arm: "modelopt", with the model on `device`; or a key of `QUALITY`, with the model on the CPU.
         batches: calibration tokens, int64 tensors [batch, length].
         folder: for the finished layers of this project's pruning, which are written to disk as in hf_pts.py.
+        token_weights: what the tokens of each batch count, for this project's pruning.
     """
     if arm != "modelopt":
         inputs = [{"input_ids": batch} for batch in batches]
-        prune_model(model, inputs, QUALITY[arm], device, LayerStore(folder / "layers", arm))
+        store = LayerStore(folder / "layers", arm)
+        prune_model(model, inputs, QUALITY[arm], device, store, token_weights=token_weights)
         return
     import modelopt.torch.sparsity as mts
 

@@ -1,12 +1,18 @@
 """Compare ways of pruning to 2:4, side by side in one run: perplexity, wall time, peak memory.
 
     python data_prep.py --source aclsum --save_path demo/data
+    python -m benchmarks.texts demo/texts
     python -m benchmarks.pruning
 
 Arms: modelopt's SparseGPT; SparseGPT as in the paper (reference_sparsegpt.py); hf_pts.py's three qualities. Each arm
-runs in a process of its own, on the same batches. The first held-out text is of the same kind as the calibration text
-(papers, but other documents); the second is of another kind, the Python manual that comes with Python (pydoc_data).
-Memory is the peak of the process during pruning, less what it held just before (the model and the libraries).
+runs in a process of its own, with as many calibration sequences. They are papers; for hf_pts.py's qualities half of
+them are text that the model wrote itself, as by `--calib_data calib.jsonl=0.5,self=0.5`, and `balanced_read` has
+papers alone. Writing that text is measured apart, since it is done once for a model.
+
+The first held-out text is of the same kind as the calibration text (papers, but other documents). The others are of
+other kinds: the Python manual and the source code that come with Python, an encyclopedia, and a novel, which was held
+back: no setting was chosen by it. Memory is the peak of the process during pruning, less what it held just before (the
+model and the libraries).
 """
 
 from __future__ import annotations
@@ -21,7 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from benchmarks import texts
 from benchmarks.arms import prune
 from benchmarks.commands import run_command
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
@@ -31,13 +39,19 @@ from sparsity.errors import UserError
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
 from sparsity.models import load_model, load_tokenizer
+from sparsity.pts.calibration_set import load_calibration
+from sparsity.pts.recipe import QUALITY
+from sparsity.self_text import self_text
+from sparsity.sources import SELF, Source, parse_sources
 from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ARMS = ("dense", "modelopt", "balanced", "fast", "reference", "best")
+ARMS = ("dense", "modelopt", "balanced", "balanced_read", "fast", "best", "reference")
+KINDS = ("papers", "manual", "code", "jargon", "novel")  # the first is the calibration text's own
+MIXED = "calib.jsonl=0.5,self=0.5"
 CPU = torch.device("cpu")
 PROCESS_STATUS = Path("/proc/self/status")
 
@@ -47,6 +61,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="folder of a Llama-type model")
     parser.add_argument(
         "--data", type=Path, default=Path("demo/data"), help="folder with calib.jsonl and heldout.jsonl"
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        default=Path("demo/texts"),
+        help="folder of benchmarks.texts with jargon.txt and novel.txt",
     )
     parser.add_argument("--calib_size", type=int, default=64, help="calibration sequences")
     parser.add_argument("--eval_size", type=int, default=32, help="held-out sequences of each text")
@@ -59,6 +79,7 @@ def parse_args() -> argparse.Namespace:
     add_output_option(parser, "pruning")
     # The options of a process that measures one arm.
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deepen", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     check_at_least(args, 1, "calib_size", "eval_size", "batch_size")
@@ -67,6 +88,8 @@ def parse_args() -> argparse.Namespace:
     args.double = [arm for arm in args.double if arm in args.arms]
     for name in ("calib.jsonl", "heldout.jsonl"):
         require_file(args.data / name, "text file")
+    for name in ("jargon.txt", "novel.txt"):
+        require_file(args.texts / name, "text of `python -m benchmarks.texts`")
     if not PROCESS_STATUS.is_file():
         raise UserError(f"peak memory is read from {PROCESS_STATUS}, which only Linux has; run this on Linux")
     if not args.arm:
@@ -104,34 +127,50 @@ def run_arm(args: argparse.Namespace) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:  # mapped from a file, as every model is
             deepen(model, args.deepen).save_pretrained(folder)
             model = load_model(folder, torch.float32)
-    calibration = sample_blocks(tokenizer, read_texts(args.data / "calib.jsonl"), args.length, args.calib_size, 0)
-    batches = list(calibration.split(args.batch_size))
+    mixed, read = (load_file(args.tokens)[name] for name in ("mixed", "read"))
+    batches = list((mixed if args.arm in QUALITY else read).split(args.batch_size))
     model(batches[0][:1, :64])  # the libraries allocate their working memory before the measurement begins
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, started = memory_kib("VmRSS"), time.perf_counter()
+    before, started, busy = memory_kib("VmRSS"), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         if args.arm == "reference":
             prune_llama(model, batches)
         elif args.arm != "dense":
-            prune(args.arm, model, batches, CPU, Path(folder))
+            prune(args.arm.removesuffix("_read"), model, batches, CPU, Path(folder))
+    busy = time.process_time() - busy
     seconds, memory = time.perf_counter() - started, (memory_kib("VmHWM") - before) / 1024
-    result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1)}
+    result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1), "cpu_seconds": round(busy, 1)}
     return result if args.deepen > 1 else result | perplexities(model, tokenizer, args)
+
+
+def calibration(args: argparse.Namespace, text: str) -> torch.Tensor:
+    """Sequences [calib_size, length] of `--calib_data`, with the file in the data folder; sources count alike."""
+    tokenizer = load_tokenizer(args.model)
+
+    def write(count: int) -> torch.Tensor:
+        return self_text(args.model, tokenizer, count, args.length, CPU, folder=args.texts / "self_text")
+
+    sources = [
+        Source(str(args.data / source.spec) if source.spec != SELF else SELF, source.weight)
+        for source in parse_sources(text)
+    ]
+    batches, _ = load_calibration(tokenizer, sources, args.calib_size, args.length, args.batch_size, 0, write)
+    return torch.cat([batch["input_ids"] for batch in batches])
 
 
 def perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Perplexity on both held-out texts."""
-    from pydoc_data.topics import topics
-
-    manual = "\n\n".join(text for _, text in sorted(topics.items()))
-    blocks = {
-        "papers": sample_blocks(tokenizer, read_texts(args.data / "heldout.jsonl"), args.length, args.eval_size, 0),
-        "manual": token_blocks(tokenizer, [manual], args.length, args.eval_size),
+    """Perplexity on every held-out text."""
+    read = {
+        "papers": read_texts(args.data / "heldout.jsonl"),
+        "code": texts.source_code(),
+        **{name: texts.pieces(args.texts / f"{name}.txt") for name in ("jargon", "novel")},
     }
+    blocks = {name: sample_blocks(tokenizer, found, args.length, args.eval_size, 0) for name, found in read.items()}
+    blocks["manual"] = token_blocks(tokenizer, texts.manual(), args.length, args.eval_size)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(CPU)):
-        return {text: perplexity(model, tokens, CPU) for text, tokens in blocks.items()}
+        return {kind: perplexity(model, blocks[kind], CPU) for kind in KINDS}
 
 
 # --------------------------------------------------------------------------------------------------------- all arms
@@ -139,7 +178,7 @@ def perplexities(
 
 def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, float]:
     """Run one arm in a new process."""
-    names = ("model", "data", "calib_size", "eval_size", "length", "batch_size")
+    names = ("model", "data", "texts", "tokens", "calib_size", "eval_size", "length", "batch_size")
     options = [word for name in names for word in (f"--{name}", getattr(args, name))]
     command = (sys.executable, "-m", "benchmarks.pruning", "--arm", arm, "--deepen", deepen, *options)
     result = json.loads(run_command(*command).splitlines()[-1])
@@ -147,20 +186,34 @@ def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, fl
     return result
 
 
+def ratios(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each pruned arm, ÷ modelopt's: rise in perplexity by text and on average over other kinds; time; memory."""
+    dense, base = results["dense"], results["modelopt"]
+    found = {}
+    for arm, row in results.items():
+        if arm == "dense" or "papers" not in row:
+            continue
+        rises = {kind: (row[kind] - dense[kind]) / (base[kind] - dense[kind]) for kind in KINDS}
+        rises["other"] = sum(rises[kind] for kind in KINDS[1:]) / len(KINDS[1:])
+        parts = {name: row[name] / base[name] for name in ("seconds", "cpu_seconds", "memory_mib")}
+        found[arm] = {name: round(value, 3) for name, value in (rises | parts).items()}
+    return found
+
+
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """Figures of every arm, and for the pruned ones the ratios to modelopt's."""
-    dense, base = results["dense"], results.get("modelopt")
-    columns = ("papers", "manual", "rise", "rise", "seconds", "MiB", "rise", "rise", "time", "memory")
-    print("\n" + " " * 10 + "".join(f"{column:>9}" for column in columns) + "  (last four: divided by modelopt's)")
+    print(f"\n{'perplexity':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "seconds", "CPU s", "MiB")))
     for arm, row in results.items():
-        rises = [row[text] - dense[text] for text in ("papers", "manual")]
-        cells = [f"{row['papers']:.2f}", f"{row['manual']:.2f}", *(f"{rise:.2f}" for rise in rises)]
-        cells += [f"{row['seconds']:.0f}", f"{row['memory_mib']:.0f}"]
-        if base and arm != "dense":
-            ratios = [rise / (base[text] - dense[text]) for rise, text in zip(rises, ("papers", "manual"), strict=True)]
-            ratios += [row["seconds"] / base["seconds"], row["memory_mib"] / base["memory_mib"]]
-            cells += [f"{ratio:.2f}" for ratio in ratios]
-        print(f"{arm:<10}" + "".join(f"{cell:>9}" for cell in cells))
+        cells = [f"{row[kind]:.2f}" for kind in KINDS] + [
+            f"{row[name]:.0f}" for name in ("seconds", "cpu_seconds", "memory_mib")
+        ]
+        print(f"{arm:<14}" + "".join(f"{cell:>9}" for cell in cells))
+    if "modelopt" in results:
+        print(
+            f"\n{'÷ modelopt':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "other", "time", "CPU time", "memory"))
+        )
+        for arm, found in ratios(results).items():
+            print(f"{arm:<14}" + "".join(f"{value:>9.3f}" for value in found.values()))
 
 
 def main() -> None:
@@ -169,14 +222,23 @@ def main() -> None:
         print(json.dumps(run_arm(args)))
         return
     print(describe_machine(CPU), flush=True)
-    results = {arm: measure(arm, args) for arm in args.arms}
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        mixed = calibration(args, MIXED)
+        seconds = round(time.perf_counter() - started, 1)
+        print(f"calibration text with self text in {seconds} s, faster from the cache", flush=True)
+        args.tokens = Path(folder) / "tokens.safetensors"
+        save_file({"mixed": mixed, "read": calibration(args, "calib.jsonl")}, args.tokens)
+        results = {arm: measure(arm, args) for arm in args.arms}
+        doubled = {arm: measure(arm, args, deepen=2) for arm in args.double}
     print_table(results)
-    for arm in args.double:
-        twice = measure(arm, args, deepen=2)
+    found = ratios(results) if "modelopt" in results else {}
+    for arm, twice in doubled.items():
         results[f"{arm} x2"] = twice
         print(f"twice the layers, {arm}: time x{twice['seconds'] / results[arm]['seconds']:.2f}, ", end="")
         print(f"memory x{twice['memory_mib'] / results[arm]['memory_mib']:.2f} (masks included)")
-    save_figures({"calibration": [args.calib_size, args.length], "results": results}, args, CPU)
+    sizes = {"calibration": [args.calib_size, args.length], "self_text_seconds": seconds}
+    save_figures({**sizes, "results": results, "ratios": found}, args, CPU)
 
 
 if __name__ == "__main__":

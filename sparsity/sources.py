@@ -21,7 +21,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,13 +232,23 @@ def read_source(
     return texts
 
 
-def shares(sources: list[Source], size: int) -> list[int]:
-    """Split `size` sequences by the weights of the sources; what rounding leaves goes to the largest remainders."""
+def shares(sources: Sequence[Source], size: int) -> list[int]:
+    """Split `size` sequences by the weights of the sources; what rounding leaves goes to the largest remainders.
+
+    Raises:
+        UserError: a source would get none.
+
+    >>> shares([Source("a", 0.5), Source("b", 0.2), Source("self", 0.3)], 64)
+    [32, 13, 19]
+    """
     exact = [source.weight * size for source in sources]
     counts = [int(value) for value in exact]
     by_remainder = sorted(range(len(sources)), key=lambda index: counts[index] - exact[index])
     for index in by_remainder[: size - sum(counts)]:
         counts[index] += 1
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise UserError(f"--calib_size {size} leaves no sequence for the source '{source.spec}'; raise it")
     return counts
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ class HiddenStates:
             where `needs_pruned` is False.
         dense: the same of the dense model; None where `needs_dense` is False.
         keep: for each batch a bool tensor [batch * length] that is False on padding; None without padding.
+        token_weights: for each batch, what each of its tokens counts in statistics.
 
     Args:
         folder: keep the activations in files here instead, which have no names and vanish with the process.
@@ -44,12 +47,14 @@ class HiddenStates:
         folder: Path | None = None,
         needs_pruned: bool = True,
         needs_dense: bool = False,
+        token_weights: Sequence[float] | None = None,
     ):
         self.device, self.folder = device, folder
+        self.token_weights = list(token_weights or [1.0] * len(batches))
         self.keep: list[Tensor | None] = []
         self.calls: list[list[Call]] = []
         # On CPUs with bfloat16 instructions the linear layers of float32 models run in bfloat16 during calibration
-        # (twice the speed); weights, the residual stream and the Hessians stay float32.
+        # (several times the speed); weights, the residual stream and sums of the statistics stay float32.
         self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
         tuples = returns_tuple(model, layers)
         hidden: list[Tensor] = []
@@ -65,12 +70,29 @@ class HiddenStates:
                 hidden = self.allocate(shapes, embedded.dtype)
             self.store(embedded, hidden[number])
             self.keep.append(None if mask is None else mask.flatten().bool().to(device))
+            if self.autocast:
+                calls = [_with_half_positions(call) for call in calls]
             self.calls.append(seen.setdefault(embedded.shape, calls) if mask is None else calls)
         self.shapes = [tensor.shape for tensor in hidden]
         self.pruned = hidden if needs_pruned else None
         self.dense: list[Tensor] | None = None
         if needs_dense:
             self.dense = self._copy(hidden) if needs_pruned else hidden
+
+    def allocate_with_tail(
+        self, shapes: list[torch.Size], tail_shapes: list[torch.Size], dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Two buffers for each batch in one allocation, the smaller ones at the end of the larger ones' memory.
+
+        The larger ones may be written in order while the smaller ones are read in order: number n of the larger
+        reaches into none of the smaller but those up to number n.
+        """
+        buffers = self.allocate(shapes, dtype)
+        whole = buffers[0].as_strided((sum(buffer.numel() for buffer in buffers),), (1,), 0)
+        counts = [shape.numel() for shape in tail_shapes]
+        assert all(count <= shape.numel() for count, shape in zip(counts, shapes, strict=True))
+        tail = whole[len(whole) - sum(counts) :].split(counts)
+        return buffers, [part.view(shape) for part, shape in zip(tail, tail_shapes, strict=True)]
 
     def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
         """One buffer for each batch, where activations are kept: memory, pinned for CUDA, or a mapped file.
@@ -117,17 +139,41 @@ class HiddenStates:
     def linear(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """Output of a linear layer for inputs on the device, bit for bit as in `run`."""
         with self.precision():
-            return linear(inputs)
+            return nn.functional.linear(inputs, linear.weight, linear.bias)
+
+    def kept(self, batch: int, *activations: Tensor) -> list[Tensor]:
+        """Activations [batch, length, width] or [tokens, width] of one batch as [tokens, width], without padding.
+
+        Where linears run in bfloat16, that is also how they are given: what a linear multiplies.
+        """
+        keep = self.keep[batch]
+        flat = [tensor.flatten(0, -2) for tensor in activations]
+        flat = [tensor[keep] if keep is not None and len(keep) == len(tensor) else tensor for tensor in flat]
+        return [tensor.bfloat16() for tensor in flat] if self.autocast else flat
 
     def precision(self) -> torch.autocast:
         """The autocast context in which layers run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
+    @contextmanager
+    def converted_weights(self, layer: nn.Module) -> Iterator[None]:
+        """Within the block, linear layers hold the bfloat16 weights that autocast would convert anew for each batch."""
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)] if self.autocast else []
+        weights = [linear.weight.data for linear in linears]
+        for linear in linears:
+            linear.weight.data = linear.weight.data.bfloat16()
+        try:
+            yield
+        finally:
+            for linear, weight in zip(linears, weights, strict=True):
+                linear.weight.data = weight
+
     @torch.no_grad()
     def advance(self, layer: nn.Module, index: int, hidden: list[Tensor]) -> None:
         """Replace each of `hidden` (one per batch) by the layer's output for it, in place."""
-        for batch, buffer in enumerate(hidden):
-            self.store(self.run(layer, index, batch, buffer), buffer)
+        with self.converted_weights(layer):
+            for batch, buffer in enumerate(hidden):
+                self.store(self.run(layer, index, batch, buffer), buffer)
 
 
 class LayerPrefetcher:
@@ -151,6 +197,14 @@ class LayerPrefetcher:
 def _pin(layer: nn.Module) -> None:
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.data = tensor.data.pin_memory()
+
+
+def _with_half_positions(call: Call) -> Call:
+    """A layer's arguments with rotary cosines and sines in bfloat16, as a model in bfloat16 computes with them."""
+    args, kwargs = call
+    if (positions := kwargs.get("position_embeddings")) is not None:
+        kwargs = {**kwargs, "position_embeddings": tuple(part.bfloat16() for part in positions)}
+    return args, kwargs
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

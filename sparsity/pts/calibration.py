@@ -1,21 +1,26 @@
-"""Calibration statistics of linear layers: second moments of their inputs, and products with wanted outputs."""
+"""Calibration statistics of linear layers: second moments of their inputs, and products with missing outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparsity.devices import tf32
+from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.discovery import Stop, replaced_forward
 
-TOKENS_AT_ONCE = 1024  # converted to float32 at a time: enough for full speed, little memory
+TOKENS_AT_ONCE = 1024  # multiplied at a time: enough for full speed, little memory
+COLUMNS_AT_ONCE = 256  # in products of which only the upper triangle is wanted
+
+MAX_SEQUENTIAL_GROUPS = 8  # decoder layers have about four; a mixture of experts has many
 
 
 class Scratch:
@@ -37,52 +42,77 @@ class Scratch:
 
 
 class Statistics:
-    """Statistics of linear layers that share an input X [cols, tokens]; means over all tokens.
+    """Statistics of linear layers that share an input X [cols, tokens]; weighted means over all tokens.
 
     Attributes:
-        hessian: X Xᵀ [cols, cols] float32.
-        cross: Y Xᵀ [rows, cols] float32, for a wanted output Y [rows, tokens]; None if `rows` is 0.
+        hessian: X Xᵀ [cols, cols] float32; until `finish`, bfloat16 inputs leave the part below the diagonal open.
+        cross: E Xᵀ [rows, cols] float32, for what is missing from the linear's outputs, E [rows, tokens]; None if
+            `rows` is 0.
     """
 
     def __init__(self, cols: int, scratch: Scratch, rows: int = 0):
         self.hessian = torch.zeros(cols, cols, device=scratch.device)
         self.cross = torch.zeros(rows, cols, device=scratch.device) if rows else None
-        self.tokens = 0
+        self.tokens = 0.0
         self._scratch = scratch
+        self._half = False
 
     @tf32(False)
-    def add(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
-        """Take in inputs [tokens, cols] and, with a cross product, wanted outputs [tokens, rows]."""
-        cols = len(self.hessian)
+    def add(self, inputs: Tensor, missing: Tensor | None = None, *, token_weight: float = 1.0) -> None:
+        """Take in inputs [tokens, cols] and, with a cross product, missing outputs [tokens, rows].
+
+        On a CPU bfloat16 inputs are multiplied as they are, a thousand tokens at a time, and summed in float32: the
+        products are rounded, but four times as fast. GPUs multiply float32.
+        """
+        self._half = inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and bf16_is_faster(inputs.device)
         for start in range(0, len(inputs), TOKENS_AT_ONCE):
-            given = inputs[start : start + TOKENS_AT_ONCE]
-            part = self._scratch.take("inputs", TOKENS_AT_ONCE, cols)[: len(given)].copy_(given)
-            if part.device.type == "cpu":
-                # NumPy sees that both factors are one array and computes half of the symmetric product (BLAS syrk).
-                array, gram = part.numpy(), self._scratch.take("gram", cols, cols)
-                np.matmul(array.T, array, out=gram.numpy())
-                self.hessian += gram
-            else:
-                self.hessian.addmm_(part.t(), part)
-            if wanted is not None:
+            part = inputs[start : start + TOKENS_AT_ONCE]
+            if not self._half:
+                part = self._scratch.take("inputs", TOKENS_AT_ONCE, inputs.shape[1])[: len(part)].copy_(part)
+            self._add_square(part, token_weight)
+            if missing is not None:
                 assert self.cross is not None
-                self.cross.addmm_(wanted[start : start + TOKENS_AT_ONCE].float().t(), part)
-        self.tokens += len(inputs)
+                lacking = missing[start : start + TOKENS_AT_ONCE].to(part.dtype)
+                if self._half:
+                    self.cross.add_(lacking.t() @ part, alpha=token_weight)
+                else:
+                    self.cross.addmm_(lacking.t(), part, alpha=token_weight)
+        self.tokens += token_weight * len(inputs)
+
+    def _add_square(self, part: Tensor, token_weight: float) -> None:
+        cols = len(self.hessian)
+        if self._half:
+            for first in range(0, cols, COLUMNS_AT_ONCE):
+                columns = slice(first, first + COLUMNS_AT_ONCE)
+                self.hessian[columns, first:].add_(part[:, columns].t() @ part[:, first:], alpha=token_weight)
+        elif part.device.type == "cpu":
+            # NumPy sees that both factors are one array and computes half of the symmetric product (BLAS syrk).
+            array, gram = part.numpy(), self._scratch.take("gram", cols, cols)
+            np.matmul(array.T, array, out=gram.numpy())
+            self.hessian.add_(gram, alpha=token_weight)
+        else:
+            self.hessian.addmm_(part.t(), part, alpha=token_weight)
 
     def finish(self, name: str) -> None:
-        """Sum over all processes and divide by the tokens.
+        """Sum over all processes and divide by the tokens' weights.
 
         Raises:
             UserError: an activation was NaN or infinite; names the linear layer.
         """
         del self._scratch  # which would otherwise live as long as the statistics
+        if self._half:  # the upper triangle is the computed one
+            for first in range(0, len(self.hessian), COLUMNS_AT_ONCE):
+                end = min(first + COLUMNS_AT_ONCE, len(self.hessian))
+                square = self.hessian[first:end, first:end]
+                square.copy_(square.triu() + square.triu(1).t())
+                self.hessian[end:, first:end] = self.hessian[first:end, end:].t()
         sums = [self.hessian] + ([self.cross] if self.cross is not None else [])
-        count = torch.tensor(float(self.tokens), device=self.hessian.device)
+        count = torch.tensor(self.tokens, device=self.hessian.device)
         if dist.is_initialized():
             for tensor in [*sums, count]:
                 dist.all_reduce(tensor)
         for tensor in sums:
-            tensor /= count.clamp(min=1)
+            tensor /= count if count > 0 else 1  # experts may have seen no token
             if not torch.isfinite(tensor).all():
                 raise UserError(f"the input of {name} is NaN or infinite in calibration; try --dtype bf16 or fp32")
 
@@ -95,86 +125,198 @@ def collect(
     groups: list[dict[str, nn.Linear]],
     hidden: list[Tensor],
     advance: bool = False,
+    writer: nn.Linear | None = None,
+    sums: list[Tensor] | None = None,
 ) -> list[Statistics]:
     """Run hidden states through a decoder layer and return the statistics of the inputs of `groups`, padding left out.
 
     Args:
         hidden: the hidden states to run, `states.pruned` or `states.dense`.
         advance: replace them by the layer's outputs. Otherwise the layer is run only as far as needed.
+        writer: a linear layer whose output is added to the layer's input; `sums` then receives that sum per batch.
     """
     scratch = Scratch(states.device)
     found = [Statistics(next(iter(group.values())).in_features, scratch) for group in groups]
 
-    def hook(statistics: Statistics, keep: Tensor | None) -> Callable:
+    def input_hook(statistics: Statistics, batch: int) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
-            inputs = args[0].flatten(0, -2)
-            statistics.add(inputs[keep] if keep is not None and len(keep) == len(inputs) else inputs)
+            statistics.add(*states.kept(batch, args[0]), token_weight=states.token_weights[batch])
             if len(groups) == 1 and not advance:
                 raise Stop  # nothing after the only wanted input need be computed
 
         return add
 
-    for batch, keep in enumerate(states.keep):
-        handles = [
-            next(iter(group.values())).register_forward_pre_hook(hook(statistics, keep))
-            for group, statistics in zip(groups, found, strict=True)
-        ]
-        with suppress(Stop):
-            output = states.run(layer, index, batch, hidden[batch])
-            if advance:
-                states.store(output, hidden[batch])
-        for handle in handles:
-            handle.remove()
+    def output_hook(batch: int) -> Callable:
+        def add(module: nn.Module, args: tuple, output: Tensor) -> None:
+            assert sums is not None
+            states.store(hidden[batch].to(states.device, non_blocking=True) + output.view_as(sums[batch]), sums[batch])
+
+        return add
+
+    with states.converted_weights(layer):
+        for batch in range(len(hidden)):
+            handles = [
+                next(iter(group.values())).register_forward_pre_hook(input_hook(statistics, batch))
+                for group, statistics in zip(groups, found, strict=True)
+            ]
+            if writer is not None:
+                handles.append(writer.register_forward_hook(output_hook(batch)))
+            with suppress(Stop):
+                output = states.run(layer, index, batch, hidden[batch])
+                if advance:
+                    states.store(output, hidden[batch])
+            for handle in handles:
+                handle.remove()
     for group, statistics in zip(groups, found, strict=True):
         statistics.finish(next(iter(group)))
     return found
 
 
+@dataclass
+class Writers:
+    """The groups of a decoder layer that are one linear layer whose output is simply added to the residual stream."""
+
+    inner: int | None = None  # number of the group that is added to the layer's input (in a Llama, o_proj)
+    last: int | None = None  # number of the last group, if the layer's output is the sum so far plus its output
+    parent: str | None = None  # the module within the layer (in a Llama, self_attn) that returns what inner returns
+    returned: int = 0  # how many values it returns, all but the first None; 0 if only a tensor
+
+
 @torch.no_grad()
-def collect_residual(
-    states: HiddenStates, layer: nn.Module, index: int, name: str, linear: nn.Linear
-) -> tuple[Statistics, list[Tensor]] | None:
-    """Statistics of the layer's last linear, whose wanted output makes up for all that the layer's output has lost.
+def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> Writers:
+    """Find the linear layers that write to the residual stream.
 
-    Where the linear's output is added to the residual stream R, the output Y that brings the layer to its target T (the
-    dense model's hidden states, `states.dense`, already moved past the layer) is T - R. Fitting W X to Y instead of to
-    the dense W X is the asymmetric calibration of GPTAQ (Li et al. 2025), with the residual's own error included.
-
-    Returns:
-        (Statistics with `cross`, X per batch), and `states.pruned` then holds R; or None, with `states.pruned`
-        unchanged, where the linear's output is not simply added to the layer's (Gemma normalizes it first) or the
-        linear did not run.
+    They are tested on the first batch of the dense model's hidden states: without the last linear the layer must return
+    its input plus what the inner one adds; the last must add the rest. Models that normalize such outputs first (Gemma)
+    have none.
     """
-    assert states.pruned is not None and states.dense is not None  # an asymmetric recipe asks for both
-    rows, cols = linear.weight.shape
-    found = Statistics(cols, Scratch(states.device), rows)
+    assert states.dense is not None
+    writers, last = Writers(), len(groups) - 1
+    if len(groups) > MAX_SEQUENTIAL_GROUPS or not groups or len(groups[last]) != 1:
+        return writers
+    outputs: dict[nn.Module, Any] = {}
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        outputs[module] = output
+
+    names = {module: name for name, module in layer.named_modules()}
+    linears = {number: next(iter(group.values())) for number, group in enumerate(groups) if len(group) == 1}
+    parents = {number: layer.get_submodule(names[linear].rpartition(".")[0]) for number, linear in linears.items()}
+    handles = [module.register_forward_hook(note) for module in {*linears.values(), *parents.values()}]
+    with states.converted_weights(layer):
+        whole = states.run(layer, index, 0, states.dense[0])
+        found = dict(outputs)
+        with _zero_output(states, linears[last]):
+            residual = states.run(layer, index, 0, states.dense[0])
+    for handle in handles:
+        handle.remove()
+    if linears[last] not in found or not _adds_up(whole - residual, found[linears[last]]):
+        return writers
+    writers.last = last
+    added = residual - states.dense[0].to(states.device)
+    for number, linear in linears.items():
+        if number != last and linear in found and _adds_up(added, found[linear]):
+            writers.inner = number
+            values = found.get(parents[number])
+            first, *others = values if isinstance(values, tuple) else (values,)
+            if parents[number] is not layer and first is found[linear] and all(value is None for value in others):
+                writers.parent = names[parents[number]]
+                writers.returned = len(values) if isinstance(values, tuple) else 0
+    return writers
+
+
+@contextmanager
+def _zero_output(states: HiddenStates, linear: nn.Linear) -> Iterator[list[Tensor]]:
+    """Within the block the linear returns zeros; the list that is yielded holds its latest input."""
     dtype = torch.bfloat16 if states.autocast else linear.weight.dtype
     seen: list[Tensor] = []
-    inputs_of_last: list[Tensor] = []
 
-    def zero_output(inputs: Tensor) -> Tensor:
+    def zeros(inputs: Tensor) -> Tensor:
         seen[:] = [inputs]
-        return inputs.new_zeros(*inputs.shape[:-1], rows, dtype=dtype)
+        return inputs.new_zeros(*inputs.shape[:-1], linear.out_features, dtype=dtype)
 
-    for batch, keep in enumerate(states.keep):
-        with replaced_forward([linear], lambda index: zero_output):
-            residual = states.run(layer, index, batch, states.pruned[batch])
-        if batch == 0:
-            if not seen or not _adds_up(
-                states.run(layer, index, 0, states.pruned[0]) - residual, states.linear(linear, seen[0])
-            ):
-                return None
-            shapes = [torch.Size((*hidden.shape[:-1], cols)) for hidden in states.pruned]
-            inputs_of_last = states.allocate(shapes, seen[0].dtype)
-        states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
-        wanted = states.dense[batch].to(states.device, non_blocking=True).float() - residual.float()
-        if linear.bias is not None:
-            wanted -= linear.bias.float()
-        states.store(residual, states.pruned[batch])
-        inputs, wanted = seen[0].flatten(0, -2), wanted.flatten(0, -2)
-        found.add(*(t if keep is None else t[keep] for t in (inputs, wanted)))
+    with replaced_forward([linear], lambda index: zeros):
+        yield seen
+
+
+@torch.no_grad()
+def collect_missing(
+    states: HiddenStates, layer: nn.Module, index: int, name: str, linear: nn.Linear, sums: list[Tensor]
+) -> Statistics:
+    """Statistics of a linear whose output is added to the layer's input, and of what the sum lacks.
+
+    Args:
+        sums: input plus output of the dense model, for each batch, from `collect`. Afterwards they hold the linear's
+            inputs in the pruned model, if these are as wide.
+
+    Returns:
+        Statistics with `cross`, for E = sum - pruned model's hidden states - W X.
+    """
+    assert states.pruned is not None
+    found = Statistics(linear.in_features, Scratch(states.device), linear.out_features)
+
+    def hook(batch: int, hidden: Tensor) -> Callable:
+        def add(module: nn.Module, args: tuple) -> None:
+            missing = sums[batch].to(states.device, non_blocking=True) - hidden.to(states.device, non_blocking=True)
+            missing = missing.float() - states.linear(linear, args[0]).view_as(missing)
+            found.add(*states.kept(batch, args[0], missing), token_weight=states.token_weights[batch])
+            if linear.in_features == linear.out_features:
+                states.store(args[0].view_as(sums[batch]), sums[batch])
+            raise Stop
+
+        return add
+
+    with states.converted_weights(layer):
+        for batch, hidden in enumerate(states.pruned):
+            handle = linear.register_forward_pre_hook(hook(batch, hidden))
+            with suppress(Stop):
+                states.run(layer, index, batch, hidden)
+            handle.remove()
     found.finish(name)
-    return found, inputs_of_last
+    return found
+
+
+@torch.no_grad()
+def collect_residual(
+    states: HiddenStates,
+    layer: nn.Module,
+    index: int,
+    name: str,
+    linear: nn.Linear,
+    inputs_of_last: list[Tensor],
+    outputs_of_parent: Callable[[int], Callable] | None = None,
+    parent: nn.Module | None = None,
+) -> Statistics:
+    """Statistics of the layer's last linear, and of all that the layer's output lacks so far.
+
+    The linear's output is added to the residual stream R. What is missing from the layer's target T (the dense model's
+    hidden states, `states.dense`, already moved past the layer) is E = T - R - W X. Fitting it is the asymmetric
+    calibration of GPTAQ (Li et al. 2025), with the residual's own error included.
+
+    Args:
+        inputs_of_last: buffers that receive X per batch.
+        outputs_of_parent: from a batch's number to the forward function of `parent`, a module whose output is known.
+
+    Returns:
+        Statistics with `cross`. `states.pruned` then holds R.
+    """
+    assert states.pruned is not None and states.dense is not None  # an asymmetric recipe asks for both
+    found = Statistics(linear.in_features, Scratch(states.device), linear.out_features)
+    with states.converted_weights(layer):
+        for batch, hidden in enumerate(states.pruned):
+            known: AbstractContextManager = nullcontext()
+            if parent is not None and outputs_of_parent is not None:
+                forward = outputs_of_parent(batch)
+                known = replaced_forward([parent], lambda index, forward=forward: forward)  # type: ignore[misc]
+            with known, _zero_output(states, linear) as seen:
+                residual = states.run(layer, index, batch, hidden)
+            missing = states.dense[batch].to(states.device, non_blocking=True).float() - residual.float()
+            missing -= states.linear(linear, seen[0]).view_as(missing)
+            states.store(residual, hidden)
+            found.add(*states.kept(batch, seen[0], missing), token_weight=states.token_weights[batch])
+            states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
+    found.finish(name)
+    return found
 
 
 def _adds_up(added: Tensor, output: Tensor) -> bool:
@@ -188,6 +330,7 @@ def _adds_up(added: Tensor, output: Tensor) -> bool:
 def add_output(states: HiddenStates, linear: nn.Linear, inputs: list[Tensor]) -> None:
     """Turn the residuals R in `states.pruned` into R + W X, bit for bit what the layer itself returns."""
     assert states.pruned is not None
-    for hidden, given in zip(states.pruned, inputs, strict=True):
-        output = states.linear(linear, given.to(states.device, non_blocking=True))
-        states.store(hidden.to(states.device, non_blocking=True) + output.view_as(hidden), hidden)
+    with states.converted_weights(linear):
+        for hidden, given in zip(states.pruned, inputs, strict=True):
+            output = states.linear(linear, given.to(states.device, non_blocking=True))
+            states.store(hidden.to(states.device, non_blocking=True) + output.view_as(hidden), hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,14 +18,22 @@ from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
 
 
-def calibration_key(recipe: Recipe, settings: list, batches: list[dict[str, Tensor]], model: nn.Module) -> str:
+def calibration_key(
+    recipe: Recipe,
+    settings: list,
+    batches: list[dict[str, Tensor]],
+    model: nn.Module,
+    token_weights: Sequence[float] | None = None,
+) -> str:
     """Hash of everything that decides the result, so that a resumed run never mixes two settings.
 
     Args:
         settings: JSON values that decide the result in addition to the recipe.
         batches: this run's calibration batches.  model: dense, on the CPU.
+        token_weights: what the tokens of each batch count; None if all count alike.
     """
-    digest = hashlib.sha256(json.dumps([asdict(recipe), *settings], sort_keys=True).encode())
+    decisive = [asdict(recipe), settings, list(token_weights or [])]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for batch in batches:
         digest.update(batch["input_ids"].numpy().tobytes())
     for name, tensor in model.state_dict().items():

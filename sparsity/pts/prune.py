@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,16 @@ from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.processes import is_main_process
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
-from sparsity.pts.calibration import Statistics, add_output, collect, collect_residual
+from sparsity.pts.calibration import (
+    MAX_SEQUENTIAL_GROUPS,
+    Statistics,
+    Writers,
+    add_output,
+    collect,
+    collect_missing,
+    collect_residual,
+    stream_writers,
+)
 from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog
@@ -32,10 +42,6 @@ from sparsity.pts.solvers import admm, damp, layer_error, least_squares, refit, 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# Decoder layers have about four groups of linear layers: before attention, after it, before and after the activation.
-MAX_SEQUENTIAL_GROUPS = 8
 
 
 def check_weights(groups: list[dict[str, nn.Linear]]) -> None:
@@ -67,11 +73,11 @@ def new_weight(
         mask = magnitude_mask(weight, recipe.pattern) if by_magnitude else wanda_mask(weight, hessian, recipe.pattern)
         pruned = weight * mask
     else:
-        damping, inverse_factor, percdamp = damp(hessian, recipe.percdamp)
+        damping, inverse_factor, percdamp = damp(hessian, recipe.percdamp, recipe.shrinkage)
         if percdamp > recipe.percdamp and is_main_process():
             tqdm.write(f"warning: {name}: its Hessian needed damping {percdamp:g}, not {recipe.percdamp:g}")
         if statistics.cross is not None:
-            weight = least_squares(weight, statistics.cross, damping, inverse_factor)
+            weight = least_squares(weight, statistics.cross, inverse_factor)
             statistics.cross = None
         if recipe.admm_iterations:
             del inverse_factor  # as large as the Hessian
@@ -117,19 +123,56 @@ def prune_group(
     return masks, rows
 
 
+@dataclass
+class Observed:
+    """What the dense model's pass through a decoder layer left for its pruning."""
+
+    known: dict[int, Statistics] = field(default_factory=dict)  # statistics of the groups' inputs, by number of group
+    writers: Writers = field(default_factory=Writers)  # groups to fit to the dense model's residual stream
+    sums: list[Tensor] = field(default_factory=list)  # that stream behind writers.inner, for each batch
+    inputs_of_last: list[Tensor] = field(default_factory=list)  # buffers, not yet written
+
+
+def observe_dense(
+    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], recipe: Recipe
+) -> Observed:
+    """Move the dense model's hidden states, where the recipe needs them, past a layer, and keep what it needs of them.
+
+    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass.
+    """
+    if states.dense is None:
+        return Observed()
+    writers = stream_writers(states, layer, index, groups) if recipe.asymmetric else Writers()
+    observed = Observed(writers=writers)
+    inner = None
+    if writers.last is not None:
+        wide = next(iter(groups[writers.last].values())).in_features
+        shapes, dtype = [torch.Size((*shape[:-1], wide)) for shape in states.shapes], states.dense[0].dtype
+        if writers.inner is None or wide < states.shapes[0][-1]:
+            writers.inner, observed.inputs_of_last = None, states.allocate(shapes, dtype)
+        else:
+            inner = next(iter(groups[writers.inner].values()))
+            observed.inputs_of_last, observed.sums = states.allocate_with_tail(shapes, states.shapes, dtype)
+    later = {writers.inner, len(groups) - 1} if recipe.asymmetric else set()
+    early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
+    chosen = [groups[number] for number in early]
+    found = collect(states, layer, index, chosen, states.dense, advance=True, writer=inner, sums=observed.sums)
+    observed.known = dict(zip(early, found, strict=True))
+    return observed
+
+
 def prune_layer(
     states: HiddenStates,
     layer: nn.Module,
     index: int,
     groups: list[dict[str, nn.Linear]],
-    known: list[Statistics],
+    observed: Observed,
     recipe: Recipe,
 ) -> tuple[dict[str, Tensor], list[MatrixLog]]:
     """Prune one decoder layer that is on the device, and move the pruned model's hidden states past it.
 
-    Args:
-        known: statistics of the first groups, from the dense model; empty afterwards. The other groups are pruned one
-            after the other, each on the inputs that the pruned ones before it produce.
+    Groups whose statistics are not known from the dense model (`observed.known`, empty afterwards) are pruned one after
+    the other, each on the inputs that the pruned ones before it produce.
 
     Returns:
         mask [out, in] on the CPU by name; log rows.
@@ -137,34 +180,61 @@ def prune_layer(
     masks: dict[str, Tensor] = {}
     rows: list[MatrixLog] = []
 
-    def prune(stage: list[dict[str, nn.Linear]], found: list[Statistics]) -> None:
-        for group in stage:
-            new_masks, new_rows = prune_group(group, found.pop(0), recipe)  # its Hessian is then no longer needed
+    def prune(numbers: list[int], found: list[Statistics]) -> None:
+        for number in numbers:
+            new_masks, new_rows = prune_group(groups[number], found.pop(0), recipe)  # its Hessian is then not needed
             masks.update(new_masks)
             rows.extend(new_rows)
 
-    count = len(known)
-    prune(groups[:count], known)
-    rest = groups[count:]
-    last = None
-    if recipe.asymmetric and rest and len(rest[-1]) == 1 and len(groups) <= MAX_SEQUENTIAL_GROUPS:
-        *rest, last = rest
-    # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
-    for stage in [[group] for group in rest] if len(groups) <= MAX_SEQUENTIAL_GROUPS else [rest]:
-        if stage:
-            assert states.pruned is not None
-            prune(stage, collect(states, layer, index, stage, states.pruned))
-    if last:
-        ((name, linear),) = last.items()
-        if residual := collect_residual(states, layer, index, name, linear):
-            prune([last], [residual[0]])
-            add_output(states, linear, residual[1])
+    known, writers = observed.known, observed.writers
+    together = len(groups) > MAX_SEQUENTIAL_GROUPS
+    for number, group in enumerate(groups):
+        name, linear = next(iter(group.items()))
+        if name in masks:
+            continue
+        if number in known:
+            prune([number], [known.pop(number)])
+        elif number == writers.inner:
+            prune([number], [collect_missing(states, layer, index, name, linear, observed.sums)])
+        elif number == writers.last:
+            return_freed_memory()  # of the passes before, which would add to the largest one
+            prune([number], [collect_last(states, layer, index, groups, observed)])
+            add_output(states, linear, observed.inputs_of_last)
             return masks, rows
-        assert states.pruned is not None
-        prune([last], collect(states, layer, index, [last], states.pruned))
+        else:
+            assert states.pruned is not None
+            # A mixture of experts has too many groups for a forward pass each; there one pass serves them all.
+            stage = [n for n in range(number, len(groups)) if n not in known] if together else [number]
+            prune(stage, collect(states, layer, index, [groups[n] for n in stage], states.pruned))
     if states.pruned is not None:
         states.advance(layer, index, states.pruned)
     return masks, rows
+
+
+def collect_last(
+    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], observed: Observed
+) -> Statistics:
+    """Statistics of the last group, without running attention again where its inputs at the end were kept."""
+    writers = observed.writers
+    assert writers.last is not None
+    name, linear = next(iter(groups[writers.last].items()))
+    if writers.inner is None or writers.parent is None:
+        return collect_residual(states, layer, index, name, linear, observed.inputs_of_last)
+    inner = next(iter(groups[writers.inner].values()))
+    if inner.in_features != inner.out_features:
+        return collect_residual(states, layer, index, name, linear, observed.inputs_of_last)
+
+    def outputs_of_parent(batch: int) -> Callable:
+        # Before the last group's inputs are written to this memory.
+        output = states.linear(inner, observed.sums[batch].to(states.device, non_blocking=True))
+
+        def forward(*args: object, **kwargs: object) -> object:
+            return (output, *[None] * (writers.returned - 1)) if writers.returned else output
+
+        return forward
+
+    parent = layer.get_submodule(writers.parent)
+    return collect_residual(states, layer, index, name, linear, observed.inputs_of_last, outputs_of_parent, parent)
 
 
 def prune_model(
@@ -176,6 +246,7 @@ def prune_model(
     ignore: Sequence[str] = (),
     on_rows: Callable[[list[MatrixLog]], None] = lambda rows: None,
     activations_dir: Path | None = None,
+    token_weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Prune every decoder layer of `model` (on the CPU, in eval mode) in place.
 
@@ -185,6 +256,7 @@ def prune_model(
         store: takes every finished layer, and supplies the ones that an earlier run finished.
         on_rows: called after each layer with all log rows so far.
         activations_dir: folder for activations, which are otherwise kept in CPU memory.
+        token_weights: for each batch, what its tokens count in the statistics; by default all count alike.
 
     Returns:
         mask [out, in] (bool, True is kept) by name of the linear layer.
@@ -206,6 +278,7 @@ def prune_model(
         activations_dir,
         needs_pruned=recipe.needs_pruned,
         needs_dense=recipe.needs_dense,
+        token_weights=token_weights,
     )
     prefetcher = LayerPrefetcher(layers, device)
     masks: dict[str, Tensor] = {}
@@ -219,12 +292,9 @@ def prune_model(
             started = time.perf_counter()
             prefetcher.fetch(index)
             check_weights(groups)
-            known: list[Statistics] = []
-            if states.dense is not None:
-                early = groups[:-1] if recipe.asymmetric else groups
-                early = early if recipe.dense_inputs else []
-                known = collect(states, layer, index, early, states.dense, advance=True)
-            layer_masks, layer_rows = prune_layer(states, layer, index, groups, known, recipe)
+            observed = observe_dense(states, layer, index, groups, recipe)
+            layer_masks, layer_rows = prune_layer(states, layer, index, groups, observed, recipe)
+            del observed  # its buffers are as large as all hidden states
             layer.to("cpu")
             for row in layer_rows:
                 row.layer_seconds = round(time.perf_counter() - started, 3)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from sparsity.devices import bf16_is_faster
 from sparsity.models import decoder_layers
 from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
+from sparsity.self_text import sequences_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,6 +23,8 @@ MIB = 2**20
 
 # Sustained float32 multiply-adds of hardware in this class, doubled: a laptop's cores, a data-centre GPU.
 FLOPS = {"cpu": 1.5e11, "cuda": 3e13}
+HALF_GAIN = 1.5  # on a CPU that multiplies bfloat16, where forward passes and statistics are so
+BANDWIDTH = {"cpu": 8e9, "cuda": 1.5e12}  # sustained bytes a second from memory
 
 
 def error_table(rows: list[MatrixLog]) -> str:
@@ -90,7 +95,7 @@ def estimate(
         for group in groups:
             rows, cols = sum(shapes[linear][0] for linear in group), shapes[group[0]][1]
             passes = 1.0 if recipe.dense_inputs else 1.6
-            passes += 0.9 * recipe.asymmetric
+            passes += 1.3 * recipe.asymmetric  # the pruned model's: up to the attention's output, then all of the layer
             forward = 2 * tokens * rows * cols * passes
             search = 2 * rows * cols * cols * (2 + recipe.refit_iterations + 2 * recipe.admm_iterations)
             flops += forward + 2 * tokens * cols * cols + search + (20 * cols**3 if recipe.admm_iterations else cols**3)
@@ -99,9 +104,11 @@ def estimate(
     width = model.get_input_embeddings().weight.shape[1]
     element = next(model.parameters()).element_size()
     streams = tokens * width * element * (2 if recipe.asymmetric else 1)
-    if recipe.asymmetric:  # and, for one layer at a time, the inputs of its last linear layer
+    if recipe.asymmetric:  # and, for one layer at a time, the inputs of its last linear layer; sums before are smaller
         streams += tokens * max(shapes[groups[-1][0]][1] for groups in plan if groups) * element
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    half = kind == "cpu" and element == 4 and bf16_is_faster(torch.device(kind))
+    speed = FLOPS[kind] * (HALF_GAIN if half else 1)
     return "\n".join(
         [
             f"each of {len(layers)} decoder layers ({layer / MIB:.0f} MiB), groups that share a Hessian:",
@@ -111,8 +118,20 @@ def estimate(
             f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
             f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB activations "
             f"+ {sum(r * c for r, c in shapes.values()) / MIB:,.0f} MiB masks",
-            f"computed time: about {flops / FLOPS[kind]:,.0f} s ({flops:.1e} operations, {FLOPS[kind]:.1e} a second)",
+            f"computed time: about {flops / speed:,.0f} s ({flops:.1e} operations, {speed:.1e} a second)",
         ]
+    )
+
+
+def self_text_estimate(model: PreTrainedModel, sequences: int, length: int, kind: str) -> str:
+    """A line with the computed time in which the model writes text; each step reads all weights once."""
+    at_once = sequences_at_once(model, length)
+    batches = -(-sequences // at_once)
+    weights = sum(p.numel() for p in model.parameters())
+    step = 2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * at_once / (4 * FLOPS[kind])
+    return (
+        f"self text: {sequences} sequences of {length} tokens, {at_once} at a time; "
+        f"computed time: about {batches * length * step:,.0f} s, none where an earlier run has left it in the cache"
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,15 +59,19 @@ def test_store_without_a_folder_keeps_nothing():
     store.remove()
 
 
-def test_key_is_that_of_earlier_releases():
-    """Else an interrupted run of an earlier release would begin anew."""
-    model, batches = tiny_llama(), calibration()
-    recipe = {"method": "sparsegpt", "pattern": {"n": 2, "m": 4, "fraction": 0.5}, "percdamp": 0.1, "block_size": 128}
-    recipe |= {"refit_iterations": 6, "admm_iterations": 0, "dense_inputs": True, "asymmetric": True}
-    digest = hashlib.sha256(json.dumps([recipe, ["*.q_proj"], "fp32", 1], sort_keys=True).encode())
-    for batch in batches:
-        digest.update(batch["input_ids"].numpy().tobytes())
-    for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()
-        digest.update(name.encode() + repr(values).encode())
-    assert calibration_key(QUALITY["balanced"], [["*.q_proj"], "fp32", 1], batches, model) == digest.hexdigest()
+@pytest.mark.parametrize("change", ["shrinkage", "weights", "tokens", "model", "setting"])
+def test_key_changes_with_everything_that_decides_the_result(change):
+    model, batches, recipe, settings, weights = tiny_llama(), calibration(), QUALITY["balanced"], ["fp32"], [1.0] * 3
+    before = calibration_key(recipe, settings, batches, model, weights)
+    assert calibration_key(recipe, ["fp32"], calibration(), tiny_llama(), [1.0] * 3) == before
+    if change == "shrinkage":
+        recipe = replace(recipe, shrinkage=0.5)
+    elif change == "weights":
+        weights = [1.0, 1.0, 0.5]
+    elif change == "tokens":
+        batches[1]["input_ids"][0, 0] += 1
+    elif change == "model":
+        model = tiny_llama(seed=1)
+    else:
+        settings = ["bf16"]
+    assert calibration_key(recipe, settings, batches, model, weights) != before

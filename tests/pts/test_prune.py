@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.discovery import shared_inputs
-from sparsity.pts.prune import prune_layer
+from sparsity.pts.prune import observe_dense, prune_layer
 from sparsity.pts.recipe import QUALITY, Recipe
 
 
@@ -84,9 +83,9 @@ def test_hidden_states_behind_a_layer_are_the_pruned_layers_own_output_to_the_bi
     states = HiddenStates(model, layers, calibration(), torch.device("cpu"), needs_dense=recipe.needs_dense)
     before = [hidden.clone() for hidden in states.pruned]
     groups = [{n: model.get_submodule(n) for n in names} for names in shared_inputs(model, linears(model))[0]]
-    states.advance(layers[0], 0, states.dense)  # where asymmetric calibration finds its targets
+    observed = observe_dense(states, layers[0], 0, groups, recipe)
     with torch.no_grad():
-        prune_layer(states, layers[0], 0, groups, [], replace(recipe, dense_inputs=False))
+        prune_layer(states, layers[0], 0, groups, observed, recipe)
         states.advance(layers[0], 0, before)
     assert all(torch.equal(left, right) for left, right in zip(states.pruned, before, strict=True))
 

@@ -9,7 +9,7 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.pts.masks import Pattern, magnitude_mask, score_mask
-from sparsity.pts.solvers import admm, damp, group_costs, layer_error, refit, sparsegpt
+from sparsity.pts.solvers import admm, damp, group_costs, layer_error, least_squares, refit, sparsegpt
 
 TWO_FOUR = Pattern.parse("2:4")
 
@@ -155,3 +155,22 @@ def test_inputs_that_never_fire_are_pruned_without_harm():
 def test_hessian_of_nan_is_refused():
     with pytest.raises(UserError, match="not finite"):
         damp(torch.full((4, 4), float("nan")), 0.01)
+
+
+def test_shrinkage_adds_a_share_of_each_diagonal_entry():
+    _, hessian = problem()
+    undamped = hessian.clone()
+    added, factor, _ = damp(hessian, 0.01, shrinkage=0.5)
+    expected = 0.5 * undamped.diagonal() + 0.01 * undamped.diagonal().mean()
+    torch.testing.assert_close(added, expected)
+    torch.testing.assert_close(hessian, undamped + torch.diag(expected))
+    torch.testing.assert_close(factor.t() @ factor @ hessian, torch.eye(64), atol=1e-3, rtol=0)
+
+
+def test_least_squares_makes_up_for_what_is_missing():
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight, wanted = (torch.randn(*size, generator=generator) for size in ((16, 400), (8, 16), (8, 16)))
+    hessian = inputs @ inputs.t()
+    missing = wanted @ inputs - weight @ inputs
+    _, factor, _ = damp(hessian, 1e-6)
+    torch.testing.assert_close(least_squares(weight, missing @ inputs.t(), factor), wanted, rtol=1e-3, atol=1e-3)

@@ -105,6 +105,16 @@ ROWS = [
     ("hf_pts.py", "empty source", "--calib_data {texts},", ["empty source"]),
     ("hf_pts.py", "unknown type of text", "--calib_data {file}", ["unknown type"]),
     ("hf_pts.py", "damaged Parquet", "--calib_data {parquet}", ["{parquet}", "cannot read"]),
+    ("hf_pts.py", "weights that sum to 0", "--calib_data {texts}=0,self=0", ["sum to 0"]),
+    ("hf_pts.py", "negative weight", "--calib_data {texts}=-1,self=2", ["weight", "-1"]),
+    ("hf_pts.py", "a short source among others", "--calib_data {texts}=0.5,{short}=0.5", ["{short}", "too short"]),
+    (
+        "hf_pts.py",
+        "more sources than sequences",
+        "--calib_data {texts},{short},{texts}",
+        ["--calib_size 2", "no sequence"],
+    ),
+    ("hf_pts.py", "a base model asked to write", "--model_name_or_path {base} --calib_data self", ["decoder-only"]),
     ("hf_pts.py", "empty text", "--calib_data {empty_json}", ["holds no text"]),
     ("hf_pts.py", "tensor parallel serving", "--inference_tensor_parallel 2", ["--inference_tensor_parallel"]),
     ("eval_ppl.py", "text shorter than a window", "--text {short}", ["tokens"]),
@@ -179,6 +189,9 @@ def world(tmp_path_factory, model_dir, state_path, data_dir, tokenizer):
     encoder = root / "encoder"
     shutil.copytree(model_dir, encoder)
     file("encoder/config.json", {"model_type": "bert", "architectures": ["BertModel"]})
+    shutil.copytree(model_dir, root / "base")
+    base_config = json.loads((model_dir / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    file("base/config.json", base_config)
     (root / "empty").mkdir()
     (root / "cut.pth").write_bytes(state_path.read_bytes()[:2000])
     torch.save({"weight": torch.zeros(2)}, root / "plain.pth")
@@ -206,6 +219,7 @@ def world(tmp_path_factory, model_dir, state_path, data_dir, tokenizer):
         "empty": root / "empty",
         "file": file("file", ""),
         "encoder": encoder,
+        "base": root / "base",
         "cut": root / "cut.pth",
         "plain": root / "plain.pth",
         "other": root / "other.pth",

@@ -72,7 +72,7 @@ def test_log_has_a_row_for_every_pruned_weight_and_the_screen_says_what_was_done
     output, stdout = pruned
     rows = [json.loads(line) for line in (output / "pts_layers.jsonl").read_text().splitlines()]
     assert len(rows) == 14
-    assert all(row["sparsity"] == 0.5 and 0 < row["relative_error"] < 1 and row["percdamp"] == 0.1 for row in rows)
+    assert all(row["sparsity"] == 0.5 and 0 < row["relative_error"] < 1 and row["percdamp"] == 0.01 for row in rows)
     assert "50.00%" in stdout
     assert "identical logits" in stdout
     assert sorted(path.name for path in output.glob("[!.]*")) == ["pts_layers.jsonl", "pts_modelopt_state.pth"]
@@ -117,6 +117,29 @@ def test_two_processes_save_one_state_and_report_a_mistake_once(model_dir, calib
         result = run_script(*launch, *command(model_dir, calib, tmp_path / "no", *change))
         assert result.returncode != 0
         assert result.stderr.count("error: ") == 1, result.stderr
+
+
+def test_text_of_the_model_itself_is_written_once_and_counts_by_its_weight(model_dir, calib, tmp_path):
+    mixed = ["--calib_data", f"{calib}=0.5,self=0.5", "--calib_size", 8]
+    run_script(*command(model_dir, calib, tmp_path / "one", *mixed), check=True)
+    again = run_inline(*command(model_dir, calib, tmp_path / "two", *mixed))
+    assert again.returncode == 0, again.stderr
+    assert states_equal(tmp_path / "one", tmp_path / "two")
+    other = run_inline(*command(model_dir, calib, tmp_path / "three", *mixed[:1], f"{calib}=0.9,self=0.1", *mixed[2:]))
+    assert other.returncode == 0, other.stderr
+    assert not states_equal(tmp_path / "one", tmp_path / "three")
+
+
+def test_model_can_be_pruned_without_any_text(model_dir, calib, tmp_path):
+    result = run_inline(*command(model_dir, calib, tmp_path, "--calib_data", "self", "--quality", "fast"))
+    assert result.returncode == 0, result.stderr
+    assert "identical logits" in result.stdout
+
+
+def test_dry_run_counts_the_text_that_the_model_writes(model_dir, calib, tmp_path):
+    result = run_inline(*command(model_dir, calib, tmp_path, "--calib_data", f"{calib}=1,self=1", "--dry_run"))
+    assert "self text: 6 sequences of 48 tokens" in result.stdout
+    assert "calibration: 12 sequences" in result.stdout
 
 
 def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, tmp_path):

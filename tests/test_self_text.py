@@ -1,0 +1,102 @@
+"""Text that a model writes itself: its distribution, the cache on disk, and what cannot write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from sparsity import self_text as module
+from sparsity.errors import UserError
+from sparsity.self_text import draw, prompt_of, self_text, write_batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def write(model_dir, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SEQUENCES_AT_ONCE", 4)
+    return lambda sequences, length=12, seed=0: self_text(
+        str(model_dir), tokenizer, sequences, length, CPU, seed, folder=tmp_path / "cache"
+    )
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2]).repeat(1, 150) / 150  # 600 tokens: more than one sum holds
+    logits = probabilities.log().expand(20_000, -1)
+    drawn = draw(logits, torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(drawn % 4, minlength=4) / len(drawn)
+    torch.testing.assert_close(frequencies, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015, rtol=0)
+    places = torch.bincount(drawn // 300, minlength=2) / len(drawn)
+    torch.testing.assert_close(places, torch.tensor([0.5, 0.5]), atol=0.015, rtol=0)
+
+
+def test_cached_keys_and_values_change_no_token():
+    model = tiny_llama()
+    written = write_batch(model, 3, 20, torch.Generator().manual_seed(0), 400, prompt=[5, 6, 7])
+    assert written[:, :3].tolist() == [[5, 6, 7]] * 3
+    generator = torch.Generator().manual_seed(0)
+    expected = written[:, :3]
+    for _ in range(17):
+        with torch.no_grad():
+            token = draw(model(expected).logits[:, -1], generator)
+        expected = torch.cat([expected, token[:, None]], dim=1)
+    assert torch.equal(written, expected)
+
+
+def test_text_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_shorter(write):
+    text = write(6)
+    assert text.shape == (6, 12) and text.dtype == torch.long
+    assert torch.equal(write(9)[:6], text) and torch.equal(write(2), text[:2])
+    assert not torch.equal(write(6, seed=1), text)
+    assert len(set(map(tuple, text.tolist()))) == 6
+
+
+def test_finished_batches_are_kept_and_damaged_ones_written_again(write, tmp_path, monkeypatch):
+    text = write(8)
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == 2
+    files[1].write_bytes(files[1].read_bytes()[:40])
+    written = []
+    original = module.write_batch
+    monkeypatch.setattr(module, "write_batch", lambda *args: written.append(1) or original(*args))
+    assert torch.equal(write(8), text)
+    assert len(written) == 1
+
+
+def test_an_interrupted_run_keeps_what_it_has_finished(write, tmp_path, monkeypatch):
+    original, calls = module.write_batch, []
+
+    def second_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(module, "write_batch", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        write(8)
+    monkeypatch.setattr(module, "write_batch", original)
+    assert [path.name for path in (tmp_path / "cache").rglob("batch*")] == ["batch_0000.safetensors"]
+    assert len(write(8)) == 8
+
+
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_instruct_models_begin_with_a_users_turn_and_without_a_system_prompt(tokenizer, end):
+    assert prompt_of(tokenizer) == []
+    turns = "{% for m in messages %}<{{ m.role }}> {{ m.content }}" + end + "\n{% endfor %}"
+    tokenizer.chat_template = "<system> Be kind.\n" + turns
+    try:
+        assert tokenizer.decode(prompt_of(tokenizer)) == "<user> "
+        tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+        assert prompt_of(tokenizer) == []
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_model_without_probabilities_is_refused(tmp_path, tokenizer):
+    model = tiny_llama()
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="cannot write text"):
+        self_text(str(tmp_path / "model"), tokenizer, 2, 8, CPU, folder=tmp_path / "cache")
