@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
@@ -20,6 +21,10 @@ from sparsity.pts.calibration_set import DEFAULT_SOURCES, load_calibration, shar
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
 from sparsity.sources import SELF, Source, check_source, parse_sources, shares
 from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,6 +108,34 @@ def choose_sources(args: argparse.Namespace) -> list[Source]:
     return sources
 
 
+def load_calibration_set(
+    args: argparse.Namespace, sources: list[Source], device: torch.device, process: PartialState
+) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+    """The batches of calibration and what their tokens count, in every process.
+
+    The main process loads first, so that the others find in the cache what the model has written.
+    """
+    from sparsity.models import load_tokenizer
+    from sparsity.processes import fail_together
+    from sparsity.self_text import self_text
+
+    name, length = args.model_name_or_path, args.model_max_length
+
+    def load() -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+        tokenizer = load_tokenizer(name, args.trust_remote_code)
+
+        def write(count: int) -> torch.Tensor:
+            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code)
+
+        return load_calibration(tokenizer, sources, args.calib_size, length, args.batch_size, args.seed, write)
+
+    with fail_together(process):
+        if process.is_main_process:
+            loaded = load()
+    with fail_together(process):
+        return loaded if process.is_main_process else load()
+
+
 def main() -> None:
     args = parse_args()
     check_args(args)
@@ -122,7 +155,6 @@ def main() -> None:
     from sparsity.pts.magnitude import prune_by_magnitude
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
-    from sparsity.self_text import self_text
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
@@ -157,23 +189,9 @@ def main() -> None:
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(output_dir)
-        if sources:
-            tokenizer = models.load_tokenizer(args.model_name_or_path, args.trust_remote_code)
-
-        def write(count: int) -> torch.Tensor:
-            name, length = args.model_name_or_path, args.model_max_length
-            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code)
-
-        def load() -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-            length = args.model_max_length
-            return load_calibration(tokenizer, sources, args.calib_size, length, args.batch_size, args.seed, write)
-
-        if sources and process.is_main_process:  # alone, so that the others find in the cache what the model writes
-            batches, token_weights = load()
-    with fail_together(process):
-        if sources and not process.is_main_process:
-            batches, token_weights = load()
-        if sources:
+    if sources:
+        batches, token_weights = load_calibration_set(args, sources, device, process)
+        with fail_together(process):
             own, own_weights = share_of_process(batches, process), share_of_process(token_weights, process)
             settings = [args.ignore, args.dtype, args.batch_size]
             key = calibration_key(recipe, settings, batches, model, token_weights)

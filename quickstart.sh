@@ -70,6 +70,7 @@ current() {
   local stamp=$1 word
   [[ -s $2 && -f $stamp && $(<"$stamp") == "${*:3}" ]] || return 1
   for word in "${@:3}"; do
+    [[ $word == *=* && -f ${word%%=*} ]] && word=${word%%=*} # a source of text with its weight
     [[ $word == *.* && -f ${word//.//}.py ]] && word=${word//.//}.py # a module, run with python -m
     if [[ -f $word && $word -nt $stamp && $word != "$2" ]]; then
       return 1
@@ -105,7 +106,8 @@ step data $data/cnn_train.json python data_prep.py --save_path $data --source ac
 steps=$out/steps
 pts=$out/pts_modelopt_state.pth
 step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --model_max_length $length --dtype fp32 \
-  --sparsity_fmt sparsegpt --quality $quality --calib_size $calib_size --calib_data $data/calib.jsonl --output_dir "$out"
+  --sparsity_fmt sparsegpt --quality $quality --calib_size $calib_size --batch_size 4 \
+  --calib_data "$data/calib.jsonl=0.5,self=0.5" --output_dir "$out"
 
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"
