@@ -19,7 +19,7 @@ def state_file(tmp_path_factory):
     """A state of the tiny model, pruned by SparseGPT and saved as hf_pts.py saves it."""
     model = tiny_llama()
     path = tmp_path_factory.mktemp("pruned") / "state.pth"
-    save_state(model, prune(model), path)
+    save_state(model, prune(model), path, "sparsegpt")
     return path
 
 
