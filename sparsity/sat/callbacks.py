@@ -46,6 +46,24 @@ class StopOnSignal(TrainerCallback):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class AlreadyFinished(Exception):
+    """Ends a resumed training whose checkpoint is that of the last step."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Ends training before a step after the last one.
+
+    The Trainer looks whether it is at the last step only after a step, so that a run that was killed between its last
+    checkpoint and its result would otherwise take one more.
+    """
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
+
+
 class MaskKeeper(TrainerCallback):
     """Hold pruned weights at zero after each update, and check from time to time that nothing has changed them.
 

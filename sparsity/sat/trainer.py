@@ -18,7 +18,7 @@ from sparsity.processes import any_process, report_on_main
 from sparsity.sat import checkpoints
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
-from sparsity.sat.callbacks import MaskKeeper, Progress, StopOnSignal
+from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loss import LossWeights, batch_loss
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
 
@@ -67,13 +67,22 @@ class SparseTrainer(Trainer):
         self.sampler = EpochSampler(lengths, self.args.data_seed, group)
         self.stopper, masks = StopOnSignal(), MaskKeeper(check_masks_every)
         self.progress = Progress(log_path, self.sampler, masks, use_fsdp)
-        for callback in (self.stopper, masks, self.progress):
+        for callback in (self.stopper, NoStepTooMany(), masks, self.progress):
             self.add_callback(callback)
 
     @property
     def interrupted(self) -> bool:
         """Whether a signal ended training before its last step."""
         return self.stopper.interrupted
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except AlreadyFinished:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                self._load_best_model()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

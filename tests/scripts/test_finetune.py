@@ -134,6 +134,17 @@ def test_evaluation_loss_is_the_models_own(finished, model_dir, data_dir, tokeni
 # ------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.parametrize("more", [[], ["--load_best"]])
+def test_killed_after_the_last_checkpoint_trains_no_further(finished, run_here, tmp_path, more):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    (folder / STATE_NAME).unlink()
+    run_here(*TRAINING, "--train_bs", 2, "--resume", *more, output_dir=folder)
+    assert checkpoints.last_complete(folder / "checkpoints").name == f"checkpoint-{STEPS}"
+    assert read_log(folder / "train_log.jsonl") == read_log(finished[0] / "train_log.jsonl")
+    if not more:
+        assert_same_weights(finished[0], folder, 0)
+
+
 def test_killed_and_resumed_equals_uninterrupted(finished, model_dir, state_path, data_dir, tmp_path):
     arguments = command(model_dir, state_path, data_dir, tmp_path, *TRAINING, "--train_bs", 2)
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
