@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,11 @@ def empty_model(
         # Eager attention builds its masks without looking at values, which an empty model has not got.
         options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+
+
+def cache_name(output: Mapping[str, Any]) -> str:
+    """Under which name the installed transformers returns and takes the cache of keys and values."""
+    return "cache" if "cache" in output else "past_key_values"
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

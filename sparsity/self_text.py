@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
-from sparsity.models import load_model
+from sparsity.models import cache_name, load_model
 from sparsity.processes import is_main_process
 
 if TYPE_CHECKING:
@@ -146,12 +146,12 @@ def write_batch(
         tokens[:, : len(prompt)] = torch.tensor(prompt)
     else:
         tokens[:, 0] = torch.randint(0, size, (count,), generator=generator)
-    cache: Any = None
+    cache: dict[str, Any] = {}
     done, known = 0, max(1, len(prompt))
     while known < length:
-        output = model(input_ids=tokens[:, done:known].to(model.device), past_key_values=cache, use_cache=True)
-        if cache is None:
-            cache = _with_room(output.past_key_values, length)
+        output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
+        if not cache:
+            cache = {cache_name(output): _with_room(output[cache_name(output)], length)}
         tokens[:, known] = draw(output.logits[:, -1, :size], generator).cpu()
         if bar is not None:
             bar.update(known - done)

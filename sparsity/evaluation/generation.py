@@ -8,6 +8,7 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
+from sparsity.models import cache_name
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -102,7 +103,7 @@ def shared_prefill(
     try:
         # The decoder without its head: the logits of a prompt are not needed.
         output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
-        name = "cache" if "cache" in output else "past_key_values"
+        name = cache_name(output)
         output[name].batch_repeat_interleave(beams)
     except (AttributeError, KeyError, TypeError):
         return {}
