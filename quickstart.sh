@@ -3,7 +3,7 @@
 #
 #   bash quickstart.sh [--full]
 #
-# Everything it needs comes from PyPI: no model hub, no account. By default it takes at most 20 minutes on two CPU cores;
+# Everything it needs comes from PyPI: no model hub, no account. By default it takes about 15 minutes on two CPU cores;
 # --full takes longer, on more text and all test examples. A CUDA GPU is used where there is one. A step whose result is
 # there and whose command, script and input files have not changed since is not run again, so a second run only prints
 # the table, and an interrupted one resumes. PYTHON and TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
