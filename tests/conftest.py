@@ -36,6 +36,16 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Undo what a test sets in the environment: transformers 4 leaves its precision there for all later processes."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
