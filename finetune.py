@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils import dataclass_parser, run_cli
@@ -115,7 +114,7 @@ def main() -> None:
         sys.exit(143)
 
     # Phase 5: the result.
-    result = Path(training.result_dir) / STATE_NAME
+    result = training.result_dir / STATE_NAME
     save_and_verify(trainer, student, result)
     if process.is_main_process:
         plot_loss(read_log(training.result_dir / "train_log.jsonl"), training.result_dir / "loss.png")

@@ -131,6 +131,11 @@ def empty_model(
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
 
 
+def few_values(weight: torch.Tensor) -> list:
+    """About sixteen values spread over a weight, which distinguish checkpoints without reading all of them."""
+    return weight.flatten()[:: max(1, weight.numel() // 16)].tolist()
+
+
 def cache_name(output: Mapping[str, Any]) -> str:
     """Under which name the installed transformers returns and takes the cache of keys and values."""
     return "cache" if "cache" in output else "past_key_values"

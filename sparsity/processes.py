@@ -85,6 +85,11 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def hide_bar() -> bool | None:
+    """For tqdm's `disable`: no progress bar in all but the main process, nor (None) where the output is no terminal."""
+    return None if is_main_process() else True
+
+
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes; all must call it."""
     from accelerate.utils import reduce

@@ -25,8 +25,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
-from sparsity.models import cache_name, load_model
-from sparsity.processes import is_main_process
+from sparsity.models import cache_name, few_values, load_model
+from sparsity.processes import hide_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ def self_text(
     try:
         if missing:
             model.to(device)
-        with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=_silent() or not missing) as bar:
+        with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=hide_bar() or not missing) as bar:
             for number in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 found[number] = write_batch(model, at_once, length, generator, len(tokenizer), prompt, bar)
@@ -233,8 +233,7 @@ def _key(model: PreTrainedModel, settings: list) -> str:
     """Hash of what decides the text: a few values of every weight, the configuration's sizes, the settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()
-        digest.update(f"{name} {list(tensor.shape)} {values}".encode())
+        digest.update(f"{name} {list(tensor.shape)} {few_values(tensor)}".encode())
     return digest.hexdigest()[:32]
 
 
@@ -245,8 +244,3 @@ def _load(path: Path, count: int, length: int) -> Tensor | None:
     except (SafetensorError, OSError, KeyError):
         return None
     return tokens if tokens.shape == (count, length) and tokens.dtype == torch.long else None
-
-
-def _silent() -> bool | None:
-    """For tqdm: no bar in all but the main process, nor where nobody watches."""
-    return None if is_main_process() else True

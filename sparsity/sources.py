@@ -24,11 +24,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import file_digest, read_json, read_jsonl
-from sparsity.text import DEFAULT_INSTRUCTION, TEXT_FIELDS, read_texts, valid_unicode
+from sparsity.text import DEFAULT_INSTRUCTION, TEXT_FIELDS, read_texts, sample_blocks, valid_unicode
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 Triple = tuple[str, str, str]
 
@@ -250,6 +254,21 @@ def shares(sources: Sequence[Source], size: int) -> list[int]:
         if not count:
             raise UserError(f"--calib_size {size} leaves no sequence for the source '{source.spec}'; raise it")
     return counts
+
+
+def draw_sequences(
+    tokenizer: PreTrainedTokenizerBase, source: Source, count: int, length: int, seed: int
+) -> torch.Tensor:
+    """At most `count` full sequences of a source for calibration, int64 [sequences, length].
+
+    Raises:
+        UserError: the source cannot be read, or does not fill one sequence.
+    """
+    texts = read_source(source, count * length, seed)
+    try:
+        return sample_blocks(tokenizer, texts, length, count, seed)
+    except UserError as error:
+        raise UserError(f"source {source.spec} is too short for its share of --calib_data: {error}") from error
 
 
 def own_texts(wanted_tokens: int | None, seed: int | None) -> list[str]:

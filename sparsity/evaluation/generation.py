@@ -9,6 +9,7 @@ import torch
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.models import cache_name
+from sparsity.processes import hide_bar
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -126,7 +127,7 @@ def predict(
     predictions: dict[int, str] = {}
     mine = batches[process.process_index :: process.num_processes]
     total = sum(map(len, mine))
-    with tqdm(total=total, desc="examples", disable=None if process.is_main_process else True) as progress:
+    with tqdm(total=total, desc="examples", disable=hide_bar()) as progress:
         for batch in mine:
             texts = generate_batch(model, tokenizer, [prompts[index] for index in batch], config)
             done = dict(zip(batch, texts, strict=True))

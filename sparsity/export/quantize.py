@@ -20,9 +20,8 @@ from sparsity.export.formats import Format
 from sparsity.export.weights import folded, in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
 from sparsity.processes import warn
-from sparsity.sources import Source, read_source, shares
+from sparsity.sources import Source, draw_sequences, shares
 from sparsity.states import sparse_masks
-from sparsity.text import sample_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,9 +52,8 @@ def calibration_batches(
         UserError: a source cannot be read, or does not fill one sequence.
     """
     drawn = [
-        sample_blocks(tokenizer, read_source(source, count * length, seed), length, count, seed)
+        draw_sequences(tokenizer, source, count, length, seed)
         for source, count in zip(sources, shares(sources, size), strict=True)
-        if count
     ]
     blocks = torch.cat(drawn)
     if len(blocks) < size:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
 from sparsity.processes import warn
-from sparsity.sources import CALIBRATION_TEXT, SELF, Source, read_source, shares
-from sparsity.text import sample_blocks
+from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences, shares
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +43,7 @@ def load_calibration(
         if source.spec == SELF:
             blocks.append(write(count))
             continue
-        texts = read_source(source, count * length, seed)
-        try:
-            blocks.append(sample_blocks(tokenizer, texts, length, count, seed))
-        except UserError as error:
-            raise UserError(f"source {source.spec} is too short for its share of --calib_data: {error}") from error
+        blocks.append(draw_sequences(tokenizer, source, count, length, seed))
         if len(blocks[-1]) < count:
             counts = ", which count as much" if len(sources) > 1 else ""
             warn(f"{source.spec} gives {len(blocks[-1])} sequences of {length}, not {count}{counts}")

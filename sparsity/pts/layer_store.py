@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsity.files import atomic_path, save_json
+from sparsity.models import few_values
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
 
@@ -37,8 +38,7 @@ def calibration_key(
     for batch in batches:
         digest.update(batch["input_ids"].numpy().tobytes())
     for name, tensor in model.state_dict().items():
-        # A few values of every weight distinguish checkpoints without reading all of them.
-        digest.update(name.encode() + repr(tensor.flatten()[:: max(1, tensor.numel() // 16)].tolist()).encode())
+        digest.update(name.encode() + repr(few_values(tensor)).encode())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sparsity.devices import peak_memory_mib, return_freed_memory
 from sparsity.models import decoder_layers
-from sparsity.processes import is_main_process
+from sparsity.processes import hide_bar
 from sparsity.pts.discovery import choose_linears
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask
@@ -48,7 +48,7 @@ def prune_by_magnitude(
     chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
     masks: dict[str, Tensor] = {}
     rows: list[MatrixLog] = []
-    for index, layer in enumerate(tqdm(layers, "pruning", unit="layer", disable=None if is_main_process() else True)):
+    for index, layer in enumerate(tqdm(layers, "pruning", unit="layer", disable=hide_bar())):
         started = time.perf_counter()
         linears = {name: module for name, module in layer.named_modules(prefix=f"{prefix}.{index}") if name in chosen}
         check_weights([linears])

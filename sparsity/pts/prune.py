@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sparsity.devices import peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
-from sparsity.processes import is_main_process
+from sparsity.processes import hide_bar, is_main_process
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
 from sparsity.pts.calibration import (
     MAX_SEQUENTIAL_GROUPS,
@@ -283,7 +283,7 @@ def prune_model(
     prefetcher = LayerPrefetcher(layers, device)
     masks: dict[str, Tensor] = {}
     rows: list[MatrixLog] = []
-    bar = tqdm(layers, desc="pruning", unit="layer", disable=None if is_main_process() else True)
+    bar = tqdm(layers, desc="pruning", unit="layer", disable=hide_bar())
     for index, layer in enumerate(bar):
         groups = [{name: modules[name] for name in names} for names in plan[index]]
         if store.has(index):

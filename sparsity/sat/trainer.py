@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
-from sparsity.processes import any_process, report_on_main
+from sparsity.processes import any_process, report_on_main, sum_over_processes
 from sparsity.sat import checkpoints
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
@@ -109,7 +109,7 @@ class SparseTrainer(Trainer):
         """Labelled tokens of one optimizer step, over all micro-batches and processes; int64 scalar."""
         count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
         count = torch.as_tensor(count, device=device)
-        return self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
+        return sum_over_processes(count)
 
     def compute_loss(
         self,
@@ -164,7 +164,7 @@ class SparseTrainer(Trainer):
                 loss = batch_loss(self.model, batch, 1, LossWeights(), None, unwrapped)
             sums += torch.stack([loss.double(), labelled.double()]) * bool(own)
         self.model.train()
-        total, count = (self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums).tolist()
+        total, count = sum_over_processes(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(1, count)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
