@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from sparsity.files import append_jsonl, read_jsonl, save_jsonl
 from sparsity.processes import any_process, sum_over_processes
 from sparsity.sat.batching import EpochSampler
-from sparsity.sat.sharding import assert_sharded, masked_weights
+from sparsity.sat.masking import ELEMENTWISE, count_zeros, mask_weights
+from sparsity.sat.sharding import assert_sharded
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -65,10 +66,10 @@ class NoStepTooMany(TrainerCallback):
 
 
 class MaskKeeper(TrainerCallback):
-    """Hold pruned weights at zero after each update, and check from time to time that nothing has changed them.
+    """Hold pruned weights at zero, and check from time to time that nothing has changed them.
 
-    Gradients of pruned weights are zero already, since modelopt's layers compute with weight · mask; an optimizer with
-    decoupled decay then leaves a zero at zero. The reset guards against optimizers that do not.
+    The trainer masks the gradients, which is enough for an optimizer that works value by value; for any other the
+    weights are masked after each of its steps.
     """
 
     def __init__(self, every: int):
@@ -78,26 +79,16 @@ class MaskKeeper(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        # modelopt itself may have stored the dense weights beside the masks
-        with torch.no_grad():
-            for _, weight, mask in masked_weights(model):
-                weight.masked_fill_(~mask, 0.0)
+        mask_weights(model)  # modelopt itself may have stored the dense weights beside the masks
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        check = self.every and (not self.checked or state.global_step % self.every == 0)
-        self.checked = True
-        zeros = total = 0
-        with torch.no_grad():
-            for name, weight, mask in masked_weights(model):
-                if check and torch.count_nonzero(weight[~mask]):
-                    raise RuntimeError(f"pruned weights of '{name}' are not zero after step {state.global_step}")
-                weight.masked_fill_(~mask, 0.0)
-                if check:
-                    zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
-        if check:
-            counts = torch.tensor([zeros, total], dtype=torch.float64, device=args.device)
+        if getattr(args.optim, "value", args.optim) not in ELEMENTWISE:
+            mask_weights(model)
+        if self.every and (not self.checked or state.global_step % self.every == 0):
+            self.checked = True
+            counts = torch.tensor(count_zeros(model), dtype=torch.float64, device=args.device)
             counts = sum_over_processes(counts)
             self.sparsity = (counts[0] / counts[1]).item()
 

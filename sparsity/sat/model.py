@@ -10,6 +10,7 @@ from torch import nn
 from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.loss import check_packing
+from sparsity.sat.masking import use_plain_weights
 from sparsity.states import apply_state, grow_vocabulary, load_state, require_masks
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Student:
     """The sparse model on the CPU in float32, and what its state file needs.
 
     Attributes:
-        modelopt_state: taken before the model is wrapped for training, which changes the names of its layers.
+        modelopt_state: taken before the masked layers become plain ones and the model is wrapped for training.
         dtypes: of the tensors in the restored state, by name; the result is saved in them.
     """
 
@@ -51,7 +52,8 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
         freeze_embeddings(model)
     if args.data.packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
-    return Student(model, mto.modelopt_state(model), dtypes)
+    modelopt_state = mto.modelopt_state(model)
+    return Student(use_plain_weights(model), modelopt_state, dtypes)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:

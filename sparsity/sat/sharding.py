@@ -117,9 +117,9 @@ def local_flat_ranges(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, i
 
 
 def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield (name, stored weight, bool mask), both as this process's shards, for every pruned layer.
+    """Yield (name, parameter, bool mask), the mask as this process's shard, for every pruned layer.
 
-    The stored weight is read past modelopt's dynamic attribute, which would return the masked product instead.
+    The parameter is read past modelopt's dynamic attribute, which would return the masked product instead.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -137,7 +137,7 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
             mask = kept
         elif id(module) in stretches:
             mask = mask.flatten()[slice(*stretches[id(module)])]
-        yield f"{name.replace('_fsdp_wrapped_module.', '')}.weight", local(weight.data), local(mask)
+        yield f"{name.replace('_fsdp_wrapped_module.', '')}.weight", weight, local(mask)
 
 
 def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:

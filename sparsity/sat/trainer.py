@@ -20,6 +20,7 @@ from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.masking import mask_gradients
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class SparseTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+            mask_gradients(model)
         self.progress.tokens += int(inputs["real"].sum())
         if any_process(not torch.isfinite(loss), self.args.device):
             from accelerate.utils import gather_object
