@@ -74,7 +74,7 @@ def main() -> None:
     from sparsity.reporting.plots import plot_loss
     from sparsity.sat import resume
     from sparsity.sat.callbacks import read_log
-    from sparsity.sat.dataset import load_data
+    from sparsity.sat.dataset import load_data, load_own_text, training_samples
     from sparsity.sat.model import load_student, load_teacher
     from sparsity.sat.result import STATE_NAME, save_and_verify
     from sparsity.sat.trainer import build_trainer, explain_failures
@@ -84,17 +84,20 @@ def main() -> None:
     logging.disable_progress_bar()  # of loading and saving, which take a moment; tokenizing and training keep theirs
     process = start_processes("auto")
 
-    # Phase 2: data, tokenized by the main process while the others wait and then read its cache.
+    # Phase 2: data, tokenized by the main process while the others wait and then read its cache; each process writes a
+    # part of the text that the model writes itself.
     tokenizer = models.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
     template = choose_template(args.data.prompt_template, args.data.chat_template, tokenizer)
-    data_args = (args.data, tokenizer, template, training.seed)
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(training.result_dir)
-            load_data(*data_args)
+            load_data(args, tokenizer, template)
     with fail_together(process):
-        train, evaluation = load_data(*data_args)
-        training.schedule(len(train), evaluation is not None)
+        data = load_data(args, tokenizer, template)
+        load_own_text(args, data, tokenizer, process.device, process.process_index, process.num_processes)
+    with fail_together(process):
+        train = training_samples(args, data, load_own_text(args, data, tokenizer, process.device))
+        training.schedule(len(train), data.evaluation is not None)
         checkpoint = resume.open_run(args, template, process.is_main_process)
 
     # Phase 3: the sparse model and its teacher.
@@ -103,7 +106,7 @@ def main() -> None:
         teacher = load_teacher(args, student.model.get_input_embeddings().weight.shape[0])
 
     # Phase 4: training.
-    trainer = build_trainer(args, student.model, teacher, tokenizer, (train, evaluation))
+    trainer = build_trainer(args, student.model, teacher, tokenizer, (train, data.evaluation))
     with explain_failures(trainer, lambda: memory.advice(memory.model_shapes(config), memory.settings_of(args))):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:

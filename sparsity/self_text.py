@@ -69,6 +69,7 @@ def self_text(
     seed: int = 0,
     trust_remote_code: bool = False,
     folder: Path | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Text by a dense model, from the cache as far as it is there.
 
@@ -79,9 +80,11 @@ def self_text(
         model_name: hub id or folder.
         tokenizer: the model's, for its chat template and the number of tokens; a model may have room for more.
         folder: the cache, by default `cache_folder()`.
+        part: number of this process, and of all that share the writing: each takes every `part[1]`-th batch. Once all
+            have written, anyone finds the whole text in the cache.
 
     Returns:
-        int64 [sequences, length] on the CPU.
+        int64 [sequences, length] on the CPU; of a part only its own.
 
     Raises:
         UserError: the model cannot be loaded, has no output head, or gives no finite probabilities; no memory for it.
@@ -94,11 +97,11 @@ def self_text(
     prompt = prompt_of(tokenizer)[: length - 1]
     settings = [length, seed, at_once, len(tokenizer), prompt, device.type, str(model.dtype)]
     kept = prepare_output_dir((folder or cache_folder()) / _key(model, settings))
-    files = [kept / f"batch_{number:04d}.safetensors" for number in range(-(-sequences // at_once))]
-    found = {
-        number: tokens for number, file in enumerate(files) if (tokens := _load(file, at_once, length)) is not None
-    }
-    missing = [number for number in range(len(files)) if number not in found]
+    first, step = part
+    numbers = range(first, -(-sequences // at_once), step)
+    files = {number: kept / f"batch_{number:04d}.safetensors" for number in numbers}
+    found = {number: tokens for number, file in files.items() if (tokens := _load(file, at_once, length)) is not None}
+    missing = [number for number in numbers if number not in found]
     try:
         if missing:
             model.to(device)
@@ -114,7 +117,8 @@ def self_text(
     return_freed_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return torch.cat([found[number] for number in range(len(files))])[:sequences]
+    batches = [found[number] for number in numbers]
+    return torch.cat(batches)[:sequences] if batches else torch.empty(0, length, dtype=torch.long)
 
 
 @torch.inference_mode()

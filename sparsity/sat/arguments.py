@@ -78,8 +78,13 @@ class DataArguments:
     )
     chat_template: bool = option("prompt with the tokenizer's own chat template, for instruct models", default=False)
     text_path: str | None = option(
-        "plain text to train on as well, with loss on all tokens: a file, a folder or a hub set NAME:CONFIG:SPLIT; "
-        "several with weights: a=0.5,b=0.5",
+        "plain text to train on as well, with loss on all tokens: a file, a folder, a hub set NAME:CONFIG:SPLIT, or "
+        "self for text that the dense model writes; several with weights: a=0.5,self=0.5",
+        default=None,
+    )
+    self_tokens: int | None = option(
+        "tokens that the model writes for --text_path self, read again as often as needed; by default as many as the "
+        "run reads",
         default=None,
     )
     text_tokens: int | None = option(
@@ -89,6 +94,9 @@ class DataArguments:
     text_ratio: float = option(
         "share of plain text among all training tokens, with --text_path; 1: only the text", default=0.5
     )
+    answer_weight: float = option(
+        "what a token of an answer counts in the loss, where one of plain text counts 1", default=1.0
+    )
     text_length: int | None = option("tokens per block of plain text; by default --max_length", default=None)
     packing: bool = option("put several samples into a row; attention stays within each sample", default=False)
     pad_to_max: bool = option("pad every batch to --max_length (for comparisons)", default=False)
@@ -97,6 +105,11 @@ class DataArguments:
         "folder of tokenized data, which all runs share; by default cache, beside the training records", default=None
     )
     max_eval_samples: int = option("evaluate on the first N only; 0: all", default=512)
+
+    @property
+    def block(self) -> int:
+        """Tokens in a block of plain text."""
+        return self.text_length or self.model_max_length
 
     @property
     def train_file(self) -> Path:
@@ -129,6 +142,9 @@ class DistillationArguments:
 
     distill: bool = option("train with the dense model as the teacher", default=False)
     distill_kl: float = option("weight of the divergence of logits; cross entropy has the rest", default=1.0)
+    distill_kl_answers: float | None = option(
+        "the same for the answers of records; by default like --distill_kl. 0: cross entropy alone", default=None
+    )
     distill_hidden: float = option("weight of the hidden-state loss", default=0.0)
     distill_temperature: float = option("softens both distributions", default=1.0)
     teacher_offload: bool = option("keep the teacher's weights in CPU memory (FSDP only)", default=False)
@@ -313,6 +329,8 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "text_ratio": data.text_ratio,
         "text_length": data.text_length,
         "text_tokens": data.text_tokens,
+        "self_tokens": data.self_tokens,
+        "answer_weight": data.answer_weight,
         "packing": data.packing,
         "group_by_length": training.group_by_length,
         "num_epochs": training.num_train_epochs,
@@ -332,6 +350,7 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "freeze_embeddings": training.freeze_embeddings,
         "distill": distillation.distill,
         "distill_kl": distillation.distill_kl,
+        "distill_kl_answers": distillation.distill_kl_answers,
         "distill_hidden": distillation.distill_hidden,
         "distill_temperature": distillation.distill_temperature,
         "mixed_precision": training.requested_precision,
@@ -358,7 +377,7 @@ def check_arguments(args: SatArguments) -> None:
     positive = (
         *("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit"),
         *("logging_steps", "text_length", "text_tokens", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
-        "distill_temperature",
+        *("distill_temperature", "self_tokens", "answer_weight"),
     )
     for name in positive:
         if values[name] is not None and not values[name] > 0:
@@ -366,8 +385,8 @@ def check_arguments(args: SatArguments) -> None:
     for name in ("weight_decay", "max_grad_norm", "distill_hidden", "check_masks_every", "max_eval_samples"):
         if not values[name] >= 0:
             raise UserError(f"--{name} must not be negative, found {values[name]}")
-    for name in ("text_ratio", "distill_kl", "warmup_ratio"):
-        if not 0 <= values[name] <= 1:
+    for name in ("text_ratio", "distill_kl", "distill_kl_answers", "warmup_ratio"):
+        if values[name] is not None and not 0 <= values[name] <= 1:
             raise UserError(f"--{name} must lie between 0 and 1, found {values[name]}")
     if args.data.text_length and args.data.text_length > args.data.model_max_length:
         raise UserError(f"--text_length {args.data.text_length} exceeds --max_length {args.data.model_max_length}")

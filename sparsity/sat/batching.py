@@ -17,7 +17,7 @@ IGNORE = -100
 class Packed(torch.utils.data.Dataset):
     """Rows of several samples each, filled by first-fit decreasing up to `max_length` tokens; nothing is cut.
 
-    An item holds lists over its samples: {"input_ids": [[…], …], "labels": [[…], …], "record": […]}.
+    An item holds lists over its samples: {"input_ids": [[…], …], "labels": [[…], …], "record": […], "plain": […]}.
     """
 
     def __init__(self, samples: Dataset, max_length: int):
@@ -51,7 +51,8 @@ def sample_lengths(dataset: Dataset | Packed) -> list[int]:
 class Collator:
     """Turn samples or packed rows into a batch padded to its longest row, rounded up to a multiple of 8.
 
-    The batch holds input_ids, labels and position_ids [B, T]; real, bool [B, T], false on padding; record [B, most
+    The batch holds input_ids, labels and position_ids [B, T]; real, bool [B, T], false on padding; plain, bool [B, T],
+    true on plain text, false on records and padding; record [B, most
     samples in a row] padded with -1; and attention_mask: [B, T] of 0 and 1, or for packed rows bool [B, 1, T, T] that
     keeps attention causal and within a sample.
     """
@@ -61,28 +62,30 @@ class Collator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         packed = isinstance(items[0]["record"], list)
-        rows = [(item["input_ids"], item["labels"], item["record"]) for item in items]
+        rows = [tuple(item[name] for name in ("input_ids", "labels", "record", "plain")) for item in items]
         if not packed:
-            rows = [([ids], [labels], [record]) for ids, labels, record in rows]
-        longest = max(sum(map(len, ids)) for ids, _, _ in rows)
+            rows = [tuple([value] for value in row) for row in rows]
+        longest = max(sum(map(len, row[0])) for row in rows)
         width = self.pad_to or -(-longest // 8) * 8
         shape = (len(rows), width)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORE),
             "position_ids": torch.zeros(shape, dtype=torch.long),
-            "record": torch.full((len(rows), max(len(record) for _, _, record in rows)), -1),
+            "plain": torch.zeros(shape, dtype=torch.bool),
+            "record": torch.full((len(rows), max(len(row[2]) for row in rows)), -1),
         }
         segments = torch.zeros(shape, dtype=torch.long)  # 1, 2, … for the samples of a row, 0 for padding
-        for row, (all_ids, all_labels, records) in enumerate(rows):
+        for row, (all_ids, all_labels, records, plain) in enumerate(rows):
             start = 0
             batch["record"][row, : len(records)] = torch.tensor(records)
-            for number, (ids, labels) in enumerate(zip(all_ids, all_labels, strict=True), start=1):
+            for number, (ids, labels, is_plain) in enumerate(zip(all_ids, all_labels, plain, strict=True), start=1):
                 span = slice(start, start + len(ids))
                 batch["input_ids"][row, span] = torch.tensor(ids)
                 # The first label of a sample would be predicted by the last token of the sample before it.
                 batch["labels"][row, span] = torch.tensor([IGNORE, *labels[1:]])
                 batch["position_ids"][row, span] = torch.arange(len(ids))
+                batch["plain"][row, span] = is_plain
                 segments[row, span] = number
                 start += len(ids)
         batch["real"] = segments > 0

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,10 @@ import torch
 from sparsity.errors import UserError, first_line
 from sparsity.files import file_digest, prepare_output_dir, require_file
 from sparsity.processes import warn
-from sparsity.sat.arguments import DataArguments
+from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Packed
-from sparsity.sources import Source, content_key, is_streamed, parse_sources, read_source
+from sparsity.self_text import self_text
+from sparsity.sources import SELF, Source, content_key, is_streamed, parse_sources, read_source
 from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate, encode_prompt, read_records, token_blocks
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 3  # raise it when the layout of samples changes, so that older caches are not read
+FORMAT = 4  # raise it when the layout of samples changes, so that older caches are not read
 
 
 Sample = dict[str, list[int]]
@@ -72,7 +74,8 @@ def encode_records(
     """Tokenize records in `workers` processes.
 
     Returns:
-        datasets.Dataset with columns input_ids, labels, record (index of the record in its file) and length (tokens).
+        datasets.Dataset with columns input_ids, labels, record (its index in its file), plain (false: no plain text)
+        and length (tokens).
 
     Raises:
         UserError: max_length is too small for all records.
@@ -81,7 +84,7 @@ def encode_records(
 
     def encode(record: dict[str, str], index: int) -> dict[str, Any]:
         sample = encode_record(tokenizer, record, max_length, template) or {"input_ids": [], "labels": []}
-        return {**sample, "record": index, "length": len(sample["input_ids"])}
+        return {**sample, "record": index, "plain": False, "length": len(sample["input_ids"])}
 
     dataset = Dataset.from_list(
         [{key: record[key] for key in ("instruction", "input", "output")} for record in records]
@@ -131,11 +134,17 @@ def encode_texts(
     Args:
         limit: most blocks; None: all.
     """
+    blocks = token_blocks(tokenizer, texts, block_size, limit).tolist()
+    return text_dataset(blocks)
+
+
+def text_dataset(blocks: list[list[int]]) -> Dataset:
+    """Samples of token blocks of one length, with loss on every token."""
     from datasets import Dataset
 
-    blocks = token_blocks(tokenizer, texts, block_size, limit).tolist()
-    numbers, lengths = list(range(len(blocks))), [block_size] * len(blocks)
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks, "record": numbers, "length": lengths})
+    count = len(blocks)
+    columns = {"input_ids": blocks, "labels": blocks, "record": list(range(count)), "plain": [True] * count}
+    return Dataset.from_dict({**columns, "length": [len(block) for block in blocks]})
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -218,21 +227,39 @@ def load_texts(
     )
 
 
-def draw_blocks(texts: list[tuple[Dataset, float]], wanted: int | None, seed: int) -> Dataset:
-    """Blocks of several texts by weight, each drawn without replacement.
+@dataclass
+class Text:
+    """Plain text to train on.
+
+    Attributes:
+        blocks: samples of one length; None until the model has written them.
+        share: of all plain text; the shares of a run sum to 1.
+        own: whether the model writes it.
+    """
+
+    blocks: Any  # a datasets.Dataset
+    share: float
+    own: bool = False
+
+
+def draw_blocks(texts: list[Text], wanted: int | None, seed: int) -> Dataset:
+    """Blocks of several texts by their shares, each drawn without replacement; only the model's own text is repeated.
 
     Args:
-        texts: blocks of one size and the share of each text; the shares sum to 1.
         wanted: blocks in all; None or more than there are: as many as the shares allow.
     """
     from datasets import concatenate_datasets
 
-    available = min(len(blocks) / share for blocks, share in texts)
-    total = available if wanted is None else min(wanted, available)
+    limits = [len(text.blocks) / text.share for text in texts if not text.own]
+    total: float = wanted or 0
+    if wanted is None or limits:
+        available = min(limits or [len(text.blocks) / text.share for text in texts])
+        total = available if wanted is None else min(wanted, available)
     drawn = []
-    for number, (blocks, share) in enumerate(texts):
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed + number)).tolist()
-        drawn.append(blocks.select(order[: max(1, round(total * share))]))
+    for number, text in enumerate(texts):
+        order = torch.randperm(len(text.blocks), generator=torch.Generator().manual_seed(seed + number)).tolist()
+        count = max(1, round(total * text.share))
+        drawn.append(text.blocks.select((order * math.ceil(count / len(order)))[:count]))
     return concatenate_datasets(drawn)
 
 
@@ -241,62 +268,117 @@ def wanted_blocks(records: Dataset, text_ratio: float, block_size: int) -> int:
     return max(1, round(sum(records["length"]) * text_ratio / (1 - text_ratio) / block_size))
 
 
-def mix(records: Dataset | None, texts: list[tuple[Dataset, float]], text_ratio: float, seed: int) -> Dataset:
-    """Add blocks of text, drawn without replacement, until `text_ratio` of all tokens are plain text.
+def mix(records: Dataset | None, texts: list[Text], text_ratio: float, seed: int) -> Dataset:
+    """Add blocks of text, as `draw_blocks` draws them, until `text_ratio` of all tokens are plain text.
 
     Fewer are added if the text does not suffice. At ratio 1 only the text is trained on.
-
-    Args:
-        texts: see `draw_blocks`.
     """
     from datasets import concatenate_datasets
 
     if text_ratio >= 1 or records is None:
-        return texts[0][0] if len(texts) == 1 else draw_blocks(texts, None, seed)
-    block = len(texts[0][0][0]["input_ids"])
+        return texts[0].blocks if len(texts) == 1 else draw_blocks(texts, None, seed)
+    block = len(texts[0].blocks[0]["input_ids"])
     wanted = wanted_blocks(records, text_ratio, block)
     drawn = draw_blocks(texts, wanted, seed)
     if wanted > len(drawn) + len(texts):
-        print(f"the text has {len(drawn)} blocks of {block} tokens; --text_ratio {text_ratio} asks for {wanted}")
+        warn(f"the text has {len(drawn)} blocks of {block} tokens; --text_ratio {text_ratio} asks for {wanted}")
     return concatenate_datasets([records, drawn])
 
 
-def load_data(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, seed: int
-) -> tuple[Dataset | Packed, Dataset | None]:
-    """Training and evaluation samples, tokenized once and kept in the cache.
+@dataclass
+class TrainingData:
+    """What a run trains and evaluates on, before it is mixed."""
 
-    Args:
-        seed: decides which plain text is drawn.
+    records: Dataset | None
+    evaluation: Dataset | None
+    texts: list[Text]
+
+
+def load_data(args: SatArguments, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> TrainingData:
+    """Training and evaluation samples, tokenized once and kept in the cache; the model's own text is not written yet.
 
     Raises:
         UserError: missing, malformed or too small data, or a length that does not fit.
     """
-    length, cache, records, evaluation = args.model_max_length, args.cache_folder, None, None
-    if args.uses_records:
+    data = args.data
+    length, cache, records, evaluation = data.model_max_length, data.cache_folder, None, None
+    if data.uses_records:
         records, evaluation = (
-            load_records(tokenizer, path, length, cache, args.workers, template)
-            for path in (args.train_file, args.eval_file)
+            load_records(tokenizer, path, length, cache, data.workers, template)
+            for path in (data.train_file, data.eval_file)
         )
-        if args.max_eval_samples and len(evaluation) > args.max_eval_samples:
-            evaluation = evaluation.select(range(args.max_eval_samples))
-    train = records
-    if args.text_path:
-        train = mix(records, text_blocks(args, tokenizer, records, seed), args.text_ratio, seed)
-    return (Packed(train, length) if args.packing else train), evaluation
-
-
-def text_blocks(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase, records: Dataset | None, seed: int
-) -> list[tuple[Dataset, float]]:
-    """Blocks and share of each source in --text_path; of a hub set only as many as the mixture needs."""
-    assert args.text_path is not None
-    block = args.text_length or args.model_max_length
-    wanted = args.text_tokens
-    found = []
-    for source in parse_sources(args.text_path):
-        tokens = None if wanted is None else math.ceil(wanted * source.weight)
+        if data.max_eval_samples and len(evaluation) > data.max_eval_samples:
+            evaluation = evaluation.select(range(data.max_eval_samples))
+    texts = []
+    for source in parse_sources(data.text_path) if data.text_path else []:
+        tokens = None if data.text_tokens is None else math.ceil(data.text_tokens * source.weight)
         if tokens is None and records is not None and is_streamed(source):
-            tokens = math.ceil(wanted_blocks(records, args.text_ratio, block) * source.weight) * block
-        found.append((load_texts(tokenizer, source, block, args.cache_folder, tokens, seed), source.weight))
-    return found
+            tokens = math.ceil(wanted_blocks(records, data.text_ratio, data.block) * source.weight) * data.block
+        own = source.spec == SELF
+        blocks = None if own else load_texts(tokenizer, source, data.block, cache, tokens, args.training.seed)
+        texts.append(Text(blocks, source.weight, own))
+    return TrainingData(records, evaluation, texts)
+
+
+def own_blocks(args: SatArguments, known: TrainingData) -> int:
+    """How many blocks of text the model is to write: --self_tokens, or as many as the run reads at most.
+
+    Raises:
+        UserError: nothing says how many.
+    """
+    data, training = args.data, args.training
+    share = sum(text.share for text in known.texts if text.own)
+    if not share:
+        return 0
+    if data.self_tokens is not None:
+        return math.ceil(data.self_tokens / data.block)
+    limits = [len(text.blocks) / text.share for text in known.texts if text.blocks is not None]
+    if data.text_tokens is not None:
+        limits.append(data.text_tokens / data.block)
+    if known.records is not None and data.text_ratio < 1:
+        limits.append(wanted_blocks(known.records, data.text_ratio, data.block))
+    if training.max_steps > 0:
+        samples = training.max_steps * training.gradient_accumulation_steps * training.processes
+        tokens = samples * training.per_device_train_batch_size * data.model_max_length
+        limits.append(tokens * data.text_ratio / data.block)
+    if not limits:
+        raise UserError(f"nothing says how much text the model is to write for '{SELF}'; give --self_tokens")
+    return max(1, math.ceil(min(limits) * share))
+
+
+def load_own_text(
+    args: SatArguments,
+    known: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    process: int = 0,
+    processes: int = 1,
+) -> Dataset | None:
+    """The blocks that the dense model writes, from its cache as far as they are there; see `self_text`.
+
+    Args:
+        process, processes: number of this process, and of those that share the work.
+
+    Returns:
+        None where nothing is to be written; a part where others have a share in the work.
+    """
+    blocks = own_blocks(args, known)
+    if not blocks:
+        return None
+    model = args.model
+    options = (args.data.block, device, args.training.seed, model.trust_remote_code)
+    written = self_text(model.model_name_or_path, tokenizer, blocks, *options, part=(process, processes))
+    return text_dataset(written.tolist())
+
+
+def training_samples(args: SatArguments, known: TrainingData, own: Dataset | None) -> Dataset | Packed:
+    """What is trained on: records and plain text, mixed and, if asked, packed into rows.
+
+    Args:
+        own: the text that the model wrote.
+    """
+    train = known.records
+    if known.texts:
+        texts = [replace(text, blocks=own) if text.own else text for text in known.texts]
+        train = mix(known.records, texts, args.data.text_ratio, args.training.seed)
+    return Packed(train, args.data.model_max_length) if args.data.packing else train

@@ -9,8 +9,9 @@ divide token by token, because the first token of a Llama has a norm hundreds of
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,15 +26,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights in (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T + hidden · SquareHead."""
+    """Weights in (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T + hidden · SquareHead.
+
+    Attributes:
+        answer_kl: `kl` for the answers of records; None: the same as for plain text.
+        answers: how much more a token of an answer counts than one of plain text.
+    """
 
     kl: float = 0.0
     hidden: float = 0.0
     temperature: float = 1.0
+    answer_kl: float | None = None
+    answers: float = 1.0
 
-    @property
-    def needs_teacher(self) -> bool:
-        return self.kl > 0 or self.hidden > 0
+    def of_tokens(
+        self, batch: dict[str, torch.Tensor], columns: torch.Tensor, wanted: torch.Tensor, distill: bool
+    ) -> TokenTargets:
+        """The labelled tokens of a batch with the weights of their losses.
+
+        Args:
+            columns, wanted: as from `label_positions`.
+        """
+        targets, plain = (batch[name][:, 1:][:, columns][wanted] for name in ("labels", "plain"))
+        kl = torch.full(targets.shape, self.kl if distill else 0.0, device=targets.device)
+        if distill and self.answer_kl is not None:
+            kl[~plain] = self.answer_kl
+        scale = torch.where(plain, 1.0, self.answers)
+        return TokenTargets(wanted.flatten().nonzero().squeeze(1), targets, (1 - kl) * scale, kl * scale)
 
 
 def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,20 +71,18 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
     return inputs
 
 
-def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a loss is taken.
 
     Args:
         labels: int64 [B, T], IGNORE where none is.
 
     Returns:
-        Positions [K] whose logits any row needs; which of them each row needs, bool [B, K]; and the targets [N].
+        Positions [K] whose logits any row needs, and which of them each row needs, bool [B, K].
     """
-    targets = labels[:, 1:]
-    wanted = targets != IGNORE
+    wanted = labels[:, 1:] != IGNORE
     columns = wanted.any(0).nonzero().squeeze(1)
-    selected = wanted[:, columns]
-    return columns, selected, targets[:, columns][selected]
+    return columns, wanted[:, columns]
 
 
 def forward(
@@ -99,8 +116,8 @@ def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) ->
     ids = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).tolist()
     nothing = [IGNORE] * 8
     with torch.no_grad():
-        packed = collate([{"input_ids": ids, "labels": [nothing] * 2, "record": [0, 1]}])
-        alone = collate([{"input_ids": ids[1], "labels": nothing, "record": 1}])
+        packed = collate([{"input_ids": ids, "labels": [nothing] * 2, "record": [0, 1], "plain": [False] * 2}])
+        alone = collate([{"input_ids": ids[1], "labels": nothing, "record": 1, "plain": False}])
         try:
             together = model(**model_inputs(model, packed)).logits[0, 8:16]
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -122,6 +139,87 @@ def hidden_error(
     return torch.stack(terms).mean()
 
 
+class TokenLoss(torch.autograd.Function):
+    """Σ ce · cross entropy + kl · T² · KL(teacher ‖ student) over labelled tokens, a few rows of logits at a time.
+
+    The gradient for the logits is written while the loss is computed: ce · (q - onehot) + kl · T · (q_T - p_T), with
+    the student's distribution q and the teacher's p (Hinton, Vinyals and Dean 2015, section 2). So no more than two
+    tensors of the size of the logits exist, in their own dtype, where autograd would keep five in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        tokens: TokenTargets,
+        temperature: float,
+    ) -> torch.Tensor:
+        """Args: logits [B, K, V] of the student, and of the teacher; returns a float32 scalar."""
+        flat, theirs = logits.flatten(0, 1), None if teacher_logits is None else teacher_logits.flatten(0, 1)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            # float16 would lose small probabilities before the loss is scaled
+            dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+            gradient = torch.zeros_like(flat, dtype=dtype)
+        loss = torch.zeros((), device=logits.device)
+        rows = max(1, VALUES_AT_ONCE[logits.device.type == "cpu"] // logits.shape[-1])
+        for part in tokens.split(rows):
+            value, slope = _rows_loss(
+                flat[part.rows].float(), None if theirs is None else theirs[part.rows].float(), part, temperature
+            )
+            loss += value
+            if gradient is not None:
+                gradient[part.rows] = slope.to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view(logits.shape))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None, None
+
+
+VALUES_AT_ONCE = (2**25, 2**20)  # logits in one piece, on a GPU and, so that they stay in its cache, on a CPU
+
+
+@dataclass
+class TokenTargets:
+    """Labelled tokens: their rows in the flattened logits, target ids, and weights of both losses; each [N]."""
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+
+    def split(self, size: int) -> Iterator[TokenTargets]:
+        for parts in zip(*(part.split(size) for part in (self.rows, self.ids, self.ce, self.kl)), strict=True):
+            yield TokenTargets(*parts)
+
+
+def _rows_loss(
+    logits: torch.Tensor, teacher: torch.Tensor | None, tokens: TokenTargets, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of some rows of logits [N, V], float32, and its gradient for them."""
+    ours = functional.log_softmax(logits, dim=-1)
+    at_target = ours.gather(1, tokens.ids[:, None])[:, 0]
+    loss, ce = -(tokens.ce * at_target).sum(), tokens.ce[:, None]
+    if teacher is None:
+        return loss, ours.exp_().mul_(ce).scatter_add_(1, tokens.ids[:, None], -ce)
+    softened = ours if temperature == 1 else functional.log_softmax(logits / temperature, dim=-1)
+    theirs = functional.log_softmax(teacher / temperature, dim=-1)
+    target, kl = theirs.exp(), tokens.kl[:, None]
+    divergence = torch.linalg.vecdot(target, theirs.sub_(softened))
+    loss = loss + temperature**2 * (tokens.kl * divergence).sum()
+    if temperature == 1:
+        slope = ours.exp_().mul_(ce + kl)
+    else:
+        slope = ours.exp_().mul_(ce).addcmul_(softened.exp_(), kl, value=temperature)
+    slope.addcmul_(target, kl, value=-temperature)
+    return loss, slope.scatter_add_(1, tokens.ids[:, None], -ce)
+
+
 def batch_loss(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
@@ -131,25 +229,15 @@ def batch_loss(
     unwrapped: PreTrainedModel | None = None,
 ) -> torch.Tensor:
     """Loss of a micro-batch that sums to the mean over `total` labelled tokens when micro-batches are added up."""
-    columns, selected, targets = label_positions(batch["labels"])
+    columns, wanted = label_positions(batch["labels"])
     use_hidden = weights.hidden > 0 and teacher is not None
     logits, states = forward(model, batch, columns, use_hidden, unwrapped)
-    logits = logits[selected].float()
-    loss = logits.new_zeros(())
-    if teacher is None or weights.kl < 1:
-        cross_entropy = functional.cross_entropy(logits, targets, reduction="sum")
-        loss = cross_entropy * (1 - weights.kl if teacher is not None else 1)
+    teacher_logits = None
     if teacher is not None:
         with torch.no_grad():
             teacher_logits, teacher_states = forward(teacher, batch, columns, use_hidden)
-            teacher_logits = teacher_logits[selected].float()
-        if weights.kl > 0:
-            temperature = weights.temperature
-            ours = functional.log_softmax(logits / temperature, dim=-1)
-            theirs = functional.log_softmax(teacher_logits / temperature, dim=-1)
-            divergence = functional.kl_div(ours, theirs, log_target=True, reduction="sum")
-            loss = loss + weights.kl * temperature**2 * divergence
-        if use_hidden:
-            real = batch["real"]
-            loss = loss + weights.hidden * len(targets) * hidden_error(states, teacher_states, real)
+    tokens = weights.of_tokens(batch, columns, wanted, teacher is not None)
+    loss = TokenLoss.apply(logits, teacher_logits, tokens, weights.temperature)
+    if use_hidden:
+        loss = loss + weights.hidden * len(tokens.ids) * hidden_error(states, teacher_states, batch["real"])
     return loss / total

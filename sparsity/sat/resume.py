@@ -20,6 +20,8 @@ RESUME_KEYS = [
         "text_ratio",
         "text_length",
         "text_tokens",
+        "self_tokens",
+        "answer_weight",
         "packing",
         "group_by_length",
         "num_epochs",
@@ -35,6 +37,7 @@ RESUME_KEYS = [
         "dataloader_drop_last",
         "distill",
         "distill_kl",
+        "distill_kl_answers",
         "distill_hidden",
     ),
     *("distill_temperature", "mixed_precision"),
@@ -42,6 +45,9 @@ RESUME_KEYS = [
 # What runs did whose records lack these names: releases before them had no such option.
 EARLIER = {
     "text_tokens": None,
+    "self_tokens": None,
+    "answer_weight": 1.0,
+    "distill_kl_answers": None,
     "freeze_embeddings": False,
     "dataloader_drop_last": False,
     PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),

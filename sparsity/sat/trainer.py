@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,14 +219,22 @@ def build_trainer(
     layer = type(decoder_layers(model)[1][0]).__name__
     if training.sharded:
         configure_fsdp(training.fsdp_version, layer, training.cpu_offload, training.recompute)
-    weights = LossWeights(distillation.distill_kl, distillation.distill_hidden, distillation.distill_temperature)
+    weights = LossWeights(answers=args.data.answer_weight)
+    if distillation.distill:
+        weights = replace(
+            weights,
+            kl=distillation.distill_kl,
+            answer_kl=distillation.distill_kl_answers,
+            hidden=distillation.distill_hidden,
+            temperature=distillation.distill_temperature,
+        )
     trainer = SparseTrainer(
         model=model,
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=Collator(tokenizer.pad_token_id, args.data.model_max_length if args.data.pad_to_max else None),
-        loss_weights=weights if distillation.distill else LossWeights(),
+        loss_weights=weights,
         teacher=teacher,
         use_fsdp=training.sharded,
         group_by_length=training.group_by_length,

@@ -23,7 +23,7 @@ def test_packed_samples_do_not_see_each_other(tokenizer, records):
     model = tiny_llama()
     dataset = encode_records(tokenizer, records[:4], 400, 1)
     collate = Collator(tokenizer.eos_token_id)
-    row = {key: dataset[:3][key] for key in ("input_ids", "labels", "record")}
+    row = {key: dataset[:3][key] for key in ("input_ids", "labels", "record", "plain")}
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
         with torch.no_grad():

@@ -102,20 +102,20 @@ def test_cache_keys_on_the_tokenizer(tokenizer, data_file, tmp_path):
 def test_text_ratio_is_a_share_of_tokens(tokenizer, records):
     dataset = sat_dataset.encode_records(tokenizer, records, 400, 1)
     texts = sat_dataset.encode_texts(tokenizer, TEXTS * 40, 32)
-    mixed = sat_dataset.mix(dataset, [(texts, 1.0)], 0.3, seed=0)
+    mixed = sat_dataset.mix(dataset, [sat_dataset.Text(texts, 1.0)], 0.3, seed=0)
     text_tokens = sum(len(ids) for ids in mixed[len(dataset) :]["input_ids"])
     share = text_tokens / sum(len(ids) for ids in mixed["input_ids"])
     assert abs(share - 0.3) < 0.02
-    assert len(sat_dataset.mix(dataset, [(texts, 1.0)], 1.0, seed=0)) == len(texts)
+    assert len(sat_dataset.mix(dataset, [sat_dataset.Text(texts, 1.0)], 1.0, seed=0)) == len(texts)
 
 
 def test_texts_are_drawn_by_weight(tokenizer):
     long, short = (sat_dataset.encode_texts(tokenizer, TEXTS * count, 32) for count in (40, 20))
-    drawn = sat_dataset.draw_blocks([(long, 0.75), (short, 0.25)], 40, seed=0)
+    drawn = sat_dataset.draw_blocks([sat_dataset.Text(long, 0.75), sat_dataset.Text(short, 0.25)], 40, seed=0)
     assert len(drawn) == 40
     first = {tuple(ids) for ids in long["input_ids"]}
     assert sum(tuple(ids) in first for ids in drawn[:30]["input_ids"]) == 30
-    whole = sat_dataset.draw_blocks([(long, 0.5), (short, 0.5)], None, seed=0)
+    whole = sat_dataset.draw_blocks([sat_dataset.Text(long, 0.5), sat_dataset.Text(short, 0.5)], None, seed=0)
     assert len(whole) == pytest.approx(2 * len(short), abs=1), "the shorter text bounds an even mixture"
 
 
