@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -22,6 +22,9 @@ from sparsity.errors import UserError, first_line
 from sparsity.processes import WAIT_SECONDS, start_processes
 from sparsity.sources import check_source, is_streamed, parse_sources
 from sparsity.text import read_template
+
+if TYPE_CHECKING:
+    from sparsity.sat.mask_schedule import MaskSchedule
 
 # What the Trainer cannot combine with held masks, our own checkpoints or our own loss. An option counts as given when
 # its value differs from the default.
@@ -34,6 +37,9 @@ REFUSED = {
     "label_smoothing_factor": "the loss is cross entropy and distillation",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
 }
+
+
+MASK_OPTIONS = ("mask_schedule", "mask_every", "mask_until", "mask_decay")
 
 
 def option(help: str, **more: Any) -> Any:
@@ -176,6 +182,14 @@ class SparseTrainingArguments(TrainingArguments):
     freeze_embeddings: bool = option(
         "keep the embeddings, and an output head that is tied to them, as they are", default=True
     )
+    mask_schedule: Literal["fixed", "magnitude", "saliency"] = option(
+        "masks: fixed, or chosen anew every few steps by squared weight (magnitude) or by squared weight times Adam's "
+        "second moment (saliency), and then frozen",
+        default="fixed",
+    )
+    mask_every: int = option("optimizer steps between two choices of masks", default=10)
+    mask_until: float = option("share of the steps after which masks are frozen", default=0.5)
+    mask_decay: float = option("pruned weights shrink by the learning rate times this, a step", default=30.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "compute type; weights and optimizer stay fp32. auto: bf16 where the hardware has it", default="auto"
     )
@@ -267,6 +281,14 @@ class SparseTrainingArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay off: the batches carry more than the model takes")
 
+    def moving_masks(self) -> MaskSchedule | None:
+        """How masks move; None where they are fixed."""
+        if self.mask_schedule == "fixed":
+            return None
+        from sparsity.sat.mask_schedule import MaskSchedule
+
+        return MaskSchedule(self.mask_schedule, self.mask_every, self.mask_until, self.mask_decay)
+
     def schedule(self, samples: int, evaluates: bool) -> None:
         """Set what depends on the number of training samples: steps, warm-up, evaluation and checkpoints.
 
@@ -348,6 +370,7 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "optim": getattr(training.optim, "value", training.optim),
         "seed": training.seed,
         "freeze_embeddings": training.freeze_embeddings,
+        **{name: getattr(training, name) for name in MASK_OPTIONS},
         "distill": distillation.distill,
         "distill_kl": distillation.distill_kl,
         "distill_kl_answers": distillation.distill_kl_answers,
@@ -377,15 +400,22 @@ def check_arguments(args: SatArguments) -> None:
     positive = (
         *("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit"),
         *("logging_steps", "text_length", "text_tokens", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
-        *("distill_temperature", "self_tokens", "answer_weight"),
+        *("distill_temperature", "self_tokens", "answer_weight", "mask_every"),
     )
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise UserError(f"--{name} must be above 0, found {values[name]}")
-    for name in ("weight_decay", "max_grad_norm", "distill_hidden", "check_masks_every", "max_eval_samples"):
+    for name in (
+        "weight_decay",
+        "max_grad_norm",
+        "distill_hidden",
+        "check_masks_every",
+        "max_eval_samples",
+        "mask_decay",
+    ):
         if not values[name] >= 0:
             raise UserError(f"--{name} must not be negative, found {values[name]}")
-    for name in ("text_ratio", "distill_kl", "distill_kl_answers", "warmup_ratio"):
+    for name in ("text_ratio", "distill_kl", "distill_kl_answers", "warmup_ratio", "mask_until"):
         if values[name] is not None and not 0 <= values[name] <= 1:
             raise UserError(f"--{name} must lie between 0 and 1, found {values[name]}")
     if args.data.text_length and args.data.text_length > args.data.model_max_length:
@@ -401,6 +431,8 @@ def check_arguments(args: SatArguments) -> None:
         raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
     if args.data.prompt_template:
         read_template(args.data.prompt_template)
+    if values["mask_schedule"] == "saliency" and not values["optim"].startswith("adamw_torch"):
+        raise UserError(f"--mask_schedule saliency reads Adam's second moments, which --optim {values['optim']} lacks")
     if "bnb" in values["optim"] and find_spec("bitsandbytes") is None:
         raise UserError(f"--optim {values['optim']} needs bitsandbytes; pip install bitsandbytes, or use adafactor")
     offload = args.training.cpu_offload or args.distillation.teacher_offload

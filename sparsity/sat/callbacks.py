@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from sparsity.files import append_jsonl, read_jsonl, save_jsonl
 from sparsity.processes import any_process, sum_over_processes
 from sparsity.sat.batching import EpochSampler
+from sparsity.sat.mask_schedule import MaskSchedule
 from sparsity.sat.masking import ELEMENTWISE, count_zeros, mask_weights
 from sparsity.sat.sharding import assert_sharded
 
@@ -69,22 +70,42 @@ class MaskKeeper(TrainerCallback):
     """Hold pruned weights at zero, and check from time to time that nothing has changed them.
 
     The trainer masks the gradients, which is enough for an optimizer that works value by value; for any other the
-    weights are masked after each of its steps.
+    weights are masked after each of its steps. Masks may move by a schedule first.
     """
 
-    def __init__(self, every: int):
+    def __init__(self, every: int, schedule: MaskSchedule | None = None):
         self.every, self.checked = every, False  # whether this process has checked yet
+        self.schedule = schedule
         self.sparsity: float | None = None  # share of zeros in the pruned layers, at the last check
+
+    @property
+    def moving(self) -> bool:
+        """Whether pruned weights are trained as well, because masks may still change."""
+        return self.schedule is not None and self.schedule.moving
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        mask_weights(model)  # modelopt itself may have stored the dense weights beside the masks
+        if self.schedule is not None:
+            self.schedule.begin(model, state.global_step, state.max_steps)
+        else:
+            mask_weights(model)  # modelopt itself may have stored the dense weights beside the masks
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if self.schedule is not None and self.moving:
+            self.rate = kwargs["optimizer"].param_groups[0]["lr"]
+            self.schedule.bring_back(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if getattr(args.optim, "value", args.optim) not in ELEMENTWISE:
+        if self.schedule is not None and self.moving:
+            optimizer = kwargs["optimizer"]
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+            self.schedule.after_step(model, optimizer, state.global_step, state.max_steps, self.rate)
+        elif getattr(args.optim, "value", args.optim) not in ELEMENTWISE:
             mask_weights(model)
         if self.every and (not self.checked or state.global_step % self.every == 0):
             self.checked = True

@@ -8,7 +8,7 @@ from typing import Any
 from sparsity.errors import UserError
 from sparsity.files import file_digest, read_json, save_json
 from sparsity.sat import checkpoints
-from sparsity.sat.arguments import SatArguments, option_values
+from sparsity.sat.arguments import MASK_OPTIONS, SatArguments, option_values
 from sparsity.sources import content_key, parse_sources
 from sparsity.text import DEFAULT_TEMPLATE, PROMPT_FIELD, RUN_RECORD, PromptTemplate, template_record
 
@@ -41,6 +41,7 @@ RESUME_KEYS = [
         "distill_hidden",
     ),
     *("distill_temperature", "mixed_precision"),
+    *MASK_OPTIONS,
 ]
 # What runs did whose records lack these names: releases before them had no such option.
 EARLIER = {
@@ -49,6 +50,7 @@ EARLIER = {
     "answer_weight": 1.0,
     "distill_kl_answers": None,
     "freeze_embeddings": False,
+    "mask_schedule": "fixed",
     "dataloader_drop_last": False,
     PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),
 }

@@ -21,6 +21,7 @@ from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.mask_schedule import MaskSchedule
 from sparsity.sat.masking import mask_gradients
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
 
@@ -56,6 +57,7 @@ class SparseTrainer(Trainer):
         group_by_length: bool = True,
         keep_checkpoints: int = 2,
         check_masks_every: int = 100,
+        mask_schedule: MaskSchedule | None = None,
         log_path: Path,
         **kwargs: Any,
     ):
@@ -67,9 +69,9 @@ class SparseTrainer(Trainer):
         group = self.args.train_batch_size * self.args.world_size if group_by_length else 0
         lengths = sample_lengths(self.train_dataset)
         self.sampler = EpochSampler(lengths, self.args.data_seed, group)
-        self.stopper, masks = StopOnSignal(), MaskKeeper(check_masks_every)
-        self.progress = Progress(log_path, self.sampler, masks, use_fsdp)
-        for callback in (self.stopper, NoStepTooMany(), masks, self.progress):
+        self.stopper, self.masks = StopOnSignal(), MaskKeeper(check_masks_every, mask_schedule)
+        self.progress = Progress(log_path, self.sampler, self.masks, use_fsdp)
+        for callback in (self.stopper, NoStepTooMany(), self.masks, self.progress):
             self.add_callback(callback)
 
     @property
@@ -130,7 +132,7 @@ class SparseTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+        if self.accelerator.sync_gradients and not self.masks.moving:  # the last micro-batch of a step
             mask_gradients(model)
         self.progress.tokens += int(inputs["real"].sum())
         if any_process(not torch.isfinite(loss), self.args.device):
@@ -183,7 +185,8 @@ class SparseTrainer(Trainer):
                 f"weights have become infinite or NaN by step {self.state.global_step}, which is therefore not saved; "
                 "lower --lr, then resume from the last checkpoint with --resume"
             )
-        super()._save_checkpoint(model, trial)
+        with self.masks.schedule.whole_weights(model) if self.masks.schedule else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         root = Path(self.args.output_dir)
         if self.args.should_save:
@@ -240,6 +243,7 @@ def build_trainer(
         group_by_length=training.group_by_length,
         keep_checkpoints=training.keep_checkpoints,
         check_masks_every=training.check_masks_every,
+        mask_schedule=training.moving_masks(),
         log_path=training.result_dir / "train_log.jsonl",
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)

@@ -302,6 +302,22 @@ def test_other_optimizers_leave_pruned_weights_at_zero(run_here, optimizer):
         assert (weight[~mask] == 0).all()
 
 
+def test_moving_masks_end_frozen_at_2_4_also_after_a_resume(run_here, state_path, tmp_path):
+    before = {name: mask for name, _, mask in sparse_masks(load_state(state_path)["model_state_dict"])}
+    more = [*TRAINING, "--train_bs", 2, "--mask_schedule", "saliency", "--mask_every", 3, "--mask_until", 0.6]
+    whole = run_here(*more, "--save_total_limit", 9, output_dir=tmp_path / "whole")
+    moved = 0
+    for name, weight, mask in sparse_masks(weights_of(whole)):
+        assert (mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all() and (weight[~mask] == 0).all()
+        moved += int((mask != before[name]).sum())
+    assert moved > 100
+    shutil.copytree(whole, tmp_path / "cut")
+    for step in (8, 12, 16):  # what is left ends at step 4, when masks still move
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}")
+    resumed = run_here(*more, "--save_total_limit", 9, "--resume", output_dir=tmp_path / "cut")
+    assert_same_weights(whole, resumed, 1e-6)
+
+
 def test_frozen_embeddings_stay_as_they_are(run_here, state_path, tmp_path):
     more = ["--max_steps", 2, "--train_bs", 2, "--max_length", 400, "--lr", 1e-2]
     before = load_state(state_path)["model_state_dict"]
