@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -33,6 +34,23 @@ REFUSED = {
     "use_liger_kernel": "it replaces the loss",
     "label_smoothing_factor": "the loss is cross entropy and distillation",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
+}
+
+
+# Packages that optimizers come from: part of their names (a regular expression) → (its name on PyPI, its module).
+OPTIMIZER_PACKAGES = {
+    r"bnb|adamw_8bit|paged|lion|ademamix": ("bitsandbytes", "bitsandbytes"),
+    r"torch_[48]bit": ("torchao", "torchao"),
+    "^galore": ("galore-torch", "galore_torch"),
+    "^apollo": ("apollo-torch", "apollo_torch"),
+    "lomo": ("lomo-optim", "lomo_optim"),
+    "^grokadamw": ("grokadamw", "grokadamw"),
+    "^schedule_free": ("schedulefree", "schedulefree"),
+    "^stable_adamw": ("torch-optimi", "optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+    "_xla": ("torch_xla", "torch_xla"),
+    "_npu": ("torch_npu", "torch_npu"),
+    "apex": ("apex", "apex"),  # of transformers 4
 }
 
 
@@ -176,6 +194,12 @@ class SparseTrainingArguments(TrainingArguments):
     freeze_embeddings: bool = option(
         "keep the embeddings, and an output head that is tied to them, as they are", default=True
     )
+    lora_rank: int = option(
+        "freeze the pruned weights and train masked updates of this rank, which are merged at the end, in far less "
+        "memory; needs about 10 times the --lr. 0: train all weights",
+        default=0,
+    )
+    lora_alpha: float | None = option("the updates are scaled by lora_alpha / lora_rank; by default 2", default=None)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "compute type; weights and optimizer stay fp32. auto: bf16 where the hardware has it", default="auto"
     )
@@ -348,6 +372,8 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "optim": getattr(training.optim, "value", training.optim),
         "seed": training.seed,
         "freeze_embeddings": training.freeze_embeddings,
+        "lora_rank": training.lora_rank,
+        "lora_alpha": training.lora_alpha,
         "distill": distillation.distill,
         "distill_kl": distillation.distill_kl,
         "distill_kl_answers": distillation.distill_kl_answers,
@@ -377,12 +403,13 @@ def check_arguments(args: SatArguments) -> None:
     positive = (
         *("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit"),
         *("logging_steps", "text_length", "text_tokens", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
-        *("distill_temperature", "self_tokens", "answer_weight"),
+        *("distill_temperature", "self_tokens", "answer_weight", "lora_alpha"),
     )
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise UserError(f"--{name} must be above 0, found {values[name]}")
-    for name in ("weight_decay", "max_grad_norm", "distill_hidden", "check_masks_every", "max_eval_samples"):
+    not_negative = ("weight_decay", "max_grad_norm", "distill_hidden", "check_masks_every", "max_eval_samples")
+    for name in (*not_negative, "lora_rank"):
         if not values[name] >= 0:
             raise UserError(f"--{name} must not be negative, found {values[name]}")
     for name in ("text_ratio", "distill_kl", "distill_kl_answers", "warmup_ratio"):
@@ -401,11 +428,38 @@ def check_arguments(args: SatArguments) -> None:
         raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
     if args.data.prompt_template:
         read_template(args.data.prompt_template)
-    if "bnb" in values["optim"] and find_spec("bitsandbytes") is None:
-        raise UserError(f"--optim {values['optim']} needs bitsandbytes; pip install bitsandbytes, or use adafactor")
+    check_optimizer(values["optim"])
+    check_low_rank(args.training, values["optim"])
     offload = args.training.cpu_offload or args.distillation.teacher_offload
     if offload and not (args.training.sharded or args.training.dry_run or args.training.check_only):
         raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
+
+
+def check_optimizer(name: str) -> None:
+    """Check that the package which an optimizer comes from is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    for pattern, (package, module) in OPTIMIZER_PACKAGES.items():
+        if re.search(pattern, name) and find_spec(module) is None:
+            raise UserError(f"--optim {name} needs {package}; pip install {package}, or use adafactor")
+
+
+def check_low_rank(training: SparseTrainingArguments, optimizer: str) -> None:
+    """Check that --lora_rank is not combined with what cannot work.
+
+    Raises:
+        UserError: it is.
+    """
+    if not training.lora_rank:
+        if training.lora_alpha is not None:
+            raise UserError(f"--lora_alpha {training.lora_alpha} scales low-rank updates; give --lora_rank too")
+        return
+    if training.fsdp_version == 1:
+        raise UserError("--lora_rank needs --fsdp_version 2: FSDP1 joins frozen and trained weights of different types")
+    if optimizer.startswith(("galore", "apollo")):
+        raise UserError(f"--optim {optimizer} works on whole weights, which --lora_rank keeps frozen; drop one of them")
 
 
 def planned_steps(training: SparseTrainingArguments, samples: int) -> tuple[int, int]:

@@ -10,8 +10,9 @@ from torch import nn
 from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.loss import check_packing
+from sparsity.sat.low_rank import add_low_rank, scale_of
 from sparsity.sat.masking import use_plain_weights
-from sparsity.states import apply_state, grow_vocabulary, load_state, require_masks
+from sparsity.states import apply_state, grow_vocabulary, load_state, load_weights, require_masks
 
 if TYPE_CHECKING:
     import torch
@@ -22,30 +23,40 @@ if TYPE_CHECKING:
 
 @dataclass
 class Student:
-    """The sparse model on the CPU in float32, and what its state file needs.
+    """The sparse model on the CPU, and what its state file needs.
 
     Attributes:
+        model: in float32; of low-rank training, in the compute dtype with float32 factors.
         modelopt_state: taken before the masked layers become plain ones and the model is wrapped for training.
-        dtypes: of the tensors in the restored state, by name; the result is saved in them.
+        state: the restored weights and masks, memory-mapped; the result is saved in their dtypes.
+        scale: of the low-rank updates; None if the weights themselves are trained.
     """
 
     model: PreTrainedModel
     modelopt_state: dict[str, Any]
-    dtypes: dict[str, torch.dtype]
+    state: dict[str, torch.Tensor]
+    scale: float | None = None
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of the restored tensors, by name."""
+        return {name: tensor.dtype for name, tensor in self.state.items()}
 
 
 def load_student(args: SatArguments, pad_token_id: int) -> Student:
     """Load the dense model and apply the state of --restore_path.
 
     Raises:
-        UserError: the state is unreadable, has no masks or belongs to another model, or the model takes no packed rows.
+        UserError: the state is unreadable, has no masks or belongs to another model, the model takes no packed rows, or
+            --lora_rank is too large for it.
     """
     import modelopt.torch.opt as mto
 
     path = args.model.modelopt_restore_path
     state = load_state(path)
     require_masks(state["model_state_dict"], path)
-    dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
+    if args.training.lora_rank:
+        return load_low_rank(args, state, pad_token_id)
     model = load_model(args.model.model_name_or_path, "float32", args.model.trust_remote_code)
     model = apply_state(model, state, path)
     if args.training.freeze_embeddings:
@@ -53,7 +64,19 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     if args.data.packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
     modelopt_state = mto.modelopt_state(model)
-    return Student(use_plain_weights(model), modelopt_state, dtypes)
+    return Student(use_plain_weights(model), modelopt_state, state["model_state_dict"])
+
+
+def load_low_rank(args: SatArguments, state: dict[str, Any], pad_token_id: int) -> Student:
+    """The student of --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
+    training, weights = args.training, state["model_state_dict"]
+    model = load_model(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
+    load_weights(model, weights, args.model.modelopt_restore_path)
+    if args.data.packing:
+        check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
+    scale = scale_of(training.lora_rank, training.lora_alpha)
+    add_low_rank(model, weights, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
+    return Student(model, state["modelopt_state"], weights, scale)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:

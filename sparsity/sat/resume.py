@@ -34,6 +34,8 @@ RESUME_KEYS = [
         "optim",
         "seed",
         "freeze_embeddings",
+        "lora_rank",
+        "lora_alpha",
         "dataloader_drop_last",
         "distill",
         "distill_kl",
@@ -49,6 +51,8 @@ EARLIER = {
     "answer_weight": 1.0,
     "distill_kl_answers": None,
     "freeze_embeddings": False,
+    "lora_rank": 0,
+    "lora_alpha": None,
     "dataloader_drop_last": False,
     PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),
 }

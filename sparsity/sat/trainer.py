@@ -21,6 +21,7 @@ from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.low_rank import trained_only
 from sparsity.sat.masking import mask_gradients
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
 
@@ -41,6 +42,7 @@ class SparseTrainer(Trainer):
         use_fsdp: shard with FSDP, on CPU processes too.
         group_by_length: put samples of similar length into a batch.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
+        trained_only: checkpoints hold only the parameters that are trained.
         log_path: JSONL file for the training curve.
     """
 
@@ -56,13 +58,14 @@ class SparseTrainer(Trainer):
         group_by_length: bool = True,
         keep_checkpoints: int = 2,
         check_masks_every: int = 100,
+        trained_only: bool = False,
         log_path: Path,
         **kwargs: Any,
     ):
         self.use_fsdp = use_fsdp
         super().__init__(*args, **kwargs)
         self.loss_weights, self.teacher = loss_weights, teacher
-        self.keep_checkpoints = keep_checkpoints
+        self.keep_checkpoints, self.trained_only = keep_checkpoints, trained_only
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
         group = self.args.train_batch_size * self.args.world_size if group_by_length else 0
         lengths = sample_lengths(self.train_dataset)
@@ -183,13 +186,25 @@ class SparseTrainer(Trainer):
                 f"weights have become infinite or NaN by step {self.state.global_step}, which is therefore not saved; "
                 "lower --lr, then resume from the last checkpoint with --resume"
             )
-        super()._save_checkpoint(model, trial)
+        with self._checkpoint_content():
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         root = Path(self.args.output_dir)
         if self.args.should_save:
             checkpoints.mark_complete(root / f"checkpoint-{self.state.global_step}")
             checkpoints.rotate(root, self.keep_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint_content(self) -> contextlib.AbstractContextManager[None]:
+        return trained_only(self.model) if self.trained_only else contextlib.nullcontext()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoint_content():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self._checkpoint_content():
+            super()._load_best_model()
 
 
 @contextlib.contextmanager
@@ -240,6 +255,7 @@ def build_trainer(
         group_by_length=training.group_by_length,
         keep_checkpoints=training.keep_checkpoints,
         check_masks_every=training.check_masks_every,
+        trained_only=training.lora_rank > 0,
         log_path=training.result_dir / "train_log.jsonl",
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
