@@ -199,7 +199,7 @@ class SparseTrainingArguments(TrainingArguments):
         "memory; needs about 10 times the --lr. 0: train all weights",
         default=0,
     )
-    lora_alpha: float | None = option("the updates are scaled by lora_alpha / lora_rank; by default 2", default=None)
+    lora_alpha: float = option("the updates are scaled by lora_alpha / lora_rank", default=32.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "compute type; weights and optimizer stay fp32. auto: bf16 where the hardware has it", default="auto"
     )
@@ -453,7 +453,7 @@ def check_low_rank(training: SparseTrainingArguments, optimizer: str) -> None:
         UserError: it is.
     """
     if not training.lora_rank:
-        if training.lora_alpha is not None:
+        if training.lora_alpha != SparseTrainingArguments.lora_alpha:
             raise UserError(f"--lora_alpha {training.lora_alpha} scales low-rank updates; give --lora_rank too")
         return
     if training.fsdp_version == 1:

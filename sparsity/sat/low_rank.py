@@ -110,11 +110,6 @@ class LowRankLinear(nn.Linear):
 # --------------------------------------------------------------------------------------------------------- the model
 
 
-def scale_of(rank: int, alpha: float | None) -> float:
-    """The factor of the update, alpha / rank; by default 2."""
-    return 2.0 if alpha is None else alpha / rank
-
-
 def add_low_rank(
     model: PreTrainedModel, state: dict[str, torch.Tensor], rank: int, scale: float, seed: int, embeddings: bool
 ) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.loss import check_packing
-from sparsity.sat.low_rank import add_low_rank, scale_of
+from sparsity.sat.low_rank import add_low_rank
 from sparsity.sat.masking import use_plain_weights
 from sparsity.states import apply_state, grow_vocabulary, load_state, load_weights, require_masks
 
@@ -74,7 +74,7 @@ def load_low_rank(args: SatArguments, state: dict[str, Any], pad_token_id: int) 
     load_weights(model, weights, args.model.modelopt_restore_path)
     if args.data.packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
-    scale = scale_of(training.lora_rank, training.lora_alpha)
+    scale = training.lora_alpha / training.lora_rank
     add_low_rank(model, weights, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
     return Student(model, state["modelopt_state"], weights, scale)
 

@@ -52,7 +52,7 @@ EARLIER = {
     "distill_kl_answers": None,
     "freeze_embeddings": False,
     "lora_rank": 0,
-    "lora_alpha": None,
+    "lora_alpha": 32.0,
     "dataloader_drop_last": False,
     PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),
 }
