@@ -180,7 +180,8 @@ def trained_only(model: nn.Module) -> Iterator[None]:
             state.pop(prefix + name, None)
 
     def allow_missing(module: nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
+        missing = incompatible.missing_keys
+        missing[:] = [name for name in missing if name.replace(wrapper, "") not in frozen]
 
     handles = (
         model.register_state_dict_post_hook(leave_out),

@@ -82,12 +82,23 @@ class SparseTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self._use_averages()
+            return result
         except AlreadyFinished:
+            self._use_averages()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return None
+
+    def _use_averages(self) -> None:
+        """Let an optimizer that averages its weights, such as the schedule-free ones, put the averages into the model.
+
+        The Trainer has it take them out again before the next step.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -161,6 +172,7 @@ class SparseTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
+        self._use_averages()
         for start in range(0, len(samples), size * self.args.world_size):
             begin = start + size * self.args.process_index
             own = [samples[index] for index in range(begin, min(begin + size, len(samples)))]
