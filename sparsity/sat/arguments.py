@@ -20,7 +20,7 @@ from transformers.utils import is_torch_tf32_available
 
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError, first_line
-from sparsity.processes import WAIT_SECONDS, start_processes
+from sparsity.processes import WAIT_SECONDS, start_processes, warn
 from sparsity.sources import check_source, is_streamed, parse_sources
 from sparsity.text import read_template
 
@@ -52,6 +52,8 @@ OPTIMIZER_PACKAGES = {
     "_npu": ("torch_npu", "torch_npu"),
     "apex": ("apex", "apex"),  # of transformers 4
 }
+
+UNSAVED_STATE = ("galore", "apollo", "grokadamw")  # beginnings of names of optimizers that keep state elsewhere
 
 
 def option(help: str, **more: Any) -> Any:
@@ -428,22 +430,33 @@ def check_arguments(args: SatArguments) -> None:
         raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
     if args.data.prompt_template:
         read_template(args.data.prompt_template)
-    check_optimizer(values["optim"])
+    check_optimizer(values["optim"], args.training.resume)
     check_low_rank(args.training, values["optim"])
     offload = args.training.cpu_offload or args.distillation.teacher_offload
     if offload and not (args.training.sharded or args.training.dry_run or args.training.check_only):
         raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
 
 
-def check_optimizer(name: str) -> None:
-    """Check that the package which an optimizer comes from is installed.
+def check_optimizer(name: str, resume: bool) -> None:
+    """Check that an optimizer's package and hardware are there, and that a run with it can be resumed if it is to be.
 
     Raises:
-        UserError: it is not.
+        UserError: naming what is missing.
     """
+    import torch
+
     for pattern, (package, module) in OPTIMIZER_PACKAGES.items():
         if re.search(pattern, name) and find_spec(module) is None:
             raise UserError(f"--optim {name} needs {package}; pip install {package}, or use adafactor")
+    if name == "adalomo" and not torch.cuda.is_available():
+        raise UserError("--optim adalomo needs a CUDA GPU and torch sees none; use lomo or adafactor")
+    if name.startswith(UNSAVED_STATE):
+        if resume:
+            raise UserError(
+                f"a run with --optim {name} cannot be resumed, because checkpoints do not hold all of its state; "
+                "drop --resume, or use adafactor"
+            )
+        warn(f"checkpoints do not hold all of the state of --optim {name}: the run cannot be resumed")
 
 
 def check_low_rank(training: SparseTrainingArguments, optimizer: str) -> None:

@@ -147,7 +147,7 @@ ROWS = [
     ("finetune.py", "scale of no rank", "--lora_alpha 8", ["--lora_alpha 8.0", "give --lora_rank"]),
     ("finetune.py", "scale of zero", "--lora_rank 4 --lora_alpha 0", ["--lora_alpha must be above 0"]),
     ("finetune.py", "rank under FSDP1", "--lora_rank 4 --fsdp_version 1", ["--lora_rank needs --fsdp_version 2"]),
-    ("finetune.py", "rank and whole weights", "--lora_rank 4 --optim galore_adamw", ["galore_adamw"]),
+    ("finetune.py", "rank and whole weights", "--lora_rank 4 --optim galore_adamw", ["--optim galore_adamw"]),
     *(
         ("finetune.py", f"no package of {name}", f"--optim {name}", [f"--optim {name} needs {package}; pip install"])
         for name, package, module in (
@@ -159,6 +159,8 @@ ROWS = [
         )
         if find_spec(module) is None
     ),
+    ("finetune.py", "GaLore resumed", "--optim galore_adamw --resume", ["--optim galore_adamw"]),
+    ("finetune.py", "AdaLomo on a CPU", "--optim adalomo", ["--optim adalomo needs"]),
     ("finetune.py", "no room for an answer", "--max_length 8", ["max_length"]),
     ("export_hf.py", "no calibration text", "--quantization int8", ["--quantization int8", "--calib_data SOURCE"]),
     ("export_hf.py", "no such text", "--quantization fp8 --calib_data {absent}", ["not found", "{absent}"]),

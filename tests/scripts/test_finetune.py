@@ -389,8 +389,8 @@ OPTIMIZERS = {
     **dict.fromkeys(["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"]),
     **dict.fromkeys(["adamw_torch_8bit", "adamw_torch_4bit"], "torchao"),
     **dict.fromkeys(["adamw_bnb_8bit", "lion_8bit", "paged_adamw_8bit"], "bitsandbytes"),
-    **dict.fromkeys(["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"], "schedulefree"),
-    **{"stable_adamw": "optimi", "grokadamw": "grokadamw", "lomo": "lomo_optim", "adalomo": "lomo_optim"},
+    **dict.fromkeys(["schedule_free_adamw", "schedule_free_sgd"], "schedulefree"),
+    **{"stable_adamw": "optimi", "grokadamw": "grokadamw", "lomo": "lomo_optim"},
     **{"galore_adamw": "galore_torch", "apollo_adamw": "apollo_torch"},
 }
 
