@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.loss import check_packing
-from sparsity.sat.low_rank import add_low_rank
+from sparsity.sat.low_rank import add_low_rank, merge
 from sparsity.sat.masking import use_plain_weights
 from sparsity.states import apply_state, grow_vocabulary, load_state, load_weights, require_masks
 
@@ -28,19 +30,14 @@ class Student:
     Attributes:
         model: in float32; of low-rank training, in the compute dtype with float32 factors.
         modelopt_state: taken before the masked layers become plain ones and the model is wrapped for training.
-        state: the restored weights and masks, memory-mapped; the result is saved in their dtypes.
-        scale: of the low-rank updates; None if the weights themselves are trained.
+        dtypes: of the tensors in the restored state, by name; the result is saved in them.
+        merge: of low-rank training, puts the trained tensors into the restored state; None: they are the whole state.
     """
 
     model: PreTrainedModel
     modelopt_state: dict[str, Any]
-    state: dict[str, torch.Tensor]
-    scale: float | None = None
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Of the restored tensors, by name."""
-        return {name: tensor.dtype for name, tensor in self.state.items()}
+    dtypes: dict[str, torch.dtype]
+    merge: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 def load_student(args: SatArguments, pad_token_id: int) -> Student:
@@ -55,8 +52,9 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     path = args.model.modelopt_restore_path
     state = load_state(path)
     require_masks(state["model_state_dict"], path)
+    dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
     if args.training.lora_rank:
-        return load_low_rank(args, state, pad_token_id)
+        return load_low_rank(args, state, dtypes, pad_token_id)
     model = load_model(args.model.model_name_or_path, "float32", args.model.trust_remote_code)
     model = apply_state(model, state, path)
     if args.training.freeze_embeddings:
@@ -64,10 +62,12 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     if args.data.packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
     modelopt_state = mto.modelopt_state(model)
-    return Student(use_plain_weights(model), modelopt_state, state["model_state_dict"])
+    return Student(use_plain_weights(model), modelopt_state, dtypes)
 
 
-def load_low_rank(args: SatArguments, state: dict[str, Any], pad_token_id: int) -> Student:
+def load_low_rank(
+    args: SatArguments, state: dict[str, Any], dtypes: dict[str, torch.dtype], pad_token_id: int
+) -> Student:
     """The student of --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
     training, weights = args.training, state["model_state_dict"]
     model = load_model(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
@@ -76,7 +76,9 @@ def load_low_rank(args: SatArguments, state: dict[str, Any], pad_token_id: int) 
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
     scale = training.lora_alpha / training.lora_rank
     add_low_rank(model, weights, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
-    return Student(model, state["modelopt_state"], weights, scale)
+    return Student(
+        model=model, modelopt_state=state["modelopt_state"], dtypes=dtypes, merge=partial(merge, weights, scale=scale)
+    )
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
