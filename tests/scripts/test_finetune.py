@@ -241,22 +241,21 @@ def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------- several processes
 
 
+def run_on_two_processes(arguments: list[str]) -> subprocess.CompletedProcess:
+    """Run a command line of finetune.py with the launcher."""
+    words = ["bash", "launch_finetune.sh", "--num_processes=2", *arguments[1:]]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 @pytest.fixture(scope="module", params=[2, 1], ids=["FSDP2", "FSDP1"])
 def sharded(tmp_path_factory, model_dir, state_path, data_dir, request):
     """The run of `finished` on two processes with half the batch each."""
     folder = tmp_path_factory.mktemp("sharded") / "out put"
     more = ["--train_bs", 1, "--fsdp_version", request.param]
-    arguments = command(model_dir, state_path, data_dir, folder, *TRAINING, *more)[1:]
-    result = subprocess.run(
-        ["bash", "launch_finetune.sh", "--num_processes=2", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, result
+    return folder, run_on_two_processes(command(model_dir, state_path, data_dir, folder, *TRAINING, *more))
 
 
 def test_two_sharded_processes_equal_one(finished, sharded):
@@ -335,19 +334,11 @@ def test_checkpoints_of_low_rank_training_hold_no_frozen_weights_and_resume(low_
 def test_low_rank_training_on_two_processes_equals_one(low_rank, model_dir, state_path, data_dir, tmp_path):
     """With recomputed activations, and ended in between: the checkpoint comes from shards."""
     more = ["--train_bs", 1, "--gradient_checkpointing", "--resume"]
-    arguments = command(model_dir, state_path, data_dir, tmp_path, *LOW_RANK, *more)[1:]
-
-    def run():
-        environment = {**os.environ, "PYTHON": sys.executable}
-        words = ["bash", "launch_finetune.sh", "--num_processes=2", *arguments]
-        result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        return result
-
-    assert "weights are sharded" in run().stdout
+    arguments = command(model_dir, state_path, data_dir, tmp_path, *LOW_RANK, *more)
+    assert "weights are sharded" in run_on_two_processes(arguments).stdout
     (tmp_path / STATE_NAME).unlink()
     shutil.rmtree(tmp_path / "checkpoints" / f"checkpoint-{STEPS}")
-    run()
+    run_on_two_processes(arguments)
     for key in ("loss", "eval_loss", "grad_norm"):
         alone, together = (
             [line[key] for line in read_log(folder / "train_log.jsonl") if key in line]
@@ -357,13 +348,19 @@ def test_low_rank_training_on_two_processes_equals_one(low_rank, model_dir, stat
     assert_same_weights(low_rank, tmp_path, 2e-3)
 
 
-def test_low_rank_training_in_bf16_with_everything(run_here, tmp_path, state_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_low_rank_training_in_bf16_with_everything(run_here, model_dir, state_path, data_dir, tmp_path, processes):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(TEXTS * 10))
     more = ["--text_path", text, "--text_ratio", 0.3, "--text_length", 64, "--packing", "--max_length", 900]
     more += ["--distill", "--distill_hidden", 1, "--load_best", "--lr", 1e-2, "--gradient_checkpointing"]
     more += ["--mixed_precision", "bf16", "--no_freeze_embeddings", "--lora_rank", 4, "--lora_alpha", 8]
-    folder = run_here(*more, "--num_epochs", 10, "--train_bs", 2, "--logging_steps", 1)
+    more += ["--max_steps", 10, "--train_bs", 2 // processes, "--logging_steps", 1]
+    folder = tmp_path / "out"
+    if processes == 1:
+        run_here(*more)
+    else:
+        run_on_two_processes(command(model_dir, state_path, data_dir, folder, *more))
     losses = [line["loss"] for line in read_log(folder / "train_log.jsonl") if "loss" in line]
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
     before, after = load_state(state_path)["model_state_dict"], weights_of(folder)
