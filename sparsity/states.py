@@ -132,6 +132,18 @@ def check_state_fits(state_dict: dict[str, torch.Tensor], model: PreTrainedModel
         )
 
 
+def load_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Copy the weights of a sparse state, read from `path`, into a freshly loaded dense `model`, which keeps its dtype.
+
+    The layers stay plain ones without masks.
+
+    Raises:
+        UserError: the state belongs to another model.
+    """
+    check_state_fits(state_dict, model, path)
+    model.load_state_dict({name: tensor for name, tensor in state_dict.items() if not is_mask(name)})
+
+
 def restore_sparse(model: PreTrainedModel, path: str | Path, fold: bool = False) -> PreTrainedModel:
     """Read a modelopt state file and apply it to a freshly loaded dense `model`; see `apply_state`.
 

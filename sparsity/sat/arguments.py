@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from transformers.utils import is_torch_tf32_available
 
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError, first_line
-from sparsity.processes import WAIT_SECONDS, start_processes
+from sparsity.processes import WAIT_SECONDS, start_processes, warn
 from sparsity.sources import check_source, is_streamed, parse_sources
 from sparsity.text import read_template
 
@@ -40,6 +41,23 @@ REFUSED = {
 
 
 MASK_OPTIONS = ("mask_schedule", "mask_every", "mask_until", "mask_decay")
+# Packages that optimizers come from: part of their names (a regular expression) → (its name on PyPI, its module).
+OPTIMIZER_PACKAGES = {
+    r"bnb|adamw_8bit|paged|lion|ademamix": ("bitsandbytes", "bitsandbytes"),
+    r"torch_[48]bit": ("torchao", "torchao"),
+    "^galore": ("galore-torch", "galore_torch"),
+    "^apollo": ("apollo-torch", "apollo_torch"),
+    "lomo": ("lomo-optim", "lomo_optim"),
+    "^grokadamw": ("grokadamw", "grokadamw"),
+    "^schedule_free": ("schedulefree", "schedulefree"),
+    "^stable_adamw": ("torch-optimi", "optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+    "_xla": ("torch_xla", "torch_xla"),
+    "_npu": ("torch_npu", "torch_npu"),
+    "apex": ("apex", "apex"),  # of transformers 4
+}
+
+UNSAVED_STATE = ("galore", "apollo", "grokadamw")  # beginnings of names of optimizers that keep state elsewhere
 
 
 def option(help: str, **more: Any) -> Any:
@@ -190,6 +208,12 @@ class SparseTrainingArguments(TrainingArguments):
     mask_every: int = option("optimizer steps between two choices of masks", default=10)
     mask_until: float = option("share of the steps after which masks are frozen", default=0.5)
     mask_decay: float = option("pruned weights shrink by the learning rate times this, a step", default=30.0)
+    lora_rank: int = option(
+        "freeze the pruned weights and train masked updates of this rank, which are merged at the end, in far less "
+        "memory; needs about 10 times the --lr. 0: train all weights",
+        default=0,
+    )
+    lora_alpha: float = option("the updates are scaled by lora_alpha / lora_rank", default=32.0)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "compute type; weights and optimizer stay fp32. auto: bf16 where the hardware has it", default="auto"
     )
@@ -371,6 +395,8 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "seed": training.seed,
         "freeze_embeddings": training.freeze_embeddings,
         **{name: getattr(training, name) for name in MASK_OPTIONS},
+        "lora_rank": training.lora_rank,
+        "lora_alpha": training.lora_alpha,
         "distill": distillation.distill,
         "distill_kl": distillation.distill_kl,
         "distill_kl_answers": distillation.distill_kl_answers,
@@ -400,19 +426,13 @@ def check_arguments(args: SatArguments) -> None:
     positive = (
         *("max_length", "train_bs", "eval_bs", "gradient_accumulation_steps", "workers", "save_total_limit"),
         *("logging_steps", "text_length", "text_tokens", "save_steps", "eval_steps", "num_epochs", "lr", "world_size"),
-        *("distill_temperature", "self_tokens", "answer_weight", "mask_every"),
+        *("distill_temperature", "self_tokens", "answer_weight", "mask_every", "lora_alpha"),
     )
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise UserError(f"--{name} must be above 0, found {values[name]}")
-    for name in (
-        "weight_decay",
-        "max_grad_norm",
-        "distill_hidden",
-        "check_masks_every",
-        "max_eval_samples",
-        "mask_decay",
-    ):
+    not_negative = ("weight_decay", "max_grad_norm", "distill_hidden", "check_masks_every", "max_eval_samples")
+    for name in (*not_negative, "mask_decay", "lora_rank"):
         if not values[name] >= 0:
             raise UserError(f"--{name} must not be negative, found {values[name]}")
     for name in ("text_ratio", "distill_kl", "distill_kl_answers", "warmup_ratio", "mask_until"):
@@ -433,11 +453,51 @@ def check_arguments(args: SatArguments) -> None:
         read_template(args.data.prompt_template)
     if values["mask_schedule"] == "saliency" and not values["optim"].startswith("adamw_torch"):
         raise UserError(f"--mask_schedule saliency reads Adam's second moments, which --optim {values['optim']} lacks")
-    if "bnb" in values["optim"] and find_spec("bitsandbytes") is None:
-        raise UserError(f"--optim {values['optim']} needs bitsandbytes; pip install bitsandbytes, or use adafactor")
+    check_optimizer(values["optim"], args.training.resume)
+    check_low_rank(args.training, values["optim"])
     offload = args.training.cpu_offload or args.distillation.teacher_offload
     if offload and not (args.training.sharded or args.training.dry_run or args.training.check_only):
         raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
+
+
+def check_optimizer(name: str, resume: bool) -> None:
+    """Check that an optimizer's package and hardware are there, and that a run with it can be resumed if it is to be.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    import torch
+
+    for pattern, (package, module) in OPTIMIZER_PACKAGES.items():
+        if re.search(pattern, name) and find_spec(module) is None:
+            raise UserError(f"--optim {name} needs {package}; pip install {package}, or use adafactor")
+    if name == "adalomo" and not torch.cuda.is_available():
+        raise UserError("--optim adalomo needs a CUDA GPU and torch sees none; use lomo or adafactor")
+    if name.startswith(UNSAVED_STATE):
+        if resume:
+            raise UserError(
+                f"a run with --optim {name} cannot be resumed, because checkpoints do not hold all of its state; "
+                "drop --resume, or use adafactor"
+            )
+        warn(f"checkpoints do not hold all of the state of --optim {name}: the run cannot be resumed")
+
+
+def check_low_rank(training: SparseTrainingArguments, optimizer: str) -> None:
+    """Check that --lora_rank is not combined with what cannot work.
+
+    Raises:
+        UserError: it is.
+    """
+    if not training.lora_rank:
+        if training.lora_alpha != SparseTrainingArguments.lora_alpha:
+            raise UserError(f"--lora_alpha {training.lora_alpha} scales low-rank updates; give --lora_rank too")
+        return
+    if training.mask_schedule != "fixed":
+        raise UserError(f"--mask_schedule {training.mask_schedule} trains all weights; drop it or --lora_rank")
+    if training.fsdp_version == 1:
+        raise UserError("--lora_rank needs --fsdp_version 2: FSDP1 joins frozen and trained weights of different types")
+    if optimizer.startswith(("galore", "apollo")):
+        raise UserError(f"--optim {optimizer} works on whole weights, which --lora_rank keeps frozen; drop one of them")
 
 
 def planned_steps(training: SparseTrainingArguments, samples: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -82,6 +83,10 @@ class MaskKeeper(TrainerCallback):
     def moving(self) -> bool:
         """Whether pruned weights are trained as well, because masks may still change."""
         return self.schedule is not None and self.schedule.moving
+
+    def whole_weights(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within the block the model holds the values of pruned weights that may come back, as a checkpoint must."""
+        return self.schedule.whole_weights(model) if self.schedule else contextlib.nullcontext()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

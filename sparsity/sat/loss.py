@@ -123,7 +123,8 @@ def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) ->
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"{type(model).__name__} does not take packed rows ({error}); drop --packing") from error
         apart = model(**model_inputs(model, alone)).logits[0, :8]
-    if not torch.allclose(together, apart, atol=1e-2 * apart.abs().max().item()):
+    tolerance = 1e-2 if model.dtype == torch.float32 else 5e-2  # samples that see each other differ by much more
+    if not torch.allclose(together, apart, atol=tolerance * apart.abs().max().item()):
         raise UserError(f"{type(model).__name__} lets packed samples see each other; train without --packing")
 
 

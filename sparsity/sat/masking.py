@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sparsity.sat.low_rank import LowRankLinear, marked_kept
 from sparsity.sat.sharding import local, masked_weights
 from sparsity.states import MASK
 
@@ -56,7 +57,7 @@ def mask_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """Zeros and values in this process's shards of all masked weights.
+    """Zeros and values in this process's shards of all masked weights, and of those that low-rank training freezes.
 
     Raises:
         RuntimeError: a pruned weight is not zero.
@@ -67,4 +68,8 @@ def count_zeros(model: nn.Module) -> tuple[int, int]:
         if (nonzero & ~mask).any():
             raise RuntimeError(f"pruned weights of '{name}' are not zero")
         zeros, total = zeros + nonzero.numel() - int(nonzero.sum()), total + nonzero.numel()
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            kept = marked_kept(local(module.weight))
+            zeros, total = zeros + kept.numel() - int(kept.sum()), total + kept.numel()
     return zeros, total

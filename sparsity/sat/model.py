@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,8 +12,9 @@ from torch import nn
 from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.loss import check_packing
+from sparsity.sat.low_rank import add_low_rank, merge
 from sparsity.sat.masking import use_plain_weights
-from sparsity.states import apply_state, grow_vocabulary, load_state, require_masks
+from sparsity.states import apply_state, grow_vocabulary, load_state, load_weights, require_masks
 
 if TYPE_CHECKING:
     import torch
@@ -22,23 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Student:
-    """The sparse model on the CPU in float32, and what its state file needs.
+    """The sparse model on the CPU, and what its state file needs.
 
     Attributes:
+        model: in float32; of low-rank training, in the compute dtype with float32 factors.
         modelopt_state: taken before the masked layers become plain ones and the model is wrapped for training.
         dtypes: of the tensors in the restored state, by name; the result is saved in them.
+        merge: of low-rank training, puts the trained tensors into the restored state; None: they are the whole state.
     """
 
     model: PreTrainedModel
     modelopt_state: dict[str, Any]
     dtypes: dict[str, torch.dtype]
+    merge: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 def load_student(args: SatArguments, pad_token_id: int) -> Student:
     """Load the dense model and apply the state of --restore_path.
 
     Raises:
-        UserError: the state is unreadable, has no masks or belongs to another model, or the model takes no packed rows.
+        UserError: the state is unreadable, has no masks or belongs to another model, the model takes no packed rows, or
+            --lora_rank is too large for it.
     """
     import modelopt.torch.opt as mto
 
@@ -46,6 +53,8 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     state = load_state(path)
     require_masks(state["model_state_dict"], path)
     dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
+    if args.training.lora_rank:
+        return load_low_rank(args, state, dtypes, pad_token_id)
     model = load_model(args.model.model_name_or_path, "float32", args.model.trust_remote_code)
     model = apply_state(model, state, path)
     if args.training.freeze_embeddings:
@@ -54,6 +63,22 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
     modelopt_state = mto.modelopt_state(model)
     return Student(use_plain_weights(model), modelopt_state, dtypes)
+
+
+def load_low_rank(
+    args: SatArguments, state: dict[str, Any], dtypes: dict[str, torch.dtype], pad_token_id: int
+) -> Student:
+    """The student of --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
+    training, weights = args.training, state["model_state_dict"]
+    model = load_model(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
+    load_weights(model, weights, args.model.modelopt_restore_path)
+    if args.data.packing:
+        check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
+    scale = training.lora_alpha / training.lora_rank
+    add_low_rank(model, weights, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
+    return Student(
+        model=model, modelopt_state=state["modelopt_state"], dtypes=dtypes, merge=partial(merge, weights, scale=scale)
+    )
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 
 from sparsity.errors import UserError
 from sparsity.files import save_torch
+from sparsity.sat.low_rank import trained_only
 from sparsity.sat.model import Student
 from sparsity.sat.sharding import full_state
 from sparsity.sat.trainer import SparseTrainer
@@ -18,9 +20,12 @@ STATE_NAME = "finetuned_modelopt_state.pth"
 
 def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> None:
     """Gather the weights, save them with the masks, and check on the saved file that all pruned weights are +0.0."""
-    weights = full_state(trainer.accelerator, trainer.model, student.dtypes)
+    with contextlib.nullcontext() if student.merge is None else trained_only(trainer.model):
+        weights = full_state(trainer.accelerator, trainer.model, student.dtypes)
     if not trainer.args.should_save:
         return
+    if student.merge is not None:
+        weights = student.merge(weights)
     save_torch({"modelopt_state": student.modelopt_state, "model_state_dict": weights}, path)
     pruned = intact = 0
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):

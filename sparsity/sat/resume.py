@@ -34,6 +34,8 @@ RESUME_KEYS = [
         "optim",
         "seed",
         "freeze_embeddings",
+        "lora_rank",
+        "lora_alpha",
         "dataloader_drop_last",
         "distill",
         "distill_kl",
@@ -51,6 +53,8 @@ EARLIER = {
     "distill_kl_answers": None,
     "freeze_embeddings": False,
     "mask_schedule": "fixed",
+    "lora_rank": 0,
+    "lora_alpha": 32.0,
     "dataloader_drop_last": False,
     PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),
 }

@@ -22,6 +22,7 @@ from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loss import LossWeights, batch_loss
 from sparsity.sat.mask_schedule import MaskSchedule
+from sparsity.sat.low_rank import trained_only
 from sparsity.sat.masking import mask_gradients
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
 
@@ -42,6 +43,7 @@ class SparseTrainer(Trainer):
         use_fsdp: shard with FSDP, on CPU processes too.
         group_by_length: put samples of similar length into a batch.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
+        trained_only: checkpoints hold only the parameters that are trained.
         log_path: JSONL file for the training curve.
     """
 
@@ -58,13 +60,14 @@ class SparseTrainer(Trainer):
         keep_checkpoints: int = 2,
         check_masks_every: int = 100,
         mask_schedule: MaskSchedule | None = None,
+        trained_only: bool = False,
         log_path: Path,
         **kwargs: Any,
     ):
         self.use_fsdp = use_fsdp
         super().__init__(*args, **kwargs)
         self.loss_weights, self.teacher = loss_weights, teacher
-        self.keep_checkpoints = keep_checkpoints
+        self.keep_checkpoints, self.trained_only = keep_checkpoints, trained_only
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
         group = self.args.train_batch_size * self.args.world_size if group_by_length else 0
         lengths = sample_lengths(self.train_dataset)
@@ -81,12 +84,23 @@ class SparseTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self._use_averages()
+            return result
         except AlreadyFinished:
+            self._use_averages()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return None
+
+    def _use_averages(self) -> None:
+        """Let an optimizer that averages its weights, such as the schedule-free ones, put the averages into the model.
+
+        The Trainer has it take them out again before the next step.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -160,6 +174,7 @@ class SparseTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
+        self._use_averages()
         for start in range(0, len(samples), size * self.args.world_size):
             begin = start + size * self.args.process_index
             own = [samples[index] for index in range(begin, min(begin + size, len(samples)))]
@@ -185,7 +200,7 @@ class SparseTrainer(Trainer):
                 f"weights have become infinite or NaN by step {self.state.global_step}, which is therefore not saved; "
                 "lower --lr, then resume from the last checkpoint with --resume"
             )
-        with self.masks.schedule.whole_weights(model) if self.masks.schedule else contextlib.nullcontext():
+        with self.masks.whole_weights(model), self._checkpoint_content():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         root = Path(self.args.output_dir)
@@ -193,6 +208,17 @@ class SparseTrainer(Trainer):
             checkpoints.mark_complete(root / f"checkpoint-{self.state.global_step}")
             checkpoints.rotate(root, self.keep_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint_content(self) -> contextlib.AbstractContextManager[None]:
+        return trained_only(self.model) if self.trained_only else contextlib.nullcontext()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoint_content():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self._checkpoint_content():
+            super()._load_best_model()
 
 
 @contextlib.contextmanager
@@ -244,6 +270,7 @@ def build_trainer(
         keep_checkpoints=training.keep_checkpoints,
         check_masks_every=training.check_masks_every,
         mask_schedule=training.moving_masks(),
+        trained_only=training.lora_rank > 0,
         log_path=training.result_dir / "train_log.jsonl",
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)

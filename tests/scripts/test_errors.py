@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -141,6 +142,25 @@ ROWS = [
     ("finetune.py", "hub set without a bound", "--text_path no/such-set --text_ratio 1", ["--text_tokens"]),
     ("finetune.py", "hub set out of reach", "--text_path no/such-set", ["no/such-set"]),
     ("finetune.py", "cache is a file", "--cache_dir {file}", ["cannot write", "{file}"]),
+    ("finetune.py", "negative rank", "--lora_rank -1", ["--lora_rank must not be negative, found -1"]),
+    ("finetune.py", "rank above a weight's side", "--lora_rank 4096", ["--lora_rank 4096 exceeds", "(32 x 32)"]),
+    ("finetune.py", "scale of no rank", "--lora_alpha 8", ["--lora_alpha 8.0", "give --lora_rank"]),
+    ("finetune.py", "scale of zero", "--lora_rank 4 --lora_alpha 0", ["--lora_alpha must be above 0"]),
+    ("finetune.py", "rank under FSDP1", "--lora_rank 4 --fsdp_version 1", ["--lora_rank needs --fsdp_version 2"]),
+    ("finetune.py", "rank and whole weights", "--lora_rank 4 --optim galore_adamw", ["--optim galore_adamw"]),
+    *(
+        ("finetune.py", f"no package of {name}", f"--optim {name}", [f"--optim {name} needs {package}; pip install"])
+        for name, package, module in (
+            ("paged_adamw_8bit", "bitsandbytes", "bitsandbytes"),
+            ("lion_32bit", "bitsandbytes", "bitsandbytes"),
+            ("adamw_torch_4bit", "torchao", "torchao"),
+            ("stable_adamw", "torch-optimi", "optimi"),
+            ("schedule_free_adamw", "schedulefree", "schedulefree"),
+        )
+        if find_spec(module) is None
+    ),
+    ("finetune.py", "GaLore resumed", "--optim galore_adamw --resume", ["--optim galore_adamw"]),
+    ("finetune.py", "AdaLomo on a CPU", "--optim adalomo", ["--optim adalomo needs"]),
     ("finetune.py", "no room for an answer", "--max_length 8", ["max_length"]),
     ("export_hf.py", "no calibration text", "--quantization int8", ["--quantization int8", "--calib_data SOURCE"]),
     ("export_hf.py", "no such text", "--quantization fp8 --calib_data {absent}", ["not found", "{absent}"]),

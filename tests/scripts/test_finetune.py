@@ -241,22 +241,21 @@ def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------- several processes
 
 
+def run_on_two_processes(arguments: list[str]) -> subprocess.CompletedProcess:
+    """Run a command line of finetune.py with the launcher."""
+    words = ["bash", "launch_finetune.sh", "--num_processes=2", *arguments[1:]]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 @pytest.fixture(scope="module", params=[2, 1], ids=["FSDP2", "FSDP1"])
 def sharded(tmp_path_factory, model_dir, state_path, data_dir, request):
     """The run of `finished` on two processes with half the batch each."""
     folder = tmp_path_factory.mktemp("sharded") / "out put"
     more = ["--train_bs", 1, "--fsdp_version", request.param]
-    arguments = command(model_dir, state_path, data_dir, folder, *TRAINING, *more)[1:]
-    result = subprocess.run(
-        ["bash", "launch_finetune.sh", "--num_processes=2", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, result
+    return folder, run_on_two_processes(command(model_dir, state_path, data_dir, folder, *TRAINING, *more))
 
 
 def test_two_sharded_processes_equal_one(finished, sharded):
@@ -281,6 +280,94 @@ def test_sharded_run_saves_a_whole_state(sharded, model_dir, state_path):
     restore_sparse(load_model(str(model_dir)), sharded[0] / STATE_NAME)
 
 
+# --------------------------------------------------------------------------------------- low-rank training
+
+LOW_RANK = [*TRAINING, "--lora_rank", 8]
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory, model_dir, state_path, data_dir):
+    """Low-rank training in one process with a batch of 2; the output folder."""
+    folder = tmp_path_factory.mktemp("low rank") / "out put"
+    run_script(*command(model_dir, state_path, data_dir, folder, *LOW_RANK, "--train_bs", 2), check=True)
+    return folder
+
+
+def test_low_rank_training_saves_an_ordinary_sparse_state(low_rank, model_dir, state_path):
+    import modelopt.torch.opt as mto
+    from transformers import AutoModelForCausalLM
+
+    before, after = load_state(state_path)["model_state_dict"], weights_of(low_rank)
+    mto.restore(AutoModelForCausalLM.from_pretrained(model_dir), low_rank / STATE_NAME)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in after.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in before.items()
+    }
+    masked = {name for name, _, _ in sparse_masks(after)}
+    for name, weight, mask in sparse_masks(after):
+        pruned, change = weight[~mask], weight - before[name] * mask
+        assert torch.equal(mask, before[name.removesuffix("weight") + "_weight_mask"])
+        assert (pruned == 0).all() and not torch.signbit(pruned).any()
+        assert (change[mask] != 0).float().mean() > 0.9, "the kept weights were trained"
+    unchanged = {name for name in after.keys() - masked if torch.equal(after[name], before[name])}
+    assert {name for name in after.keys() - masked - unchanged if not name.endswith("_weight_mask")} == {
+        name for name in after if "norm" in name
+    }
+    lines = [line for line in read_log(low_rank / "train_log.jsonl") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1 and lines[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_checkpoints_of_low_rank_training_hold_no_frozen_weights_and_resume(low_rank, run_here, tmp_path):
+    from safetensors import safe_open
+
+    folder = shutil.copytree(low_rank, tmp_path / "copy")
+    (folder / STATE_NAME).unlink()
+    shutil.rmtree(folder / "checkpoints" / f"checkpoint-{STEPS}")
+    last = checkpoints.last_complete(folder / "checkpoints")
+    with safe_open(last / "model.safetensors", "pt") as saved:
+        assert {name.rsplit(".", 1)[1] for name in saved.keys() if "norm" not in name} == {"lora_A", "lora_B"}  # noqa: SIM118
+    with pytest.raises(UserError, match="--lora_rank was 8, now 4"):
+        run_here(*TRAINING, "--lora_rank", 4, "--train_bs", 2, "--resume", output_dir=folder)
+    run_here(*LOW_RANK, "--train_bs", 2, "--resume", output_dir=folder)
+    assert_same_weights(low_rank, folder, 1e-6)
+
+
+def test_low_rank_training_on_two_processes_equals_one(low_rank, model_dir, state_path, data_dir, tmp_path):
+    """With recomputed activations, and ended in between: the checkpoint comes from shards."""
+    more = ["--train_bs", 1, "--gradient_checkpointing", "--resume"]
+    arguments = command(model_dir, state_path, data_dir, tmp_path, *LOW_RANK, *more)
+    assert "weights are sharded" in run_on_two_processes(arguments).stdout
+    (tmp_path / STATE_NAME).unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / f"checkpoint-{STEPS}")
+    run_on_two_processes(arguments)
+    for key in ("loss", "eval_loss", "grad_norm"):
+        alone, together = (
+            [line[key] for line in read_log(folder / "train_log.jsonl") if key in line]
+            for folder in (low_rank, tmp_path)
+        )
+        assert together == pytest.approx(alone, rel=2e-3)
+    assert_same_weights(low_rank, tmp_path, 2e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_low_rank_training_in_bf16_with_everything(run_here, model_dir, state_path, data_dir, tmp_path, processes):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS * 10))
+    more = ["--text_path", text, "--text_ratio", 0.3, "--text_length", 64, "--packing", "--max_length", 900]
+    more += ["--distill", "--distill_hidden", 1, "--load_best", "--lr", 1e-2, "--gradient_checkpointing"]
+    more += ["--mixed_precision", "bf16", "--no_freeze_embeddings", "--lora_rank", 4, "--lora_alpha", 8]
+    more += ["--max_steps", 10, "--train_bs", 2 // processes, "--logging_steps", 1]
+    folder = tmp_path / "out"
+    if processes == 1:
+        run_here(*more)
+    else:
+        run_on_two_processes(command(model_dir, state_path, data_dir, folder, *more))
+    losses = [line["loss"] for line in read_log(folder / "train_log.jsonl") if "loss" in line]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    before, after = load_state(state_path)["model_state_dict"], weights_of(folder)
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32, torch.bool}
+
+
 # -------------------------------------------------------------------------------------------------- options
 
 
@@ -294,12 +381,28 @@ def test_text_packing_distillation_and_best_checkpoint(run_here, tmp_path):
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
-def test_other_optimizers_leave_pruned_weights_at_zero(run_here, optimizer):
+# Optimizers of transformers that run on a CPU, and the package that each comes from, where it is not torch.
+OPTIMIZERS = {
+    **dict.fromkeys(["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"]),
+    **dict.fromkeys(["adamw_torch_8bit", "adamw_torch_4bit"], "torchao"),
+    **dict.fromkeys(["adamw_bnb_8bit", "lion_8bit", "paged_adamw_8bit"], "bitsandbytes"),
+    **dict.fromkeys(["schedule_free_adamw", "schedule_free_sgd"], "schedulefree"),
+    **{"stable_adamw": "optimi", "grokadamw": "grokadamw", "lomo": "lomo_optim"},
+    **{"galore_adamw": "galore_torch", "apollo_adamw": "apollo_torch"},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_other_optimizers_leave_pruned_weights_at_zero(run_here, state_path, optimizer):
+    if OPTIMIZERS[optimizer]:
+        pytest.importorskip(OPTIMIZERS[optimizer])
     more = ["--max_steps", 3, "--check_masks_every", 1, "--weight_decay", 0.5, "--train_bs", 2, "--max_length", 400]
+    more += ["--lr", 1e-2, "--mixed_precision", "no", "--optim_target_modules", "all-linear"]
     folder = run_here(*more, "--optim", optimizer)
-    for _, weight, mask in sparse_masks(weights_of(folder)):
+    before = load_state(state_path)["model_state_dict"]
+    for name, weight, mask in sparse_masks(weights_of(folder)):
         assert (weight[~mask] == 0).all()
+        assert not torch.equal(weight[mask], before[name][mask])
 
 
 def test_moving_masks_end_frozen_at_2_4_also_after_a_resume(run_here, state_path, tmp_path):
