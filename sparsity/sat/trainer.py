@@ -21,8 +21,8 @@ from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loss import LossWeights, batch_loss
-from sparsity.sat.mask_schedule import MaskSchedule
 from sparsity.sat.low_rank import trained_only
+from sparsity.sat.mask_schedule import MaskSchedule
 from sparsity.sat.masking import mask_gradients
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
 
