@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
@@ -155,7 +155,7 @@ def write_batch(
     while known < length:
         output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
         if not cache:
-            cache = {cache_name(output): _with_room(output[cache_name(output)], length)}
+            cache = {cache_name(output): give_room(output[cache_name(output)], length)}
         tokens[:, known] = draw(output.logits[:, -1, :size], generator).cpu()
         if bar is not None:
             bar.update(known - done)
@@ -188,39 +188,6 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     inside = weights[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(-1)
     token = torch.searchsorted(inside, rest, right=True).clamp(max=TOKENS_IN_A_SUM - 1)
     return (block * TOKENS_IN_A_SUM + token).clamp(max=size - 1)[:, 0]
-
-
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for `length` positions, instead of one that is copied for every token."""
-
-    def __init__(self, layer: DynamicLayer, length: int):
-        super().__init__()
-        self.__dict__.update(layer.__dict__)
-        used = layer.keys.shape[-2]
-        self._buffers = []
-        for tensor in (layer.keys, layer.values):
-            buffer = tensor.new_empty(*tensor.shape[:-2], length, tensor.shape[-1])
-            buffer[..., :used, :] = tensor
-            self._buffers.append(buffer)
-        self.keys, self.values = (buffer[..., :used, :] for buffer in self._buffers)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [batch, heads, new positions, width]; return all so far."""
-        used = self.keys.shape[-2]
-        end = used + key_states.shape[-2]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., used:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def _with_room(cache: Any, length: int) -> Any:
-    """The model's cache, its layers replaced where they are of the kind that grows by copying."""
-    if isinstance(cache, DynamicCache):
-        cache.layers = [RoomyLayer(layer, length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def sequences_at_once(model: PreTrainedModel, length: int) -> int:
