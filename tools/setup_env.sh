@@ -30,9 +30,11 @@ install_once() {
     return
   fi
   echo "installing $name into $ENV_DIR (log: $ENV_DIR/pip.log)"
-  # All of pip's output goes to the log; the terminal shows which packages it downloads and installs.
+  # All of pip's output goes to the log; a terminal shows, in one line, which package is being fetched or installed.
   if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check "$@" 2>&1 | tee -a "$ENV_DIR/pip.log" |
-    awk '/^(Collecting|Downloading|Installing collected)/ { print "  " substr($0, 1, 100); fflush() }'; then
+    awk -v terminal="$([[ -t 1 ]] && echo 1)" '
+      terminal && /^(Collecting|Downloading|Installing collected)/ { printf "\r\033[K  %s", substr($0, 1, 70); fflush() }
+      END { if (terminal) printf "\r\033[K" }'; then
     echo "error: pip could not install $name; its last lines, from $ENV_DIR/pip.log:" >&2
     tail -n 5 "$ENV_DIR/pip.log" >&2
     return 1
