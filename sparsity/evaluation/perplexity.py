@@ -148,7 +148,9 @@ def token_windows(
     needed = context + (limit - 1) * stride if limit else None
     stream = token_blocks(tokenizer, texts, block_size=1, limit=needed).flatten()
     if len(stream) < context:
-        raise UserError(f"the text has only {len(stream)} tokens, less than --context {context}")
+        raise UserError(
+            f"the text has only {len(stream)} tokens, less than a window of {context}; give more or a smaller window"
+        )
     return stream.unfold(0, context, stride)
 
 

@@ -124,13 +124,6 @@ def test_perplexity_of_named_texts_is_that_of_eval_ppl(one_process, model_dir, s
         assert result.stdout.rstrip().splitlines()[-1].startswith("ROUGE scores: ")
 
 
-@pytest.mark.parametrize(("pairs", "message"), [(["x"], "takes NAME=SOURCE"), (["a={0}", "a={0}"], "names 'a' twice")])
-def test_names_of_texts_are_checked(model_dir, data_path, pairs, message):
-    pairs = [pair.format(data_path) for pair in pairs]
-    command = ["eval.py", "--model_dir", model_dir, "--data_path", data_path, *LENGTHS, "--perplexity_context", "16"]
-    assert_clear_error(run_inline(*command, "--perplexity_data", *pairs), message)
-
-
 def test_two_processes_report_an_error_once_and_stop(model_dir, tmp_path):
     result = run_two_processes("eval.py", "--model_dir", model_dir, "--data_path", tmp_path / "absent.json")
     assert result.returncode != 0
