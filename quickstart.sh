@@ -6,7 +6,8 @@
 # Everything it needs comes from PyPI: no model hub, no account. By default it takes about 12 minutes on two CPU cores;
 # --full takes longer, on more text and all test examples. A CUDA GPU is used where there is one. A step whose result is
 # there and whose command, script and input files have not changed since is not run again, so a second run only prints
-# the table, and an interrupted one resumes. The screen shows one line a step; all output is in log files. PYTHON and TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
+# the table, and an interrupted one resumes. The screen shows one line a step; all output goes to log files. PYTHON and
+# TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

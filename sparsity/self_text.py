@@ -93,7 +93,7 @@ def self_text(
         UserError: the model cannot be loaded, has no output head, or gives no finite probabilities; no memory for it.
     """
     dtype = _dtype(model_name, device, trust_remote_code)
-    model = dense or load_model(model_name, dtype, trust_remote_code)
+    model = load_model(model_name, dtype, trust_remote_code) if dense is None else dense
     if model.get_output_embeddings() is None:
         raise UserError(f"'{model_name}' has no output head to write text with; give text files in place of 'self'")
     prompt = prompt_of(tokenizer)[: length - 1]
@@ -110,7 +110,9 @@ def self_text(
     missing = [number for number in numbers if number not in found]
     try:
         if missing:
-            model = (load_model(model_name, dtype, trust_remote_code) if dense else model).to(device)
+            if dense is not None:
+                model = load_model(model_name, dtype, trust_remote_code)
+            model.to(device)
         with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=hide_bar() or not missing) as bar:
             for number in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
