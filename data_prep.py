@@ -5,7 +5,8 @@
     python data_prep.py --save_path data --source my.csv --input_column body --output_column abstract
 
 Writes SAVE_PATH/cnn_train.json and SAVE_PATH/cnn_eval.json, JSON lists of {"instruction", "input", "output"}. With
---source aclsum also calib.jsonl (bodies of training papers) and heldout.jsonl (bodies of test papers), {"text"} a line.
+--source aclsum also calib.jsonl (bodies of training papers) and heldout.jsonl (bodies of test papers), {"text"} a line,
+and manual.txt (the manual that comes with Python), to measure perplexity on text of another kind.
 An article of the evaluation set is left out of the training set, so that no score is measured on seen text.
 """
 
@@ -18,8 +19,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
-
-from tqdm import tqdm
 
 from sparsity import sources
 from sparsity.errors import UserError
@@ -131,6 +130,8 @@ def write_records(
     Raises:
         UserError: nothing was left to write.
     """
+    from tqdm import tqdm
+
     written: set[bytes] = set()
     count = empty = seen = 0
     for article, summary, instruction in tqdm(triples, f"{what} records", unit="", disable=None):
@@ -160,6 +161,8 @@ def write_records(
 
 def write_lines(items: Iterable[dict[str, str]], stream: TextIO, what: str) -> None:
     """Write one JSON object per line."""
+    from tqdm import tqdm
+
     count = 0
     for item in tqdm(items, what, unit="", disable=None):
         stream.writelines(json_lines([item]))
@@ -175,7 +178,7 @@ def main() -> None:
     lock_output_dir(folder)
     names = ["cnn_train.json", "cnn_eval.json"]
     if args.source == "aclsum":
-        names += ["calib.jsonl", "heldout.jsonl"]
+        names += ["calib.jsonl", "heldout.jsonl", "manual.txt"]
     # The files replace older ones together, at the end: training and evaluation sets never come from two runs.
     with ExitStack() as stack:
         temporaries = [stack.enter_context(atomic_path(folder / name)) for name in names]
@@ -186,6 +189,7 @@ def main() -> None:
             if args.source == "aclsum":
                 write_lines(sources.aclsum_bodies("train", without="test"), streams[2], "calibration text")
                 write_lines(sources.aclsum_bodies("test"), streams[3], "held-out text")
+                streams[4].write(sources.python_manual())
     print("wrote " + ", ".join(str(folder / name) for name in names))
 
 

@@ -7,7 +7,7 @@ r"""ROUGE of a model's summaries: beam search over instruction / input / output 
 Without --modelopt_restore_path the model is scored as it is. `python eval.py …` runs one process, and so does
 `accelerate launch --cpu`; `torchrun --nproc_per_node=2 eval.py …` runs two, on the CPU too. Every example is scored
 exactly once, and the scores do not depend on the number of processes. The last line printed is `ROUGE scores: {…}`,
-in percent.
+in percent. With --perplexity_data the same process also measures perplexity, as eval_ppl.py does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from sparsity.errors import UserError
 from utils import Parser, add_inference_options, add_template_options, check_at_least, run_cli
 
+PERPLEXITY_BATCH = 4  # blocks at a time
+
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -27,6 +29,18 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--data_path", required=True, help="JSON or JSONL records, e.g. data/cnn_eval.json")
     what.add_argument("--limit", type=int, metavar="N", help="score only the first N records")
     add_template_options(what)
+    text = parser.add_argument_group("perplexity", "Measured before the summaries, with the model that is loaded once.")
+    text.add_argument(
+        "--perplexity_data",
+        nargs="+",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="texts by name, e.g. papers=heldout.jsonl manual=manual.txt; sources as of eval_ppl.py --text",
+    )
+    text.add_argument(
+        "--perplexity_context", type=int, default=2048, help="tokens of a block, as eval_ppl.py --context"
+    )
+    text.add_argument("--perplexity_blocks", type=int, metavar="N", help="use only the first N blocks of each text")
     how = parser.add_argument_group("generation")
     how.add_argument("--batch_size", type=int, default=1, help="prompts per process at a time")
     how.add_argument("--beam_size", type=int, default=4, help="beams; 1 is greedy decoding")
@@ -51,7 +65,10 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded."""
-    check_at_least(args, 1, "batch_size", "beam_size", "model_max_length", "max_new_tokens", "limit")
+    check_at_least(
+        args, 1, "batch_size", "beam_size", "model_max_length", "max_new_tokens", "limit", "perplexity_blocks"
+    )
+    check_at_least(args, 2, "perplexity_context")
     if not 0 <= args.min_new_tokens <= args.max_new_tokens:
         raise UserError(
             f"--min_new_tokens must lie between 0 and --max_new_tokens {args.max_new_tokens}, "
@@ -65,16 +82,19 @@ def main() -> None:
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     from sparsity import files, models, text
-    from sparsity.devices import use_tf32
+    from sparsity.devices import inference_dtype, keep_freed_memory, use_tf32
+    from sparsity.evaluation import perplexity
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
     from sparsity.evaluation.rouge import print_scores, score_predictions
-    from sparsity.figures import save_scores
-    from sparsity.processes import fail_together, start_processes, warn
+    from sparsity.figures import PERPLEXITIES, save_scores
+    from sparsity.processes import fail_together, report_on_main, start_processes, warn
     from sparsity.states import load_for_inference
 
     process = start_processes(args.device)
     use_tf32(True)
+    keep_freed_memory()
+    args.dtype = inference_dtype(args.dtype, process.device)
 
     # Phase 1: everything cheap is checked before the model is loaded, and the model before any generation.
     with fail_together(process):
@@ -83,6 +103,8 @@ def main() -> None:
         models.check_lengths(
             config, {"--model_max_length": args.model_max_length, "--max_new_tokens": args.max_new_tokens}
         )
+        if args.perplexity_data:
+            models.check_lengths(config, {"--perplexity_context": args.perplexity_context})
         if args.modelopt_restore_path:
             files.require_file(args.modelopt_restore_path, "modelopt state")
         if args.output_json:
@@ -99,11 +121,20 @@ def main() -> None:
             log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
             log.check()
         prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
+        tasks = perplexity.named_tasks(tokenizer, args.perplexity_data, args.perplexity_context, args.perplexity_blocks)
         model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
         model.to(process.device)
         generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
 
-    # Phase 2: generation. One process looks for finished work, so that all share out the same list of batches.
+    # Phase 2: perplexity, of which every process measures its share.
+    perplexities = {}
+    with report_on_main(process):
+        for name, task in tasks.items():
+            share = (process.process_index, process.num_processes)
+            perplexities[name] = perplexity.measure(model, task, process.device, PERPLEXITY_BATCH, share)
+            process.print(perplexity.result_line(perplexities[name], name))
+
+    # Phase 3: generation. One process looks for finished work, so that all share out the same list of batches.
     from accelerate.utils import broadcast_object_list, gather_object
 
     done = broadcast_object_list([log.load() if log and process.is_main_process else {}])[0]
@@ -115,7 +146,7 @@ def main() -> None:
     predictions = {**done, **dict(gather_object(list(own.items())))}
     seconds = time.perf_counter() - start
 
-    # Phase 3: scores, by the main process.
+    # Phase 4: scores, by the main process.
     with fail_together(process):
         if process.is_main_process:
             assert sorted(predictions) == list(range(len(records)))
@@ -132,6 +163,7 @@ def main() -> None:
                 "device": str(process.device),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "arguments": vars(args),
+                **({PERPLEXITIES: perplexities} if perplexities else {}),
             }
             if args.output_json:
                 save_scores({**scores, **facts}, args.output_json)

@@ -13,7 +13,6 @@ tokenizer measured with one protocol.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 from sparsity.errors import UserError
@@ -57,56 +56,35 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
-    from sparsity import files, models, sources
-    from sparsity.devices import resolve_device, use_tf32
+    from sparsity import files, models
+    from sparsity.devices import inference_dtype, keep_freed_memory, resolve_device, use_tf32
     from sparsity.evaluation import perplexity
     from sparsity.states import load_for_inference
 
     # Phase 1: cheap checks, and the windows of text.
     device = resolve_device(args.device)
     use_tf32(True)
+    keep_freed_memory()
+    args.dtype = inference_dtype(args.dtype, device)
     if args.output_json:
         files.prepare_output_dir(Path(args.output_json).parent)
     if args.modelopt_restore_path:
         files.require_file(args.modelopt_restore_path, "modelopt state")
     texts = perplexity.choose_texts(args.text, args.dataset_config, args.split, args.text_column)
-    if len(texts) > 1 and not args.max_blocks:
-        raise UserError("several texts are weighted by windows; say how many windows in all with --max_blocks")
-    for measured in texts:
-        sources.check_source(measured.source)
     config = models.load_config(args.model_dir, args.trust_remote_code)
     models.check_lengths(config, {"--context": args.context})
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
-    windows = perplexity.windows_of(tokenizer, texts, args.context, args.stride, args.max_blocks)
-    scored = perplexity.scored_tokens(windows, args.stride)
-    protocol = perplexity.protocol_line(windows, args.stride, scored, ", ".join(map(str, texts)))
-    print(protocol, flush=True)
+    task = perplexity.make_task(tokenizer, texts, args.context, args.stride, args.max_blocks)
+    print(task.protocol, flush=True)
 
     # Phase 2: the figure.
     model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
     model.to(device)
-    start = time.perf_counter()
-    value = perplexity.perplexity(model, windows, device, args.batch_size, args.stride)
-    seconds = time.perf_counter() - start
-    if value != value:
-        raise UserError(
-            "the perplexity is not a number: the model overflows in this precision; try --dtype bf16 or fp32"
-        )
+    found = perplexity.measure(model, task, device, args.batch_size)
     if args.output_json:
-        result = {
-            "perplexity": value,
-            "tokens": scored,
-            "windows": len(windows),
-            "context": args.context,
-            "stride": args.stride,
-            "protocol": protocol,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(device),
-            "seconds": seconds,
-            "arguments": vars(args),
-        }
-        files.save_json(result, args.output_json)
-    print(f"perplexity: {value:.4f} ({scored} tokens in {seconds:.1f} s)")
+        facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "arguments": vars(args)}
+        files.save_json({**found, **facts}, args.output_json)
+    print(perplexity.result_line(found))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from utils import Parser, add_device_options, add_remote_code_option, check_at_l
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+    from transformers import PreTrainedModel
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,7 +110,11 @@ def choose_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def load_calibration_set(
-    args: argparse.Namespace, sources: list[Source], device: torch.device, process: PartialState
+    args: argparse.Namespace,
+    sources: list[Source],
+    device: torch.device,
+    process: PartialState,
+    model: PreTrainedModel,
 ) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
     """The batches of calibration and what their tokens count, in every process.
 
@@ -125,7 +130,7 @@ def load_calibration_set(
         tokenizer = load_tokenizer(name, args.trust_remote_code)
 
         def write(count: int) -> torch.Tensor:
-            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code)
+            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code, dense=model)
 
         return load_calibration(tokenizer, sources, args.calib_size, length, args.batch_size, args.seed, write)
 
@@ -190,7 +195,7 @@ def main() -> None:
         if process.is_main_process:
             files.lock_output_dir(output_dir)
     if sources:
-        batches, token_weights = load_calibration_set(args, sources, device, process)
+        batches, token_weights = load_calibration_set(args, sources, device, process, model)
         with fail_together(process):
             own, own_weights = share_of_process(batches, process), share_of_process(token_weights, process)
             settings = [args.ignore, args.dtype, args.batch_size]

@@ -3,10 +3,11 @@
 #
 #   bash quickstart.sh [--full]
 #
-# Everything it needs comes from PyPI: no model hub, no account. By default it takes about 15 minutes on two CPU cores;
+# Everything it needs comes from PyPI: no model hub, no account. By default it takes about 12 minutes on two CPU cores;
 # --full takes longer, on more text and all test examples. A CUDA GPU is used where there is one. A step whose result is
 # there and whose command, script and input files have not changed since is not run again, so a second run only prints
-# the table, and an interrupted one resumes. PYTHON and TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
+# the table, and an interrupted one resumes. The screen shows one line a step; all output goes to log files. PYTHON and
+# TORCH_SPEC choose interpreter and torch; see tools/setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -19,13 +20,16 @@ save_steps=40      # steps between checkpoints, from which an interrupted run re
 learning_rate=3e-4 # so small a model and so few steps need more than the 2e-5 of large models
 examples=16        # test papers to summarize for ROUGE
 beams=2            # beam search width
-eval_batch=4       # prompts generated together
-windows=32         # perplexity windows
+eval_batch=16      # prompts generated together
+windows=32         # perplexity windows of each text
 name=quickstart
+# The steps in order, and their seconds on two cores of an Intel Xeon with AMX; tools/pace.py adapts them to the machine.
+plan="model 12 data 12 PTS 110 SAT 200 evaluate-dense 40 evaluate-PTS 40 evaluate-SAT 40"
 case ${1:-} in
   "") ;;
   --full)
     calib_size=128 quality=balanced max_steps=500 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
+    plan="model 12 data 12 PTS 330 SAT 1250 evaluate-dense 330 evaluate-PTS 330 evaluate-SAT 330"
     ;;
   -h | --help)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -46,24 +50,7 @@ begin=$SECONDS
 source tools/setup_env.sh
 setup_env .venv "" requirements.txt requirements/demo.txt
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 # loading and saving take a moment and need no bars
 mkdir -p data/steps "$out/steps"
-
-# logged FILE COMMAND… : run the command, its output also going to FILE; on a terminal it keeps its progress bars
-logged() {
-  if [[ -t 1 ]]; then
-    python -c '
-import os, pty, sys
-log = open(sys.argv[1], "wb", buffering=0)
-def copy(source):
-    data = os.read(source, 65536)
-    log.write(data)
-    return data
-sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[2:], copy)))' "$@"
-  else
-    "${@:2}" 2>&1 | tee "$1"
-  fi
-}
 
 # current STAMP RESULT COMMAND… : whether RESULT was made by this very command from the files it names as they are now
 current() {
@@ -71,6 +58,7 @@ current() {
   [[ -s $2 && -f $stamp && $(<"$stamp") == "${*:3}" ]] || return 1
   for word in "${@:3}"; do
     [[ $word == *=* && -f ${word%%=*} ]] && word=${word%%=*} # a source of text with its weight
+    [[ $word == *=* && -f ${word#*=} ]] && word=${word#*=}   # a source of text with its name
     [[ $word == *.* && -f ${word//.//}.py ]] && word=${word//.//}.py # a module, run with python -m
     if [[ -f $word && $word -nt $stamp && $word != "$2" ]]; then
       return 1
@@ -79,23 +67,22 @@ current() {
 }
 
 # step NAME RESULT COMMAND… : run the command, which makes the file RESULT, unless that is current
-number=0
+pace=""
 step() {
-  local title=$1 result=$2 start=$SECONDS stamp=$steps/$1.done log=$steps/$1.log
+  local name=$1 result=$2 stamp=$steps/$1.done log=$steps/$1.log
   shift 2
-  number=$((number + 1))
   if current "$stamp" "$result" "$@"; then
-    printf '\n[%2d] %s: already done (%s)\n' $number "$title" "$result"
+    echo "$name: already done ($result)"
     return
   fi
-  printf '\n[%2d] %s: %s\n' $number "$title" "$*"
   rm -f "$stamp"
-  if ! logged "$log" "$@"; then
-    printf '\nerror: step %s failed; its output is in %s. To resume from here: %s\n' "$title" "$log" "$again" >&2
+  [[ -n $pace ]] || pace=$(python -m tools.pace)
+  if ! python tools/run_step.py --log "$log" --plan "$plan" --name "$name" --pace "$pace" \
+    --begin $(($(date +%s) - SECONDS + begin)) -- "$@"; then
+    printf '\nerror: step %s failed; its output is in %s. To resume from here: %s\n' "$name" "$log" "$again" >&2
     exit 1
   fi
   echo "$*" >"$stamp"
-  printf '     %s took %d s\n' "$title" $((SECONDS - start))
 }
 
 # ------------------------------------------------------------------------------------------------- steps
@@ -130,9 +117,9 @@ for run in dense PTS SAT; do
   esac
   results=$out/eval/$run
   runs+=(--run "$run=$results")
-  step "perplexity-$run" "$results/ppl.json" python eval_ppl.py --model_dir $model ${state[@]+"${state[@]}"} \
-    --text $data/heldout.jsonl --context $length --max_blocks $windows --output_json "$results/ppl.json"
-  step "ROUGE-$run" "$results/rouge.json" python eval.py --model_dir $model ${state[@]+"${state[@]}"} \
+  step "evaluate-$run" "$results/rouge.json" python eval.py --model_dir $model ${state[@]+"${state[@]}"} --dtype fastest \
+    --perplexity_data "papers=$data/heldout.jsonl" "manual=$data/manual.txt" \
+    --perplexity_context $length --perplexity_blocks $windows \
     --data_path $data/cnn_eval.json --limit $examples --batch_size $eval_batch --beam_size $beams \
     --model_max_length $length --predictions "$results/predictions.jsonl" --output_json "$results/rouge.json"
 done

@@ -5,9 +5,10 @@ r"""Compare the dense, pruned and fine-tuned model: a table on the terminal, one
         --model_dir MODEL --pts_layers DIR/pts_layers.jsonl --train_log DIR/finetuned/train_log.jsonl \
         --output_dir DIR/report
 
-A run is a folder with any of ppl.json (eval_ppl.py --output_json), rouge.json (eval.py --output_json) and
-predictions.jsonl (eval.py --predictions). What is not given is left out of the report. The page holds its images, so
-report.html alone can be sent to someone.
+A run is a folder with any of rouge.json (eval.py --output_json), ppl.json and ppl_NAME.json (eval_ppl.py --output_json,
+for several texts with their names), and predictions.jsonl (eval.py --predictions). Each text whose perplexity was
+measured, also by eval.py --perplexity_data, has a column. What is not given is left out of the report. The page holds
+its images, so report.html alone can be sent to someone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sparsity.devices import DTYPES
+from sparsity.devices import INFERENCE_DTYPES
 from sparsity.errors import UserError, first_line
 from sparsity.files import release_locks
 
@@ -83,7 +83,12 @@ def add_inference_options(group: argparse._ArgumentGroup) -> None:
     """The model to measure: dense or with a state, its precision and its device."""
     group.add_argument("--model_dir", required=True, help="Hugging Face model folder or hub id, dense or exported")
     group.add_argument("--modelopt_restore_path", metavar="STATE", help="sparse state from hf_pts.py or finetune.py")
-    group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (by default the checkpoint's own)")
+    group.add_argument(
+        "--dtype",
+        choices=INFERENCE_DTYPES,
+        help="precision of the weights (by default the checkpoint's own); fastest: bf16 where the device computes "
+        "faster with it",
+    )
     add_device_options(group)
     add_remote_code_option(group)
 

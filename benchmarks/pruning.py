@@ -42,7 +42,7 @@ from sparsity.models import load_model, load_tokenizer
 from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
 from sparsity.self_text import self_text
-from sparsity.sources import SELF, Source, parse_sources
+from sparsity.sources import SELF, Source, parse_sources, python_manual
 from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, check_at_least, run_cli
 
@@ -168,7 +168,7 @@ def perplexities(
         **{name: texts.pieces(args.texts / f"{name}.txt") for name in ("jargon", "novel")},
     }
     blocks = {name: sample_blocks(tokenizer, found, args.length, args.eval_size, 0) for name, found in read.items()}
-    blocks["manual"] = token_blocks(tokenizer, texts.manual(), args.length, args.eval_size)
+    blocks["manual"] = token_blocks(tokenizer, [python_manual()], args.length, args.eval_size)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(CPU)):
         return {kind: perplexity(model, blocks[kind], CPU) for kind in KINDS}
 

@@ -28,13 +28,6 @@ CUT = 20_000  # characters of a piece of one long text, so that samples come fro
 R_STRINGS = b"\0\0\0\x10"  # in R's serialization, the type of a vector of strings
 
 
-def manual() -> list[str]:
-    """The topics of Python's manual, as `help()` shows them."""
-    from pydoc_data.topics import topics
-
-    return ["\n\n".join(text for _, text in sorted(topics.items()))]
-
-
 def source_code() -> list[str]:
     """The modules straight in Python's standard library."""
     return [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # values of --dtype and torch's names for them
+FASTEST = "fastest"
+INFERENCE_DTYPES = (*DTYPES, FASTEST)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -54,6 +56,13 @@ def bf16_is_faster(device: torch.device) -> bool:
 
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def inference_dtype(name: str | None, device: torch.device) -> str | None:
+    """The key of `DTYPES` for a --dtype of `INFERENCE_DTYPES`; None keeps the checkpoint's own precision."""
+    if name != FASTEST:
+        return name
+    return "bf16" if bf16_is_faster(device) else None
 
 
 @contextlib.contextmanager
@@ -96,3 +105,15 @@ def return_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next tensors from now on, where the C library is glibc.
+
+    glibc would fetch every large tensor from the operating system and return it, and the system fills each page with
+    zeros when it is first written: a third of the time of an evaluation. The process stays as large as it ever was.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)

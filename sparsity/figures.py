@@ -17,6 +17,9 @@ INTERVALS = "confidence_intervals_95"  # [low, high] by name, in the unit of the
 PERCENT = "percent"
 
 
+PERPLEXITIES = "perplexities"  # of the texts of eval.py --perplexity_data: figures of each by its name
+
+
 def save_scores(scores: dict[str, Any], path: str | Path) -> None:
     """Write ROUGE in percent, with whatever else `scores` holds; the file says its unit."""
     save_json({**scores, "unit": PERCENT}, path)

@@ -20,18 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
-from sparsity.models import cache_name, few_values, load_model
+from sparsity.models import cache_name, few_values, load_config, load_model
 from sparsity.processes import hide_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEQUENCES_AT_ONCE = 32  # each step reads all weights once, for however many sequences
+FEW_AT_ONCE = 16  # in the first two batches, so that less is written where little is asked for
 MOST_CACHE_BYTES = 2**30  # of keys and values
 TOKENS_IN_A_SUM = 256  # of probabilities, when a token is drawn
 
@@ -70,6 +71,7 @@ def self_text(
     trust_remote_code: bool = False,
     folder: Path | None = None,
     part: tuple[int, int] = (0, 1),
+    dense: PreTrainedModel | None = None,
 ) -> Tensor:
     """Text by a dense model, from the cache as far as it is there.
 
@@ -82,6 +84,7 @@ def self_text(
         folder: the cache, by default `cache_folder()`.
         part: number of this process, and of all that share the writing: each takes every `part[1]`-th batch. Once all
             have written, anyone finds the whole text in the cache.
+        dense: the same model where it is loaded already, in any precision. If all is in the cache, none is loaded then.
 
     Returns:
         int64 [sequences, length] on the CPU; of a part only its own.
@@ -89,26 +92,31 @@ def self_text(
     Raises:
         UserError: the model cannot be loaded, has no output head, or gives no finite probabilities; no memory for it.
     """
-    on_cpu = torch.bfloat16 if bf16_is_faster(device) else torch.float32
-    model = load_model(model_name, on_cpu if device.type == "cpu" else "auto", trust_remote_code)
+    dtype = _dtype(model_name, device, trust_remote_code)
+    model = load_model(model_name, dtype, trust_remote_code) if dense is None else dense
     if model.get_output_embeddings() is None:
         raise UserError(f"'{model_name}' has no output head to write text with; give text files in place of 'self'")
-    at_once = sequences_at_once(model, length)
     prompt = prompt_of(tokenizer)[: length - 1]
-    settings = [length, seed, at_once, len(tokenizer), prompt, device.type, str(model.dtype)]
-    kept = prepare_output_dir((folder or cache_folder()) / _key(model, settings))
+    most = sequences_at_once(model, length, dtype)
+    settings = [length, seed, most, len(tokenizer), prompt, device.type, str(dtype)]
+    kept = prepare_output_dir((folder or cache_folder()) / _key(model, settings, dtype))
+    sizes = batch_sizes(sequences, most)
     first, step = part
-    numbers = range(first, -(-sequences // at_once), step)
+    numbers = range(first, len(sizes), step)
     files = {number: kept / f"batch_{number:04d}.safetensors" for number in numbers}
-    found = {number: tokens for number, file in files.items() if (tokens := _load(file, at_once, length)) is not None}
+    found = {
+        number: tokens for number, file in files.items() if (tokens := _load(file, sizes[number], length)) is not None
+    }
     missing = [number for number in numbers if number not in found]
     try:
         if missing:
+            if dense is not None:
+                model = load_model(model_name, dtype, trust_remote_code)
             model.to(device)
         with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=hide_bar() or not missing) as bar:
             for number in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                found[number] = write_batch(model, at_once, length, generator, len(tokenizer), prompt, bar)
+                found[number] = write_batch(model, sizes[number], length, generator, len(tokenizer), prompt, bar)
                 with atomic_path(files[number]) as temporary:
                     save_file({"input_ids": found[number]}, temporary)
     except torch.OutOfMemoryError as error:
@@ -119,6 +127,26 @@ def self_text(
         torch.cuda.empty_cache()
     batches = [found[number] for number in numbers]
     return torch.cat(batches)[:sequences] if batches else torch.empty(0, length, dtype=torch.long)
+
+
+def batch_sizes(sequences: int, most: int) -> list[int]:
+    """Sizes of the batches that hold `sequences` or a few more; those for fewer sequences begin those for more.
+
+    >>> batch_sizes(10, 32), batch_sizes(40, 32)
+    ([16], [16, 16, 32])
+    """
+    sizes: list[int] = []
+    while sum(sizes) < sequences:
+        sizes.append(min(most, FEW_AT_ONCE if len(sizes) < 2 else most))
+    return sizes
+
+
+def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> torch.dtype:
+    """The precision to write in: the checkpoint's own on a GPU, the faster one of two on a CPU."""
+    if device.type == "cpu":
+        return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+    own = getattr(load_config(model_name, trust_remote_code), "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 @torch.inference_mode()
@@ -155,7 +183,7 @@ def write_batch(
     while known < length:
         output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
         if not cache:
-            cache = {cache_name(output): _with_room(output[cache_name(output)], length)}
+            cache = {cache_name(output): give_room(output[cache_name(output)], length)}
         tokens[:, known] = draw(output.logits[:, -1, :size], generator).cpu()
         if bar is not None:
             bar.update(known - done)
@@ -190,54 +218,22 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (block * TOKENS_IN_A_SUM + token).clamp(max=size - 1)[:, 0]
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for `length` positions, instead of one that is copied for every token."""
-
-    def __init__(self, layer: DynamicLayer, length: int):
-        super().__init__()
-        self.__dict__.update(layer.__dict__)
-        used = layer.keys.shape[-2]
-        self._buffers = []
-        for tensor in (layer.keys, layer.values):
-            buffer = tensor.new_empty(*tensor.shape[:-2], length, tensor.shape[-1])
-            buffer[..., :used, :] = tensor
-            self._buffers.append(buffer)
-        self.keys, self.values = (buffer[..., :used, :] for buffer in self._buffers)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [batch, heads, new positions, width]; return all so far."""
-        used = self.keys.shape[-2]
-        end = used + key_states.shape[-2]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., used:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def _with_room(cache: Any, length: int) -> Any:
-    """The model's cache, its layers replaced where they are of the kind that grows by copying."""
-    if isinstance(cache, DynamicCache):
-        cache.layers = [RoomyLayer(layer, length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def sequences_at_once(model: PreTrainedModel, length: int) -> int:
-    """As many as the cache may hold, at most `SEQUENCES_AT_ONCE`; it depends only on the model and the length."""
+def sequences_at_once(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:
+    """As many as a cache in this precision may hold, at most `SEQUENCES_AT_ONCE`."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    per_sequence = 2 * length * config.num_hidden_layers * kept_heads * width * model.dtype.itemsize
+    per_sequence = 2 * length * config.num_hidden_layers * kept_heads * width * dtype.itemsize
     return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // per_sequence))
 
 
-def _key(model: PreTrainedModel, settings: list) -> str:
-    """Hash of what decides the text: a few values of every weight, the configuration's sizes, the settings."""
+def _key(model: PreTrainedModel, settings: list, dtype: torch.dtype) -> str:
+    """Hash of what decides the text: a few values of every weight as in `dtype`, all shapes, and the settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {few_values(tensor)}".encode())
+        values = torch.tensor(few_values(tensor)).to(dtype).tolist()
+        digest.update(f"{name} {list(tensor.shape)} {values}".encode())
     return digest.hexdigest()[:32]
 
 

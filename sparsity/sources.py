@@ -526,6 +526,21 @@ def aclsum_bodies(split: str, without: str | None = None) -> Iterator[dict[str, 
                 yield {"id": paper["id"], "text": text}
 
 
+def python_manual() -> str:
+    """The topics of Python's manual as `help()` shows them: text of another kind than articles or papers.
+
+    It comes with Python itself, so it differs a little between Python's versions.
+
+    Raises:
+        UserError: this Python was installed without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python has no pydoc_data.topics, the text of its manual; install Python whole") from None
+    return "\n\n".join(text for _, text in sorted(topics.items()))
+
+
 def detokenize(sentence: str) -> str:
     """Undo Penn Treebank tokenization.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_llama
+from safetensors.torch import load_file
 
 from sparsity import self_text as module
 from sparsity.errors import UserError
+from sparsity.models import load_model
 from sparsity.self_text import draw, prompt_of, self_text, write_batch
 
 CPU = torch.device("cpu")
@@ -16,8 +18,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def write(model_dir, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SEQUENCES_AT_ONCE", 4)
-    return lambda sequences, length=12, seed=0: self_text(
-        str(model_dir), tokenizer, sequences, length, CPU, seed, folder=tmp_path / "cache"
+    monkeypatch.setattr(module, "FEW_AT_ONCE", 2)
+    return lambda sequences, length=12, seed=0, dense=None: self_text(
+        str(model_dir), tokenizer, sequences, length, CPU, seed, folder=tmp_path / "cache", dense=dense
     )
 
 
@@ -55,13 +58,23 @@ def test_text_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_shorter(w
 def test_finished_batches_are_kept_and_damaged_ones_written_again(write, tmp_path, monkeypatch):
     text = write(8)
     files = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    assert len(files) == 2
+    assert [len(load_file(file)["input_ids"]) for file in files] == [2, 2, 4]
     files[1].write_bytes(files[1].read_bytes()[:40])
     written = []
     original = module.write_batch
     monkeypatch.setattr(module, "write_batch", lambda *args: written.append(1) or original(*args))
     assert torch.equal(write(8), text)
     assert len(written) == 1
+
+
+def test_a_model_is_loaded_only_to_write(write, model_dir, monkeypatch):
+    """Whoever has the dense model, in another precision even, gets what is in the cache without loading another."""
+    text = write(4)
+    dense = load_model(str(model_dir), torch.float64)
+    monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("loaded a model"))
+    assert torch.equal(write(4, dense=dense), text)
+    monkeypatch.setattr(module, "load_model", load_model)
+    assert torch.equal(write(8, dense=dense)[:4], text)
 
 
 def test_an_interrupted_run_keeps_what_it_has_finished(write, tmp_path, monkeypatch):

@@ -24,15 +24,20 @@ find_python() {
 
 # install_once NAME TEXT PIP-ARGUMENTS… : runs pip unless NAME was installed here for the same TEXT
 install_once() {
-  local name=$1 text=$2 stamp="$ENV_DIR/.installed-${1//\//-}"
+  local name=$1 text=$2 stamp="$ENV_DIR/.installed-${1//\//-}" terminal=""
   shift 2
+  if [[ -t 1 ]]; then
+    terminal=1
+  fi
   if [[ -f $stamp && $(<"$stamp") == "$text" ]]; then
     return
   fi
   echo "installing $name into $ENV_DIR (log: $ENV_DIR/pip.log)"
-  # All of pip's output goes to the log; the terminal shows which packages it downloads and installs.
+  # All of pip's output goes to the log; a terminal shows, in one line, which package is being fetched or installed.
   if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check "$@" 2>&1 | tee -a "$ENV_DIR/pip.log" |
-    awk '/^(Collecting|Downloading|Installing collected)/ { print "  " substr($0, 1, 100); fflush() }'; then
+    awk -v terminal="$terminal" '
+      terminal && /^(Collecting|Downloading|Installing collected)/ { printf "\r\033[K  %s", substr($0, 1, 70); fflush() }
+      END { if (terminal) printf "\r\033[K" }'; then
     echo "error: pip could not install $name; its last lines, from $ENV_DIR/pip.log:" >&2
     tail -n 5 "$ENV_DIR/pip.log" >&2
     return 1

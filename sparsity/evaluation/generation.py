@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity.caches import give_room
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.models import cache_name
@@ -74,8 +75,8 @@ def generate_batch(
     }
     try:
         with torch.inference_mode():
-            if config.num_beams > 1 and longest > 1:
-                inputs |= shared_prefill(model, **inputs, beams=config.num_beams)
+            if longest > 1:
+                inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
             output = model.generate(**inputs, generation_config=config)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
@@ -87,12 +88,13 @@ def generate_batch(
 
 
 def shared_prefill(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, beams: int
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, beams: int, new_tokens: int
 ) -> dict[str, Any]:
     """Process each prompt once for all its beams; `generate` alone would process it once per beam.
 
     Args:
         input_ids, attention_mask: int64 tensors [batch, L], L > 1, padded on the left.
+        new_tokens: how many the cache must have room for, instead of being copied for every token.
 
     Returns:
         {"cache": cache of the first L - 1 tokens for batch * beams rows}, for `generate` to continue from, under the
@@ -105,10 +107,11 @@ def shared_prefill(
         # The decoder without its head: the logits of a prompt are not needed.
         output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
         name = cache_name(output)
-        output[name].batch_repeat_interleave(beams)
+        if beams > 1:
+            output[name].batch_repeat_interleave(beams)
     except (AttributeError, KeyError, TypeError):
         return {}
-    return {name: output[name]}
+    return {name: give_room(output[name], input_ids.shape[1] + new_tokens)}
 
 
 def predict(

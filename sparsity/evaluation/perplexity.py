@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sparsity.errors import UserError
-from sparsity.sources import Source, parse_sources, read_source
+from sparsity.processes import hide_bar, sum_over_processes
+from sparsity.sources import Source, check_source, parse_sources, read_source
 from sparsity.text import token_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def perplexity(
+TOKENS_AT_ONCE = 16  # whose 32-bit logits are held: small enough for a processor's cache
+
+
+def total_loss(
     model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
-) -> float:
-    """Exp of the mean next-token negative log-likelihood, in nats, over blocks of token ids.
+) -> tuple[float, int]:
+    """Sum of the next-token negative log-likelihoods, in nats, over blocks of token ids, and how many tokens it is of.
 
     Args:
         blocks: int64 tensor [N, T]; T - 1 tokens of each are scored.
@@ -33,18 +39,35 @@ def perplexity(
     total, count = 0.0, 0
     length = blocks.shape[1]
     fresh = length - 1 if stride is None else min(stride, length - 1)
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(blocks), batch_size), desc="perplexity", leave=False, disable=None):
+    bar = tqdm(total=len(blocks), desc="perplexity", unit="window", leave=False, disable=hide_bar())
+    with torch.inference_mode(), bar:
+        for start in range(0, len(blocks), batch_size):
             batch = blocks[start : start + batch_size].to(device)
             logits = model(input_ids=batch, use_cache=False).logits
-            # Row by row: 32-bit logits of a whole batch would take gigabytes for a large vocabulary.
             for row, (tokens, scores) in enumerate(zip(batch, logits, strict=True), start=start):
                 scored = fresh if row else length - 1
-                losses = torch.nn.functional.cross_entropy(
-                    scores[-1 - scored : -1].float(), tokens[-scored:], reduction="sum"
-                )
-                total += losses.item()
+                total += _sequence_loss(scores[-1 - scored : -1], tokens[-scored:])
                 count += scored
+            bar.update(len(batch))
+    return total, count
+
+
+def _sequence_loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Sum of -log softmax(logits)[token] in 32 bits, for logits [T, vocabulary] and tokens [T]."""
+    parts = zip(logits.split(TOKENS_AT_ONCE), tokens.split(TOKENS_AT_ONCE), strict=True)
+    losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="sum") for part, wanted in parts]
+    return torch.stack(losses).sum().item()
+
+
+def perplexity(
+    model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
+) -> float:
+    """Exp of the mean next-token negative log-likelihood; see `total_loss` for the arguments."""
+    return exp_mean(*total_loss(model, blocks, device, batch_size, stride))
+
+
+def exp_mean(total: float, count: int) -> float:
+    """Perplexity from a sum of losses in nats; infinite where it exceeds what a float holds."""
     mean = total / count
     return math.inf if mean > 700 else math.exp(mean)
 
@@ -125,7 +148,9 @@ def token_windows(
     needed = context + (limit - 1) * stride if limit else None
     stream = token_blocks(tokenizer, texts, block_size=1, limit=needed).flatten()
     if len(stream) < context:
-        raise UserError(f"the text has only {len(stream)} tokens, less than --context {context}")
+        raise UserError(
+            f"the text has only {len(stream)} tokens, less than a window of {context}; give more or a smaller window"
+        )
     return stream.unfold(0, context, stride)
 
 
@@ -140,3 +165,91 @@ def protocol_line(windows: torch.Tensor, stride: int, scored: int, source: str) 
     count, context = windows.shape
     kind = "blocked" if stride == context else f"sliding by {stride}"
     return f"protocol: {source}; {count} windows of {context} tokens, {kind}; {scored} tokens predicted"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A perplexity to measure: windows [count, context] that start `stride` tokens apart, and how to name them."""
+
+    windows: torch.Tensor
+    stride: int
+    protocol: str
+
+
+def make_task(
+    tokenizer: PreTrainedTokenizerBase, texts: list[MeasuredText], context: int, stride: int, limit: int | None
+) -> Task:
+    """Read the texts and cut them into at most `limit` windows, shared out by weight where there are several.
+
+    Raises:
+        UserError: several texts without a limit, or one that is unreadable or too short.
+    """
+    if len(texts) > 1 and not limit:
+        raise UserError(
+            "several texts are weighted by windows; say how many windows in all with --max_blocks "
+            "(--perplexity_blocks of eval.py)"
+        )
+    for text in texts:
+        check_source(text.source)
+    windows = windows_of(tokenizer, texts, context, stride, limit)
+    scored = scored_tokens(windows, stride)
+    return Task(windows, stride, protocol_line(windows, stride, scored, ", ".join(map(str, texts))))
+
+
+def named_tasks(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[str], context: int, limit: int | None
+) -> dict[str, Task]:
+    """The tasks of options NAME=SOURCE, in blocks of `context` tokens, by name.
+
+    Raises:
+        UserError: an option of another form, a name twice, or as `make_task`.
+    """
+    tasks: dict[str, Task] = {}
+    for pair in pairs:
+        name, separator, source = pair.partition("=")
+        if not separator or not name or not source:
+            raise UserError(f"--perplexity_data takes NAME=SOURCE, found '{pair}', e.g. papers=heldout.jsonl")
+        if name in tasks:
+            raise UserError(f"--perplexity_data names '{name}' twice; every text needs a name of its own")
+        tasks[name] = make_task(tokenizer, choose_texts(source, None, "test", "text"), context, context, limit)
+    return tasks
+
+
+def measure(
+    model: nn.Module, task: Task, device: torch.device, batch_size: int, share: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
+    """The perplexity of a task with its protocol, as the scripts save it.
+
+    Args:
+        share: (index, count): of `count` processes, which all call this, each takes every count-th window. Windows may
+            not overlap then.
+
+    Raises:
+        UserError: the figure is not a number.
+    """
+    start = time.perf_counter()
+    index, processes = share
+    mine = task.windows[index::processes]
+    total, tokens = total_loss(model, mine, device, batch_size, task.stride) if len(mine) else (0.0, 0)
+    if processes > 1:
+        total, tokens = sum_over_processes(torch.tensor([total, tokens], dtype=torch.double, device=device)).tolist()
+    value = exp_mean(total, int(tokens))
+    if value != value:
+        raise UserError(
+            "the perplexity is not a number: the model overflows in this precision; try --dtype bf16 or fp32"
+        )
+    return {
+        "perplexity": value,
+        "tokens": int(tokens),
+        "windows": len(task.windows),
+        "context": task.windows.shape[1],
+        "stride": task.stride,
+        "protocol": task.protocol,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def result_line(found: dict[str, Any], name: str = "") -> str:
+    """What the scripts print of a result of `measure`."""
+    of = f" ({name})" if name else ""
+    return f"perplexity{of}: {found['perplexity']:.4f} ({found['tokens']} tokens in {found['seconds']:.1f} s)"

@@ -12,7 +12,7 @@ from sparsity.models import decoder_layers
 from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
-from sparsity.self_text import sequences_at_once
+from sparsity.self_text import batch_sizes, sequences_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,13 +125,12 @@ def estimate(
 
 def self_text_estimate(model: PreTrainedModel, sequences: int, length: int, kind: str) -> str:
     """A line with the computed time in which the model writes text; each step reads all weights once."""
-    at_once = sequences_at_once(model, length)
-    batches = -(-sequences // at_once)
+    sizes = batch_sizes(sequences, sequences_at_once(model, length, model.dtype))
     weights = sum(p.numel() for p in model.parameters())
-    step = 2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * at_once / (4 * FLOPS[kind])
+    steps = sum(2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * size / (4 * FLOPS[kind]) for size in sizes)
     return (
-        f"self text: {sequences} sequences of {length} tokens, {at_once} at a time; "
-        f"computed time: about {batches * length * step:,.0f} s, none where an earlier run has left it in the cache"
+        f"self text: {sequences} sequences of {length} tokens, {max(sizes)} at a time; "
+        f"computed time: about {length * steps:,.0f} s, none where an earlier run has left it in the cache"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.files import atomic_path
 from sparsity.reporting.plots import COLOURS, plot_layers, plot_loss, plot_scores
-from sparsity.reporting.results import Run
+from sparsity.reporting.results import Run, text_names
 
 if TYPE_CHECKING:
     pass
@@ -78,10 +78,10 @@ def html_samples(runs: list[Run], count: int) -> str:
 def protocol_notes(runs: list[Run]) -> list[str]:
     """One sentence each on how perplexity and ROUGE were measured, as far as the result files say."""
     notes = []
-    for run in runs:
-        if run.perplexity and "protocol" in run.perplexity:
-            notes.append(f"Perplexity {run.perplexity['protocol']}.")
-            break
+    for text in text_names(runs):
+        found = next(run.perplexities[text] for run in runs if text in run.perplexities)
+        if "protocol" in found:
+            notes.append(f"Perplexity{f', {text}' if text else ''}, {found['protocol']}.")
     for run in runs:
         if run.rouge and "examples" in run.rouge:
             notes.append(f"ROUGE: mean F-measure in percent over {run.rouge['examples']} examples.")
@@ -103,7 +103,7 @@ def write_report(
     """Write the PNG files and report.html into `output`; returns the path of the page."""
     parts = [f"<h1>{html.escape(title)}</h1>", html_table(rows)]
     parts += [f'<p class="note">{html.escape(" ".join(protocol_notes(runs)))}</p>']
-    if any(run.perplexity or run.rouge for run in runs):
+    if any(run.perplexities or run.rouge for run in runs):
         image = plot_scores(runs, output / "scores.png")
         parts += ["<h2>Before and after</h2>", embed(image, "Bars of perplexity and ROUGE for each model")]
     if layers:

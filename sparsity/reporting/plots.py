@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.figures import INTERVALS, ROUGE_TYPES
 from sparsity.files import atomic_path
-from sparsity.reporting.results import Run
+from sparsity.reporting.results import Run, text_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,13 +50,21 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
     """Bars of perplexity (lower is better) and ROUGE in percent with its 95% intervals (higher is better)."""
     figure, (left, right) = new_figure((1, 1.2))
     coloured = list(zip(runs, COLOURS, strict=False))
-    measured = [(run.name, run.perplexity["perplexity"], colour) for run, colour in coloured if run.perplexity]
-    for place, (_, value, colour) in enumerate(measured):
-        left.bar(place, value, 0.62, color=colour)
-        left.annotate(f"{value:.1f}", (place, value), (0, 3), textcoords="offset points", ha="center")
-    left.set_xticks(range(len(measured)), [name for name, _, _ in measured])
+    texts = text_names(runs)
+    measured = [run for run in runs if run.perplexities]
+    width = 0.8 / max(1, len(texts))
+    for place, run in enumerate(measured):
+        for number, text in enumerate(texts):
+            if text not in run.perplexities:
+                continue
+            value, where = run.perplexities[text]["perplexity"], place + (number - (len(texts) - 1) / 2) * width
+            # The shade tells the texts apart, the colour the models.
+            left.bar(where, value, width * 0.92, color=COLOURS[runs.index(run) % len(COLOURS)], alpha=1 / (1 + number))
+            label = f"{value:.1f}\n{text}" if text else f"{value:.1f}"
+            left.annotate(label, (where, value), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
+    left.set_xticks(range(len(measured)), [run.name for run in measured])
     left.set_title("Held-out perplexity (lower is better)", fontsize=10.5)
-    left.margins(y=0.12)
+    left.margins(y=0.18 if any(texts) else 0.12)
 
     scored = [(run.name, run.rouge, colour) for run, colour in coloured if run.rouge]
     width = 0.8 / max(1, len(scored))

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.figures import ROUGE_TYPES, read_figures
+from sparsity.figures import PERPLEXITIES, ROUGE_TYPES, read_figures
 from sparsity.files import read_json
 from sparsity.matrices import inspect_path, zero_totals
 
 
 @dataclass
 class Run:
-    """One model's results; what its folder lacks stays None or empty."""
+    """One model's results; what its folder lacks stays None or empty.
+
+    Attributes:
+        perplexities: figures by the name of the text; "" for the one of ppl.json, which has none.
+    """
 
     name: str
     folder: Path
-    perplexity: dict[str, Any] | None = None
+    perplexities: dict[str, dict[str, Any]] = field(default_factory=dict)
     rouge: dict[str, Any] | None = None
     predictions: dict[int, dict[str, Any]] = field(default_factory=dict)
     sparsity: Sparsity | None = None
@@ -71,17 +75,35 @@ def read_run(name: str, folder: Path) -> Run:
         UserError: nothing there, or files that are not what their names say.
     """
     run = Run(name, folder)
-    if (folder / "ppl.json").is_file():
-        run.perplexity = read_fields(folder / "ppl.json", "perplexity result", ("perplexity",))
+    for path in sorted(folder.glob("ppl*.json")):
+        text = path.stem.removeprefix("ppl").removeprefix("_")
+        run.perplexities[text] = read_fields(path, "perplexity result", ("perplexity",))
     if (folder / "rouge.json").is_file():
         run.rouge = read_fields(folder / "rouge.json", "ROUGE result", ROUGE_TYPES)
+        run.perplexities |= _named_perplexities(folder / "rouge.json", run.rouge)
     if (folder / "predictions.jsonl").is_file():
         keys = ("index", "prediction", "reference")
         lines = read_lines(folder / "predictions.jsonl", "predictions", keys)
         run.predictions = {line["index"]: line for line in lines}
-    if run.perplexity is None and run.rouge is None and not run.predictions:
+    if not run.perplexities and run.rouge is None and not run.predictions:
         raise UserError(f"run folder {folder} has none of ppl.json, rouge.json and predictions.jsonl")
     return run
+
+
+def _named_perplexities(path: Path, scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The perplexities that eval.py measured beside ROUGE, by the name of the text."""
+    named = scores.get(PERPLEXITIES, {})
+    found = named.values() if isinstance(named, dict) else [None]
+    if not all(isinstance(item, dict) and isinstance(item.get("perplexity"), int | float) for item in found):
+        raise UserError(
+            f"ROUGE result {path} has '{PERPLEXITIES}' without numbers; is it the --output_json of eval.py?"
+        )
+    return named
+
+
+def text_names(runs: list[Run]) -> list[str]:
+    """The names of all texts whose perplexity some run has, in the order in which they appear."""
+    return list(dict.fromkeys(name for run in runs for name in run.perplexities))
 
 
 def count_zeros(path: Path) -> Sparsity:
@@ -100,15 +122,17 @@ def measure(runs: list[Run], states: dict[str, Path], model_dir: str | None) -> 
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
-    """Header and one row a run, as text: perplexity, ROUGE in percent, sparsity measured in the linear layers."""
-    rows = [["model", "perplexity", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
+    """Header and one row a run, as text: perplexity of each text, ROUGE in percent, sparsity of the linear layers."""
+    texts = text_names(runs) or [""]
+    perplexities = [f"perplexity, {text}" if text else "perplexity" for text in texts]
+    rows = [["model", *perplexities, "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
     for run in runs:
         rouge = [f"{run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
         found = run.sparsity
         rows.append(
             [
                 run.name,
-                f"{run.perplexity['perplexity']:.2f}" if run.perplexity else "-",
+                *(f"{run.perplexities[text]['perplexity']:.2f}" if text in run.perplexities else "-" for text in texts),
                 *rouge,
                 f"{100 * found.zeros / found.weights:.2f}%" if found else "-",
                 f"{found.valid} of {found.matrices}" if found else "-",

@@ -27,7 +27,7 @@ def test_windows_start_a_stride_apart_and_all_are_full(tokenizer):
     windows = token_windows(tokenizer, TEXTS, context=20, stride=7, limit=None)
     assert windows.tolist() == [stream[start : start + 20] for start in range(0, len(stream) - 19, 7)]
     assert token_windows(tokenizer, TEXTS, context=20, stride=7, limit=3).tolist() == windows[:3].tolist()
-    with pytest.raises(UserError, match="less than --context 9000"):
+    with pytest.raises(UserError, match="less than a window of 9000"):
         token_windows(tokenizer, TEXTS, context=9000, stride=9000, limit=None)
 
 

@@ -14,7 +14,7 @@ ROUGE = {"rouge1": 25.0, "rouge2": 12.5, "rougeL": 20.0, "rougeLsum": 21.0}
 
 
 def test_rows_show_percent_and_dashes_for_what_is_missing():
-    full = Run("PTS", Path("a"), {"perplexity": 12.345}, ROUGE, sparsity=Sparsity(50, 100, 7, 6))
+    full = Run("PTS", Path("a"), {"": {"perplexity": 12.345}}, ROUGE, sparsity=Sparsity(50, 100, 7, 6))
     header, *rows = table_rows([full, Run("dense", Path("b"))])
     assert rows[0] == ["PTS", "12.35", "25.00", "12.50", "20.00", "21.00", "50.00%", "6 of 7"]
     assert rows[1] == ["dense", *["-"] * 7] and len(header) == 8
@@ -58,3 +58,19 @@ def test_files_with_and_without_a_unit_give_the_same_figures(tmp_path):
 def test_empty_folder_is_no_run(tmp_path):
     with pytest.raises(UserError, match="has none of ppl.json"):
         read_run("a", tmp_path)
+
+
+def test_every_text_has_a_column(tmp_path):
+    """Perplexities of eval.py by name, of eval_ppl.py by file, and of an earlier run with one text."""
+    (tmp_path / "new").mkdir()
+    named = {"papers": {"perplexity": 30.0}, "manual": {"perplexity": 14.5}}
+    (tmp_path / "new" / "rouge.json").write_text(json.dumps({**ROUGE, "unit": "percent", "perplexities": named}))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "ppl.json").write_text(json.dumps({"perplexity": 40.0}))
+    (tmp_path / "old" / "ppl_manual.json").write_text(json.dumps({"perplexity": 20.0}))
+    header, *rows = table_rows([read_run(name, tmp_path / name) for name in ("new", "old")])
+    assert header[1:4] == ["perplexity, papers", "perplexity, manual", "perplexity"]
+    assert [row[1:4] for row in rows] == [["30.00", "14.50", "-"], ["-", "20.00", "40.00"]]
+    (tmp_path / "new" / "rouge.json").write_text(json.dumps({**ROUGE, "perplexities": {"papers": 30.0}}))
+    with pytest.raises(UserError, match="'perplexities' without numbers"):
+        read_run("new", tmp_path / "new")

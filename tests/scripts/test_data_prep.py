@@ -197,6 +197,7 @@ def test_aclsum_keeps_test_papers_out_of_training_and_calibration(prepare, aclsu
     assert train[0]["instruction"] == sources.ACLSUM_INSTRUCTION
     assert len(held_out) == 2
     assert read_texts(folder / "calib.jsonl") == ["A body\nmore"]
+    assert "import" in read_texts(folder / "manual.txt")[0]  # Python's manual explains its statements
     assert read_texts(folder / "heldout.jsonl") == ["C body\nmore", "D body\nmore"]
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 
+from sparsity.devices import bf16_is_faster
 from sparsity.evaluation.rouge import rouge_f_measures
 from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate, template_record
 
@@ -95,6 +96,34 @@ def test_two_processes_give_the_same_predictions_and_scores(one_process, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl", "rouge.json"]
 
 
+def test_perplexity_of_named_texts_is_that_of_eval_ppl(one_process, model_dir, state_path, data_path, tmp_path):
+    """Also by two processes, of which each measures a part of the windows."""
+    *_, command = one_process
+    sources = {}
+    for name, texts in (("news", TEXTS), ("short", TEXTS[:3])):
+        sources[name] = tmp_path / f"{name}.txt"
+        sources[name].write_text(" ".join(texts))
+    common = ["--model_dir", model_dir, "--modelopt_restore_path", state_path]
+    own = {}
+    for name, source in sources.items():
+        protocol = ["--context", "16", "--max_blocks", "7", "--output_json", tmp_path / "ppl.json"]
+        run_script("eval_ppl.py", *common, "--text", source, *protocol, check=True)
+        own[name] = json.loads((tmp_path / "ppl.json").read_text())
+    command = [*command, "--limit", "2", "--output_json", tmp_path / "rouge.json"]
+    command += ["--perplexity_context", "16", "--perplexity_blocks", "7", "--perplexity_data"]
+    command += [f"{name}={source}" for name, source in sources.items()]
+    for run in (run_script, run_two_processes):
+        result = run(*command)
+        assert result.returncode == 0, result.stderr
+        found = json.loads((tmp_path / "rouge.json").read_text())["perplexities"]
+        assert list(found) == list(own)
+        for name, figures in found.items():
+            assert figures["perplexity"] == pytest.approx(own[name]["perplexity"], rel=1e-6)
+            assert (figures["tokens"], figures["protocol"]) == (own[name]["tokens"], own[name]["protocol"])
+            assert result.stdout.count(f"perplexity ({name}): {figures['perplexity']:.4f}") == 1
+        assert result.stdout.rstrip().splitlines()[-1].startswith("ROUGE scores: ")
+
+
 def test_two_processes_report_an_error_once_and_stop(model_dir, tmp_path):
     result = run_two_processes("eval.py", "--model_dir", model_dir, "--data_path", tmp_path / "absent.json")
     assert result.returncode != 0
@@ -152,9 +181,11 @@ def test_changed_settings_or_state_never_meet_old_predictions(one_process, tmp_p
 
 def test_dtype_is_applied(model_dir, data_path, tmp_path):
     command = ["eval.py", "--model_dir", model_dir, "--data_path", data_path, *LENGTHS, "--limit", "1"]
-    result = run_inline(*command, "--dtype", "bf16", "--beam_size", "1", "--output_json", tmp_path / "r.json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["dtype"] == "bfloat16"
+    fast = bf16_is_faster(torch.device("cpu"))
+    for name, dtype in (("bf16", "bfloat16"), ("fastest", "bfloat16" if fast else "float32")):
+        result = run_inline(*command, "--dtype", name, "--beam_size", "1", "--output_json", tmp_path / "r.json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / "r.json").read_text())["dtype"] == dtype
 
 
 def test_clear_errors_for_data_and_lengths(model_dir, data_path, tmp_path):

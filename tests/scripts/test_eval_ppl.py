@@ -77,9 +77,9 @@ def test_sparse_state_changes_the_figure_and_a_data_set_equals_a_file(
 
 def test_clear_errors(model_dir, text_path, tmp_path):
     command = ["eval_ppl.py", "--model_dir", model_dir]
-    assert_clear_error(run_inline(*command, "--text", text_path, "--context", "900"), "less than --context 900")
+    assert_clear_error(run_inline(*command, "--text", text_path, "--context", "900"), "less than a window of 900")
     result = run_inline(*command, "--text", text_path, "--context", "2000")
     assert "2000 is more than the 1024 positions" in result.stderr  # this text is shorter still
-    assert_clear_error(result, "less than --context 2000")
+    assert_clear_error(result, "less than a window of 2000")
     assert_clear_error(run_inline(*command, "--text", tmp_path / "absent.txt"), "not found", "absent.txt")
     assert_clear_error(run_inline(*command, "--dataset", "no/such-set"), "cannot read the data set 'no/such-set'")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
+import re
 import shutil
+import struct
 import subprocess
+import sys
+import termios
 
 import pytest
 from conftest import ROOT
@@ -13,15 +20,22 @@ from conftest import ROOT
 SETUP = """
 setup_env() { mkdir -p .venv/bin; cp fake_python .venv/bin/python; }
 """
-PYTHON = """#!/usr/bin/env bash
+PYTHON = (
+    f"""#!/usr/bin/env bash
+[[ $1 == tools/run_step.py ]] && exec {sys.executable} "$@"
+[[ $2 == tools.pace ]] && {{ echo 2.0; exit; }}
+"""
+    + """
 echo "$*" >> calls
 script=$1
+echo "a line for the log of $script"
+echo "warning: of $script"
 [[ $1 == -m ]] && script=$2
-[[ $script == "$(cat fail 2>/dev/null)" ]] && { echo "error: made to fail"; exit 1; }
+[[ $script == "$(cat fail 2>/dev/null)" ]] && { echo "the reason"; exit 1; }
 while (($#)); do
   case $1 in
     --output_json) mkdir -p "$(dirname "$2")"; echo {} > "$2" ;;
-    --save_path) mkdir -p "$2"; touch "$2"/{calib,heldout}.jsonl; echo x > "$2/cnn_train.json" ;;
+    --save_path) mkdir -p "$2"; touch "$2"/{calib,heldout}.jsonl "$2/manual.txt"; echo x > "$2/cnn_train.json" ;;
     --output_dir) mkdir -p "$2"
       case $script in
         tools.prepare_demo) echo x > "$2/model.safetensors" ;;
@@ -33,12 +47,14 @@ while (($#)); do
   shift
 done
 """
+)
 
 
 @pytest.fixture
 def project(tmp_path):
     shutil.copy(ROOT / "quickstart.sh", tmp_path)
     (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "run_step.py", tmp_path / "tools")
     (tmp_path / "tools" / "setup_env.sh").write_text(SETUP)
     (tmp_path / "fake_python").write_text(PYTHON)
     (tmp_path / "fake_python").chmod(0o755)
@@ -56,7 +72,7 @@ def quickstart(project, *arguments):
 
 
 SCRIPTS = ["tools.prepare_demo", "data_prep.py", "hf_pts.py", "finetune.py"]
-SCRIPTS += [*["eval_ppl.py", "eval.py"] * 3, "report.py"]
+SCRIPTS += [*["eval.py"] * 3, "report.py"]
 
 
 def scripts(calls):
@@ -68,9 +84,9 @@ def test_steps_run_in_order_and_the_second_run_only_reports(project):
     assert result.returncode == 0, result.stdout + result.stderr
     assert scripts(calls) == SCRIPTS
     # Dense without a state, then the pruned, then the fine-tuned one.
-    states = [call.partition("--modelopt_restore_path ")[2].partition(" ")[0] for call in calls[4:10]]
+    states = [call.partition("--modelopt_restore_path ")[2].partition(" ")[0] for call in calls[4:7]]
     assert [state.rpartition("/")[2] for state in states] == (
-        ["", ""] + ["pts_modelopt_state.pth"] * 2 + ["finetuned_modelopt_state.pth"] * 2
+        ["", "pts_modelopt_state.pth", "finetuned_modelopt_state.pth"]
     )
     assert "| table |" in result.stdout and "report.html" in result.stdout
     result, calls = quickstart(project)
@@ -82,8 +98,48 @@ def test_calibration_is_from_training_and_perplexity_from_held_out_text(project)
     _, calls = quickstart(project)
     by_script = {call.split()[0]: call for call in calls}
     assert "/calib.jsonl" in by_script["hf_pts.py"]
-    assert "/heldout.jsonl" in by_script["eval_ppl.py"]
+    assert "papers=data/aclsum/heldout.jsonl manual=data/aclsum/manual.txt" in by_script["eval.py"]
     assert "/cnn_eval.json" in by_script["eval.py"]
+
+
+def test_screen_shows_estimates_and_warnings_and_the_log_everything(project):
+    result, _ = quickstart(project)
+    lines = result.stdout.splitlines()
+    plan = re.search(r'^plan="(.*)"$', (ROOT / "quickstart.sh").read_text(), re.MULTILINE)[1].split()
+    names, seconds = plan[::2], [2 * int(word) for word in plan[1::2]]  # at the pace of the stand-in
+    for number, name in enumerate(names):
+        of_step = [line for line in lines if line.startswith(f"[{number + 1}/{len(names)}] {name}: ")]
+        assert len(of_step) == 2 and re.search(r"took \d+ s$", of_step[1])
+        left = round(sum(seconds[number:]) / 60)
+        assert left <= 1 or of_step[0].endswith(f"on this machine, about {left} min left in all")
+    assert "warning: of hf_pts.py" in lines
+    assert not [line for line in lines if line.startswith("a line for the log") and "report.py" not in line]
+    log = next(project.glob("saved_models*/steps/PTS.log")).read_text()
+    assert "a line for the log of hf_pts.py" in log
+    assert len(lines) < 40
+
+
+def test_on_a_terminal_the_changing_line_holds_the_time_left_and_the_bar(tmp_path):
+    """In a terminal of its own: the bar of the step is seen and stays out of the lines that remain."""
+    step = "import sys, time; sys.stderr.write('\\r 50%|###   | 5/10'); sys.stderr.flush(); time.sleep(1.5); "
+    step += "sys.stderr.write('\\r100%|######|\\n'); print('done'); print('error: bad news')"
+    command = [sys.executable, ROOT / "tools" / "run_step.py", "--log", tmp_path / "log", "--plan", "a 60 b 120"]
+    command += ["--name", "a", "--", sys.executable, "-c", step]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen([str(word) for word in command], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(ours, 4096):
+            seen += data
+    os.close(ours)
+    assert process.wait() == 0
+    text = seen.decode()
+    assert "[1/2] a (about 60 s): 0:00 so far, about 3 min left | 50%|###   | 5/10" in text
+    remaining = [line.rpartition("\033[K")[2].rstrip() for line in text.split("\n") if line.strip()]
+    assert remaining[0] == "error: bad news" and remaining[1].startswith("[1/2] a: took ") and len(remaining) == 2
+    assert (tmp_path / "log").read_text().count("done") == 1
 
 
 def test_failed_step_names_itself_and_the_next_run_resumes_there(project):
@@ -94,7 +150,7 @@ def test_failed_step_names_itself_and_the_next_run_resumes_there(project):
     last = result.stderr.strip().splitlines()[-1]
     assert "step SAT failed" in last and last.endswith("bash quickstart.sh")
     log = project / last.partition("output is in ")[2].partition(". To resume")[0]
-    assert "made to fail" in log.read_text()
+    assert "the reason" in log.read_text() and "    the reason" in result.stderr
     (project / "fail").unlink()
     result, calls = quickstart(project)
     assert result.returncode == 0
