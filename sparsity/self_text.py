@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
-from sparsity.models import cache_name, few_values, load_model
+from sparsity.models import cache_name, few_values, head_counts, load_model
 from sparsity.processes import hide_bar
 
 if TYPE_CHECKING:
@@ -226,9 +226,7 @@ def _with_room(cache: Any, length: int) -> Any:
 def sequences_at_once(model: PreTrainedModel, length: int) -> int:
     """As many as the cache may hold, at most `SEQUENCES_AT_ONCE`; it depends only on the model and the length."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    _, kept_heads, width = head_counts(config)
     per_sequence = 2 * length * config.num_hidden_layers * kept_heads * width * model.dtype.itemsize
     return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // per_sequence))
 

@@ -129,8 +129,10 @@ class HiddenStates:
         return copies
 
     def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """Output [batch, length, width] of decoder layer `index` for the hidden states of one batch."""
+        """Output [batch, length, width] of decoder layer `index` for the first or all sequences of one batch."""
         args, kwargs = _to_device(self.calls[batch][index], self.device)
+        if len(hidden) < self.shapes[batch][0]:
+            args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
         hidden = hidden.to(self.device, non_blocking=True).to(self.dtype)
         with self.precision():
             output = layer(hidden, *args, **kwargs)
@@ -205,6 +207,17 @@ def _with_half_positions(call: Call) -> Call:
     if (positions := kwargs.get("position_embeddings")) is not None:
         kwargs = {**kwargs, "position_embeddings": tuple(part.bfloat16() for part in positions)}
     return args, kwargs
+
+
+def _first_rows(value: Any, rows: int, count: int) -> Any:
+    """The first of a batch of `rows`: of masks and positions, where they are given for each row."""
+    if isinstance(value, Tensor):
+        return value[:count] if value.ndim > 1 and len(value) == rows else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first_rows(item, rows, count) for item in value)
+    if isinstance(value, dict):
+        return {key: _first_rows(item, rows, count) for key, item in value.items()}
+    return value
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -93,6 +93,11 @@ class Statistics:
         else:
             self.hessian.addmm_(part.t(), part, alpha=token_weight)
 
+    def reorder(self, order: Tensor) -> None:
+        """Statistics of the inputs in another order; `order` [cols] says which input each place gets."""
+        assert self.cross is None
+        self.hessian = self.hessian[order][:, order]
+
     def finish(self, name: str) -> None:
         """Sum over all processes and divide by the tokens' weights.
 
@@ -125,6 +130,7 @@ def collect(
     groups: list[dict[str, nn.Linear]],
     hidden: list[Tensor],
     advance: bool = False,
+    energies: dict[nn.Linear, Tensor] | None = None,
     writer: nn.Linear | None = None,
     sums: list[Tensor] | None = None,
 ) -> list[Statistics]:
@@ -133,6 +139,7 @@ def collect(
     Args:
         hidden: the hidden states to run, `states.pruned` or `states.dense`.
         advance: replace them by the layer's outputs. Otherwise the layer is run only as far as needed.
+        energies: linear layers, each with zeros [cols], to which the weighted sums of its inputs' squares are added.
         writer: a linear layer whose output is added to the layer's input; `sums` then receives that sum per batch.
     """
     scratch = Scratch(states.device)
@@ -143,6 +150,13 @@ def collect(
             statistics.add(*states.kept(batch, args[0]), token_weight=states.token_weights[batch])
             if len(groups) == 1 and not advance:
                 raise Stop  # nothing after the only wanted input need be computed
+
+        return add
+
+    def energy_hook(batch: int, energy: Tensor) -> Callable:
+        def add(module: nn.Module, args: tuple) -> None:
+            inputs = states.kept(batch, args[0])[0].float()
+            energy.add_(inputs.square_().sum(0), alpha=states.token_weights[batch])
 
         return add
 
@@ -159,6 +173,8 @@ def collect(
                 next(iter(group.values())).register_forward_pre_hook(input_hook(statistics, batch))
                 for group, statistics in zip(groups, found, strict=True)
             ]
+            for linear, energy in (energies or {}).items():
+                handles.append(linear.register_forward_pre_hook(energy_hook(batch, energy)))
             if writer is not None:
                 handles.append(writer.register_forward_hook(output_hook(batch)))
             with suppress(Stop):
@@ -169,6 +185,9 @@ def collect(
                 handle.remove()
     for group, statistics in zip(groups, found, strict=True):
         statistics.finish(next(iter(group)))
+    if dist.is_initialized():
+        for energy in (energies or {}).values():
+            dist.all_reduce(energy)
     return found
 
 
@@ -186,9 +205,9 @@ class Writers:
 def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> Writers:
     """Find the linear layers that write to the residual stream.
 
-    They are tested on the first batch of the dense model's hidden states: without the last linear the layer must return
-    its input plus what the inner one adds; the last must add the rest. Models that normalize such outputs first (Gemma)
-    have none.
+    They are tested on the first sequence of the dense model's hidden states: without the last linear the layer must
+    return its input plus what the inner one adds; the last must add the rest. Models that normalize such outputs first
+    (Gemma) have none.
     """
     assert states.dense is not None
     writers, last = Writers(), len(groups) - 1
@@ -203,17 +222,18 @@ def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: l
     linears = {number: next(iter(group.values())) for number, group in enumerate(groups) if len(group) == 1}
     parents = {number: layer.get_submodule(names[linear].rpartition(".")[0]) for number, linear in linears.items()}
     handles = [module.register_forward_hook(note) for module in {*linears.values(), *parents.values()}]
+    hidden = states.dense[0][:1]
     with states.converted_weights(layer):
-        whole = states.run(layer, index, 0, states.dense[0])
+        whole = states.run(layer, index, 0, hidden)
         found = dict(outputs)
         with _zero_output(states, linears[last]):
-            residual = states.run(layer, index, 0, states.dense[0])
+            residual = states.run(layer, index, 0, hidden)
     for handle in handles:
         handle.remove()
     if linears[last] not in found or not _adds_up(whole - residual, found[linears[last]]):
         return writers
     writers.last = last
-    added = residual - states.dense[0].to(states.device)
+    added = residual - hidden.to(states.device)
     for number, linear in linears.items():
         if number != last and linear in found and _adds_up(added, found[linear]):
             writers.inner = number

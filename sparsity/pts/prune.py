@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sparsity.devices import peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
-from sparsity.models import decoder_layers
+from sparsity.models import decoder_layers, head_counts
 from sparsity.processes import hide_bar, is_main_process
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
 from sparsity.pts.calibration import (
@@ -37,6 +37,7 @@ from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask, wanda_mask
+from sparsity.pts.permutation import permute, reorderable
 from sparsity.pts.recipe import Recipe
 from sparsity.pts.solvers import admm, damp, layer_error, least_squares, refit, sparsegpt
 
@@ -134,11 +135,17 @@ class Observed:
 
 
 def observe_dense(
-    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], recipe: Recipe
+    states: HiddenStates,
+    layer: nn.Module,
+    index: int,
+    groups: list[dict[str, nn.Linear]],
+    recipe: Recipe,
+    heads: tuple[int, int] = (1, 1),
 ) -> Observed:
     """Move the dense model's hidden states, where the recipe needs them, past a layer, and keep what it needs of them.
 
-    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass.
+    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass. The inputs of
+    layers that may be reordered are then dealt anew (`heads`: of queries, and of keys and values).
     """
     if states.dense is None:
         return Observed()
@@ -156,8 +163,18 @@ def observe_dense(
     later = {writers.inner, len(groups) - 1} if recipe.asymmetric else set()
     early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
     chosen = [groups[number] for number in early]
-    found = collect(states, layer, index, chosen, states.dense, advance=True, writer=inner, sums=observed.sums)
+    reordered = reorderable(groups) if recipe.permute and recipe.pattern.m else {}
+    energies = {linear: linear.weight.new_zeros(linear.in_features).float() for linear in reordered.values()}
+    found = collect(
+        states, layer, index, chosen, states.dense, True, energies=energies, writer=inner, sums=observed.sums
+    )
     observed.known = dict(zip(early, found, strict=True))
+    if reordered:
+        sums = {number: energies[linear] for number, linear in reordered.items()}
+        orders = permute(states, layer, index, groups, sums, heads, recipe.pattern.m)
+        for number, order in orders.items():
+            if number in observed.known:
+                observed.known[number].reorder(order)
     return observed
 
 
@@ -270,6 +287,7 @@ def prune_model(
     chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
     plan = shared_inputs(model, chosen)
     modules = dict(layers.named_modules(prefix=prefix))
+    heads = head_counts(model.config)[:2]
     states = HiddenStates(
         model,
         layers,
@@ -292,7 +310,7 @@ def prune_model(
             started = time.perf_counter()
             prefetcher.fetch(index)
             check_weights(groups)
-            observed = observe_dense(states, layer, index, groups, recipe)
+            observed = observe_dense(states, layer, index, groups, recipe, heads)
             layer_masks, layer_rows = prune_layer(states, layer, index, groups, observed, recipe)
             del observed  # its buffers are as large as all hidden states
             layer.to("cpu")

@@ -1,0 +1,172 @@
+"""Free channel permutations: which channels share a group of the pattern.
+
+The groups of an N:M pattern follow the order of a weight's inputs, and inside a decoder layer that order is arbitrary:
+a permutation of the channels between two linear layers changes nothing if it reorders the rows of the one and the
+columns of the other. Dealt by importance, the heaviest inputs of a weight no longer compete for the places of one group
+(Pool & Yu, "Channel Permutations for N:M Sparsity", 2021, search such orders for magnitude pruning).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.pts.activations import HiddenStates
+from sparsity.pts.calibration import MAX_SEQUENTIAL_GROUPS
+from sparsity.pts.discovery import Stop
+
+TOLERANCE = 0.05  # relative difference of outputs that is put down to rounding; a wrong order differs by more than half
+
+
+def dealt(importance: Tensor, size: int) -> Tensor:
+    """An order of channels that deals them to groups of `size`, each of which gets one of every quantile.
+
+    Args:
+        importance: [blocks, channels], each block with an order of its own.
+
+    Returns:
+        int64 [blocks, channels]: which channel each place gets. Groups with more important channels come first.
+
+    >>> dealt(torch.tensor([[8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]), 4)
+    tensor([[0, 2, 4, 6, 1, 3, 5, 7]])
+    """
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    return order.unflatten(-1, (size, -1)).transpose(-1, -2).flatten(-2)
+
+
+@dataclass
+class Channels:
+    """Channels between linear layers: rows of the producers become, through some activation, the consumer's columns.
+
+    Attributes:
+        producers: a linear layer and the row [blocks, channels] of each channel; orders hold within blocks.
+        columns: the consumer's column [repeats, blocks, channels]; query heads that share a value head repeat it.
+    """
+
+    producers: list[tuple[nn.Linear, Tensor]]
+    consumer: nn.Linear
+    columns: Tensor
+
+    def importance(self, energy: Tensor) -> Tensor:
+        """H_jj · Σ_i W_ij² [blocks, channels]; `energy` is the diagonal of the consumer's Hessian H."""
+        return (self.consumer.weight.float().square().sum(0) * energy)[self.columns].sum(0)
+
+    def reorder(self, order: Tensor) -> None:
+        """Place n of each block gets the channel order[block, n].
+
+        Weights become new tensors: the memory of the old ones may be mapped from the checkpoint.
+        """
+        for linear, rows in self.producers:
+            index = _index(linear.out_features, rows, order)
+            linear.weight.data = linear.weight.data[index]
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data[index]
+        index = _index(self.consumer.in_features, self.columns, order)
+        self.consumer.weight.data = self.consumer.weight.data[:, index]
+
+
+def _index(size: int, places: Tensor, order: Tensor) -> Tensor:
+    index = torch.arange(size, device=places.device)
+    index[places] = places.gather(-1, order.expand_as(places))
+    return index
+
+
+def mlp_channels(group: dict[str, nn.Linear], consumer: nn.Linear) -> Channels | None:
+    """The inner channels of an MLP: rows of `group` (gate and up, as two weights or one), columns of `consumer`."""
+    inner = torch.arange(consumer.in_features, device=consumer.weight.device)[None]
+    if any(linear.out_features % inner.numel() for linear in group.values()):
+        return None
+    producers = [
+        (linear, inner + first) for linear in group.values() for first in range(0, linear.out_features, inner.numel())
+    ]
+    return Channels(producers, consumer, inner[None])
+
+
+def value_channels(group: dict[str, nn.Linear], consumer: nn.Linear, heads: int, kept_heads: int) -> Channels | None:
+    """The channels of each value head: the last rows of `group`, columns of `consumer` of all heads that share it.
+
+    Args:
+        heads: of queries.  kept_heads: of keys and values.
+    """
+    if consumer.in_features % heads or heads % kept_heads:
+        return None
+    width, device = consumer.in_features // heads, consumer.weight.device
+    value = list(group.values())[-1]
+    first = value.out_features - kept_heads * width
+    if first < 0:
+        return None
+    rows = torch.arange(first, value.out_features, device=device).view(kept_heads, width)
+    columns = torch.arange(consumer.in_features, device=device).view(kept_heads, heads // kept_heads, width)
+    return Channels([(value, rows)], consumer, columns.transpose(0, 1))
+
+
+def reorderable(groups: list[dict[str, nn.Linear]]) -> dict[int, nn.Linear]:
+    """By number of group, linear layers alone in their group whose inputs other pruned layers may produce."""
+    if len(groups) > MAX_SEQUENTIAL_GROUPS:
+        return {}
+    return {n: next(iter(group.values())) for n, group in enumerate(groups) if n and len(group) == 1}
+
+
+@torch.no_grad()
+def permute(
+    states: HiddenStates,
+    layer: nn.Module,
+    index: int,
+    groups: list[dict[str, nn.Linear]],
+    energies: dict[int, Tensor],
+    heads: tuple[int, int],
+    size: int,
+) -> dict[int, Tensor]:
+    """Deal the inputs of the linear layers that may be reordered, each proven on the running layer or else undone.
+
+    Args:
+        energies: by number of group, the diagonal of its Hessian [cols]; groups of one linear layer.
+        heads: of queries, and of keys and values.
+        size: of the pattern's groups.
+
+    Returns:
+        by number of group, the new order of its inputs [cols].
+    """
+    found = {}
+    for number, energy in energies.items():
+        consumer = next(iter(groups[number].values()))
+        expected = outputs_of(states, layer, index, consumer)
+        kinds = [value_channels(groups[number - 1], consumer, *heads), mlp_channels(groups[number - 1], consumer)]
+        for channels in kinds:
+            if channels is None or channels.columns.shape[-1] % size:
+                continue
+            order = dealt(channels.importance(energy), size)
+            channels.reorder(order)
+            if _same(expected, outputs_of(states, layer, index, consumer)):
+                found[number] = _index(consumer.in_features, channels.columns, order)
+                break
+            channels.reorder(order.argsort(-1))
+    return found
+
+
+def outputs_of(states: HiddenStates, layer: nn.Module, index: int, linear: nn.Linear) -> Tensor | None:
+    """Output of a linear layer within the decoder layer for one sequence; None where it does not run."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.append(output)
+        raise Stop
+
+    handle = linear.register_forward_hook(note)
+    hidden = states.pruned if states.pruned is not None else states.dense
+    assert hidden is not None
+    with suppress(Stop):
+        states.run(layer, index, 0, hidden[0][:1])
+    handle.remove()
+    return seen[0] if seen else None
+
+
+def _same(expected: Tensor | None, found: Tensor | None) -> bool:
+    """Whether outputs [tokens, rows] are equal but for rounding, on the mean of all tokens."""
+    if expected is None or found is None:
+        return False
+    difference = (found - expected).float().norm(dim=-1)
+    return bool((difference / expected.float().norm(dim=-1).clamp(min=1e-30)).mean() <= TOLERANCE)
