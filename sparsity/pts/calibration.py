@@ -19,6 +19,7 @@ from sparsity.pts.discovery import Stop, replaced_forward
 
 TOKENS_AT_ONCE = 1024  # multiplied at a time: enough for full speed, little memory
 COLUMNS_AT_ONCE = 256  # in products of which only the upper triangle is wanted
+MAX_TOKEN_WEIGHT = 10.0  # before weights are brought to a mean of 1: of a token whose target is nearly zero
 
 MAX_SEQUENTIAL_GROUPS = 8  # decoder layers have about four; a mixture of experts has many
 
@@ -58,8 +59,17 @@ class Statistics:
         self._half = False
 
     @tf32(False)
-    def add(self, inputs: Tensor, missing: Tensor | None = None, *, token_weight: float = 1.0) -> None:
+    def add(
+        self,
+        inputs: Tensor,
+        missing: Tensor | None = None,
+        *,
+        token_weight: float = 1.0,
+        token_scales: Tensor | None = None,
+    ) -> None:
         """Take in inputs [tokens, cols] and, with a cross product, missing outputs [tokens, rows].
+
+        A token counts by `token_weight` and by the square of its entry in `token_scales` [tokens] (mean square 1).
 
         On a CPU bfloat16 inputs are multiplied as they are, a thousand tokens at a time, and summed in float32: the
         products are rounded, but four times as fast. GPUs multiply float32.
@@ -67,12 +77,16 @@ class Statistics:
         self._half = inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and bf16_is_faster(inputs.device)
         for start in range(0, len(inputs), TOKENS_AT_ONCE):
             part = inputs[start : start + TOKENS_AT_ONCE]
+            if token_scales is not None:
+                scales = token_scales[start : start + TOKENS_AT_ONCE, None].to(part.dtype)
+                part = part * scales
             if not self._half:
                 part = self._scratch.take("inputs", TOKENS_AT_ONCE, inputs.shape[1])[: len(part)].copy_(part)
             self._add_square(part, token_weight)
             if missing is not None:
                 assert self.cross is not None
-                lacking = missing[start : start + TOKENS_AT_ONCE].to(part.dtype)
+                lacking = missing[start : start + TOKENS_AT_ONCE]
+                lacking = (lacking if token_scales is None else lacking * scales).to(part.dtype)
                 if self._half:
                     self.cross.add_(lacking.t() @ part, alpha=token_weight)
                 else:
@@ -120,6 +134,17 @@ class Statistics:
             tensor /= count if count > 0 else 1  # experts may have seen no token
             if not torch.isfinite(tensor).all():
                 raise UserError(f"the input of {name} is NaN or infinite in calibration; try --dtype bf16 or fp32")
+
+
+def relative_scales(target: Tensor) -> Tensor:
+    """By what to multiply the tokens [tokens] of a target stream [tokens, width], so that errors count relative to it.
+
+    Whatever reads the residual stream normalizes it first, so an error matters in proportion to the token's norm. That
+    of a sequence's first token is often a hundred times the others', which it would outweigh. Mean square 1.
+    """
+    squares = target.float().square().mean(-1).clamp(min=1e-30)
+    weights = (squares.median() / squares).clamp(max=MAX_TOKEN_WEIGHT)
+    return (weights / weights.mean()).sqrt()
 
 
 @torch.no_grad()
@@ -277,9 +302,12 @@ def collect_missing(
 
     def hook(batch: int, hidden: Tensor) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
-            missing = sums[batch].to(states.device, non_blocking=True) - hidden.to(states.device, non_blocking=True)
-            missing = missing.float() - states.linear(linear, args[0]).view_as(missing)
-            found.add(*states.kept(batch, args[0], missing), token_weight=states.token_weights[batch])
+            target = sums[batch].to(states.device, non_blocking=True)
+            missing = (target - hidden.to(states.device, non_blocking=True)).float()
+            missing -= states.linear(linear, args[0]).view_as(missing)
+            inputs, missing, target = states.kept(batch, args[0], missing, target)
+            weight = states.token_weights[batch]
+            found.add(inputs, missing, token_weight=weight, token_scales=relative_scales(target))
             if linear.in_features == linear.out_features:
                 states.store(args[0].view_as(sums[batch]), sums[batch])
             raise Stop
@@ -330,10 +358,13 @@ def collect_residual(
                 known = replaced_forward([parent], lambda index, forward=forward: forward)  # type: ignore[misc]
             with known, _zero_output(states, linear) as seen:
                 residual = states.run(layer, index, batch, hidden)
-            missing = states.dense[batch].to(states.device, non_blocking=True).float() - residual.float()
+            target = states.dense[batch].to(states.device, non_blocking=True)
+            missing = target.float() - residual.float()
             missing -= states.linear(linear, seen[0]).view_as(missing)
             states.store(residual, hidden)
-            found.add(*states.kept(batch, seen[0], missing), token_weight=states.token_weights[batch])
+            inputs, missing, target = states.kept(batch, seen[0], missing, target)
+            weight = states.token_weights[batch]
+            found.add(inputs, missing, token_weight=weight, token_scales=relative_scales(target))
             states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
     found.finish(name)
     return found

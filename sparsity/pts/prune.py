@@ -34,6 +34,7 @@ from sparsity.pts.calibration import (
     stream_writers,
 )
 from sparsity.pts.discovery import choose_linears, shared_inputs
+from sparsity.pts.final_norm import rescale_final_norm
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask, wanda_mask
@@ -171,7 +172,7 @@ def observe_dense(
     observed.known = dict(zip(early, found, strict=True))
     if reordered:
         sums = {number: energies[linear] for number, linear in reordered.items()}
-        orders = permute(states, layer, index, groups, sums, heads, recipe.pattern.m)
+        orders = permute(states, layer, index, groups, sums, heads, recipe.pattern)
         for number, order in orders.items():
             if number in observed.known:
                 observed.known[number].reorder(order)
@@ -215,7 +216,9 @@ def prune_layer(
             prune([number], [collect_missing(states, layer, index, name, linear, observed.sums)])
         elif number == writers.last:
             return_freed_memory()  # of the passes before, which would add to the largest one
-            prune([number], [collect_last(states, layer, index, groups, observed)])
+            found = [collect_last(states, layer, index, groups, observed)]
+            return_freed_memory()
+            prune([number], found)
             add_output(states, linear, observed.inputs_of_last)
             return masks, rows
         else:
@@ -265,7 +268,7 @@ def prune_model(
     activations_dir: Path | None = None,
     token_weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
-    """Prune every decoder layer of `model` (on the CPU, in eval mode) in place.
+    """Prune every decoder layer of `model` (on the CPU, in eval mode) in place, and rescale its final norm.
 
     Args:
         batches: keyword arguments of the model: input_ids [batch, length] int64 and, where there is padding,
@@ -324,6 +327,8 @@ def prune_model(
         return_freed_memory()
         if layer_rows:
             bar.set_postfix(error=f"{sum(row.relative_error or 0.0 for row in layer_rows) / len(layer_rows):.4f}")
+    if recipe.asymmetric:
+        rescale_final_norm(model, states)
     return masks
 
 
