@@ -33,6 +33,7 @@ class HiddenStates:
         dense: the same of the dense model; None where `needs_dense` is False.
         keep: for each batch a bool tensor [batch * length] that is False on padding; None without padding.
         token_weights: for each batch, what each of its tokens counts in statistics.
+        tuples: whether each decoder layer returns a tuple.
 
     Args:
         folder: keep the activations in files here instead, which have no names and vanish with the process.
@@ -56,11 +57,11 @@ class HiddenStates:
         # On CPUs with bfloat16 instructions the linear layers of float32 models run in bfloat16 during calibration
         # (several times the speed); weights, the residual stream and sums of the statistics stay float32.
         self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
-        tuples = returns_tuple(model, layers)
+        self.tuples = returns_tuple(model, layers)
         hidden: list[Tensor] = []
         seen: dict[torch.Size, list[Call]] = {}
         for number, batch in enumerate(batches):
-            embedded, calls = record_calls(model, layers, tuples, batch)
+            embedded, calls = record_calls(model, layers, self.tuples, batch)
             mask = batch.get("attention_mask")
             if mask is not None and bool(mask.all()):
                 mask = None  # nothing is padded

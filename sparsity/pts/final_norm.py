@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsity.models import decoder_layers
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.discovery import replaced_forward, returns_tuple
+from sparsity.pts.discovery import replaced_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """The normalization, with a gain for each channel, that reads the last decoder layer's output; None without one."""
+def final_norm(model: PreTrainedModel, tuples: list[bool]) -> nn.Module | None:
+    """The normalization, with a gain for each channel, that reads the last decoder layer's output; None without one.
+
+    Found without running a layer, whose weights are not in memory once it is pruned.
+
+    Args:
+        tuples: whether each decoder layer returns a tuple.
+    """
     _, layers = decoder_layers(model)
-    tuples = returns_tuple(model, layers)
     outputs: list[Tensor] = []
     found: list[nn.Module] = []
 
@@ -62,7 +67,7 @@ def rescale_final_norm(model: PreTrainedModel, states: HiddenStates) -> float:
         s; 1 where the model has no final norm that can be scaled.
     """
     assert states.pruned is not None and states.dense is not None
-    norm = final_norm(model)
+    norm = final_norm(model, states.tuples)
     if norm is None:
         return 1.0
     norm.to(states.device)

@@ -7,6 +7,8 @@ import torch
 from pruning import calibration, prune, small_config
 from transformers import AutoModelForCausalLM
 
+from sparsity.models import decoder_layers
+from sparsity.pts.discovery import returns_tuple
 from sparsity.pts.final_norm import final_norm
 from sparsity.pts.recipe import QUALITY
 
@@ -22,7 +24,7 @@ def test_final_hidden_states_come_nearer_to_the_dense_models(architecture):
     outputs = {}
 
     def hidden_states(model, name):
-        norm = final_norm(model)
+        norm = final_norm(model, returns_tuple(model, decoder_layers(model)[1]))
         handle = norm.register_forward_hook(lambda module, args, output: outputs.update({name: output}))
         with torch.no_grad():
             model(torch.cat([batch["input_ids"] for batch in batches]))
