@@ -155,6 +155,7 @@ def main() -> None:
     from sparsity.pts.magnitude import prune_by_magnitude
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
+    from sparsity.self_text import writing_dtype
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
@@ -181,10 +182,11 @@ def main() -> None:
         return
     if args.dry_run:
         calibration = (sum(counts), args.model_max_length, args.batch_size)
-        process.print(report.estimate(model, recipe, args.ignore, calibration, device.type))
         written = sum(count for source, count in zip(sources, counts, strict=True) if source.spec == SELF)
-        if written:
-            process.print(report.self_text_estimate(model, written, args.model_max_length, device.type))
+        writer = models.empty_model(config, writing_dtype(device), args.trust_remote_code) if written else None
+        process.print(report.estimate(model, recipe, args.ignore, calibration, device.type, writer))
+        if writer is not None:
+            process.print(report.self_text_estimate(writer, written, args.model_max_length, device.type))
         return
     with fail_together(process):
         if process.is_main_process:

@@ -89,8 +89,7 @@ def self_text(
     Raises:
         UserError: the model cannot be loaded, has no output head, or gives no finite probabilities; no memory for it.
     """
-    on_cpu = torch.bfloat16 if bf16_is_faster(device) else torch.float32
-    model = load_model(model_name, on_cpu if device.type == "cpu" else "auto", trust_remote_code)
+    model = load_model(model_name, writing_dtype(device) if device.type == "cpu" else "auto", trust_remote_code)
     if model.get_output_embeddings() is None:
         raise UserError(f"'{model_name}' has no output head to write text with; give text files in place of 'self'")
     at_once = sequences_at_once(model, length)
@@ -223,12 +222,29 @@ def _with_room(cache: Any, length: int) -> Any:
     return cache
 
 
+def writing_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a model writes on the CPU, and in which most checkpoints that write on a GPU are stored."""
+    return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+
+
 def sequences_at_once(model: PreTrainedModel, length: int) -> int:
     """As many as the cache may hold, at most `SEQUENCES_AT_ONCE`; it depends only on the model and the length."""
+    return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // _cache_bytes(model, length)))
+
+
+def _cache_bytes(model: PreTrainedModel, length: int) -> int:
+    """Keys and values of one sequence."""
     config = model.config.get_text_config()
     _, kept_heads, width = head_counts(config)
-    per_sequence = 2 * length * config.num_hidden_layers * kept_heads * width * model.dtype.itemsize
-    return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // per_sequence))
+    return 2 * length * config.num_hidden_layers * kept_heads * width * model.dtype.itemsize
+
+
+def writing_bytes(model: PreTrainedModel, length: int) -> int:
+    """What a model needs at once to write text: weights, the cache, and the logits in three copies of 32-bit floats."""
+    at_once = sequences_at_once(model, length)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    logits = at_once * model.config.get_text_config().vocab_size
+    return weights + at_once * _cache_bytes(model, length) + 12 * logits
 
 
 def _key(model: PreTrainedModel, settings: list) -> str:
