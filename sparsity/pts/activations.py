@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,13 +129,13 @@ class HiddenStates:
             self.store(source, buffer)
         return copies
 
-    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor, exact: bool = False) -> Tensor:
         """Output [batch, length, width] of decoder layer `index` for the first or all sequences of one batch."""
         args, kwargs = _to_device(self.calls[batch][index], self.device)
         if len(hidden) < self.shapes[batch][0]:
             args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
         hidden = hidden.to(self.device, non_blocking=True).to(self.dtype)
-        with self.precision():
+        with nullcontext() if exact else self.precision():
             output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 

@@ -21,7 +21,8 @@ from sparsity.pts.discovery import Stop
 from sparsity.pts.pattern import Pattern
 
 PASSES, ROWS_IN_A_PASS = 12, 192  # of the search for exchanges; more gain little
-TOLERANCE = 0.05  # relative difference of outputs that is put down to rounding; a wrong order differs by more than half
+# Relative differences of outputs that are put down to rounding; a wrong order differs by more than half.
+MIN_TOLERANCE, ROUNDINGS = 1e-4, 8
 
 
 def dealt(importance: Tensor, size: int) -> Tensor:
@@ -166,55 +167,66 @@ def permute(
     index: int,
     groups: list[dict[str, nn.Linear]],
     energies: dict[int, Tensor],
-    heads: tuple[int, int],
+    heads: tuple[int, int, int],
     pattern: Pattern,
 ) -> dict[int, Tensor]:
-    """Deal the inputs of the linear layers that may be reordered, each proven on the running layer or else undone.
+    """Reorder the inputs of the linear layers that may be, each proven on the running layer or else undone.
 
     Args:
         energies: by number of group, the diagonal of its Hessian [cols]; groups of one linear layer.
-        heads: of queries, and of keys and values.
+        heads: of queries; of keys and values; channels of each.
 
     Returns:
         by number of group, the new order of its inputs [cols].
     """
-    found = {}
-    for number, energy in energies.items():
+    candidates: dict[int, Channels] = {}
+    for number in energies:
         consumer = next(iter(groups[number].values()))
-        expected = outputs_of(states, layer, index, consumer)
-        kinds = [value_channels(groups[number - 1], consumer, *heads), mlp_channels(groups[number - 1], consumer)]
-        for channels in kinds:
-            if channels is None or channels.columns.shape[-1] % pattern.m:
-                continue
-            order = channels.best_order(energy, pattern)
-            channels.reorder(order)
-            if _same(expected, outputs_of(states, layer, index, consumer)):
-                found[number] = _index(consumer.in_features, channels.columns, order)
-                break
-            channels.reorder(order.argsort(-1))
-    return found
+        attention = consumer.in_features == heads[0] * heads[2]
+        above = groups[number - 1]
+        channels = value_channels(above, consumer, *heads[:2]) if attention else mlp_channels(above, consumer)
+        if channels is not None and channels.columns.shape[-1] % pattern.m == 0:
+            candidates[number] = channels
+    linears = [channels.consumer for channels in candidates.values()]
+    expected = outputs_of(states, layer, index, linears)
+    orders = {number: channels.best_order(energies[number], pattern) for number, channels in candidates.items()}
+    for number, channels in candidates.items():
+        channels.reorder(orders[number])
+    found = outputs_of(states, layer, index, linears)
+    kept = {}
+    for number, channels in candidates.items():
+        if _same(expected.get(channels.consumer), found.get(channels.consumer), channels.consumer):
+            kept[number] = _index(channels.consumer.in_features, channels.columns, orders[number])
+        else:
+            channels.reorder(orders[number].argsort(-1))
+            found = outputs_of(states, layer, index, linears)
+    return kept
 
 
-def outputs_of(states: HiddenStates, layer: nn.Module, index: int, linear: nn.Linear) -> Tensor | None:
-    """Output of a linear layer within the decoder layer for one sequence; None where it does not run."""
-    seen: list[Tensor] = []
+def outputs_of(states: HiddenStates, layer: nn.Module, index: int, linears: list[nn.Linear]) -> dict[nn.Linear, Tensor]:
+    """Outputs of linear layers within the decoder layer for one sequence, in the weights' own dtype."""
+    seen: dict[nn.Linear, Tensor] = {}
 
-    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.append(output)
-        raise Stop
+    def note(module: nn.Linear, args: tuple, output: Tensor) -> None:
+        seen[module] = output
+        if len(seen) == len(linears):
+            raise Stop
 
-    handle = linear.register_forward_hook(note)
+    handles = [linear.register_forward_hook(note) for linear in linears]
     hidden = states.pruned if states.pruned is not None else states.dense
     assert hidden is not None
     with suppress(Stop):
-        states.run(layer, index, 0, hidden[0][:1])
-    handle.remove()
-    return seen[0] if seen else None
+        states.run(layer, index, 0, hidden[0][:1], exact=True)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
-def _same(expected: Tensor | None, found: Tensor | None) -> bool:
-    """Whether outputs [tokens, rows] are equal but for rounding, on the mean of all tokens."""
+def _same(expected: Tensor | None, found: Tensor | None, linear: nn.Linear) -> bool:
+    """Whether outputs [..., rows] of a linear layer are equal but for rounding, on the mean of all tokens."""
     if expected is None or found is None:
         return False
-    difference = (found - expected).float().norm(dim=-1)
-    return bool((difference / expected.float().norm(dim=-1).clamp(min=1e-30)).mean() <= TOLERANCE)
+    bias = 0.0 if linear.bias is None else linear.bias.float()  # which no order changes
+    difference = (found.float() - expected.float()).norm(dim=-1)
+    share = difference / (expected.float() - bias).norm(dim=-1).clamp(min=1e-30)
+    return bool(share.mean() <= max(MIN_TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps))

@@ -141,12 +141,12 @@ def observe_dense(
     index: int,
     groups: list[dict[str, nn.Linear]],
     recipe: Recipe,
-    heads: tuple[int, int] = (1, 1),
+    heads: tuple[int, int, int],
 ) -> Observed:
     """Move the dense model's hidden states, where the recipe needs them, past a layer, and keep what it needs of them.
 
     Groups that write to the residual stream, or else the last one, are left for the pruned model's pass. The inputs of
-    layers that may be reordered are then dealt anew (`heads`: of queries, and of keys and values).
+    layers that may be reordered are then dealt anew (`heads`: of `head_counts`).
     """
     if states.dense is None:
         return Observed()
@@ -290,7 +290,7 @@ def prune_model(
     chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
     plan = shared_inputs(model, chosen)
     modules = dict(layers.named_modules(prefix=prefix))
-    heads = head_counts(model.config)[:2]
+    heads = head_counts(model.config)
     states = HiddenStates(
         model,
         layers,
