@@ -141,12 +141,12 @@ def value_channels(group: dict[str, nn.Linear], consumer: nn.Linear, heads: int,
     Args:
         heads: of queries.  kept_heads: of keys and values.
     """
-    if consumer.in_features % heads or heads % kept_heads:
-        return None
     width, device = consumer.in_features // heads, consumer.weight.device
     value = list(group.values())[-1]
+    if value.out_features <= consumer.in_features:  # a weight of its own, which tells the number better
+        kept_heads = value.out_features // width
     first = value.out_features - kept_heads * width
-    if first < 0:
+    if first < 0 or not kept_heads or heads % kept_heads:
         return None
     rows = torch.arange(first, value.out_features, device=device).view(kept_heads, width)
     columns = torch.arange(consumer.in_features, device=device).view(kept_heads, heads // kept_heads, width)
@@ -187,19 +187,16 @@ def permute(
         channels = value_channels(above, consumer, *heads[:2]) if attention else mlp_channels(above, consumer)
         if channels is not None and channels.columns.shape[-1] % pattern.m == 0:
             candidates[number] = channels
-    linears = [channels.consumer for channels in candidates.values()]
-    expected = outputs_of(states, layer, index, linears)
-    orders = {number: channels.best_order(energies[number], pattern) for number, channels in candidates.items()}
-    for number, channels in candidates.items():
-        channels.reorder(orders[number])
-    found = outputs_of(states, layer, index, linears)
+    expected = outputs_of(states, layer, index, [channels.consumer for channels in candidates.values()])
     kept = {}
     for number, channels in candidates.items():
-        if _same(expected.get(channels.consumer), found.get(channels.consumer), channels.consumer):
-            kept[number] = _index(channels.consumer.in_features, channels.columns, orders[number])
+        linear = channels.consumer
+        order = channels.best_order(energies[number], pattern)
+        channels.reorder(order)
+        if _same(expected.get(linear), outputs_of(states, layer, index, [linear]).get(linear), linear):
+            kept[number] = _index(linear.in_features, channels.columns, order)
         else:
-            channels.reorder(orders[number].argsort(-1))
-            found = outputs_of(states, layer, index, linears)
+            channels.reorder(order.argsort(-1))
     return kept
 
 
