@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         *("--calib_data", "--dataset"),
         metavar="SOURCE",
         help="plain text: a file, a folder, a hub data set NAME:CONFIG:SPLIT, or self (text that the model writes); "
-        f"several with weights: a=0.5,self=0.5 (by default {DEFAULT_SOURCES}; sparse_magnitude needs none)",
+        f"several with weights: a=0.65,self=0.35 (by default {DEFAULT_SOURCES}; sparse_magnitude needs none)",
     )
     group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences, shared by weight")
     group.add_argument(
@@ -160,6 +160,7 @@ def main() -> None:
     from sparsity.pts.magnitude import prune_by_magnitude
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
+    from sparsity.self_text import writing_dtype
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
@@ -186,10 +187,11 @@ def main() -> None:
         return
     if args.dry_run:
         calibration = (sum(counts), args.model_max_length, args.batch_size)
-        process.print(report.estimate(model, recipe, args.ignore, calibration, device.type))
         written = sum(count for source, count in zip(sources, counts, strict=True) if source.spec == SELF)
-        if written:
-            process.print(report.self_text_estimate(model, written, args.model_max_length, device.type))
+        writer = models.empty_model(config, writing_dtype(device), args.trust_remote_code) if written else None
+        process.print(report.estimate(model, recipe, args.ignore, calibration, device.type, writer))
+        if writer is not None:
+            process.print(report.self_text_estimate(writer, written, args.model_max_length, device.type))
         return
     with fail_together(process):
         if process.is_main_process:

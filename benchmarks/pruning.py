@@ -4,10 +4,11 @@
     python -m benchmarks.texts demo/texts
     python -m benchmarks.pruning
 
-Arms: modelopt's SparseGPT; SparseGPT as in the paper (reference_sparsegpt.py); hf_pts.py's three qualities. Each arm
-runs in a process of its own, with as many calibration sequences. They are papers; for hf_pts.py's qualities half of
-them are text that the model wrote itself, as by `--calib_data calib.jsonl=0.5,self=0.5`, and `balanced_read` has
-papers alone. Writing that text is measured apart, since it is done once for a model.
+Arms: modelopt's SparseGPT; llm-compressor's, where it is installed; SparseGPT as in the paper (reference_sparsegpt.py);
+hf_pts.py's three qualities. Each arm runs in a process of its own, with as many calibration sequences. They are papers;
+for hf_pts.py's qualities about a third of them are text that the model wrote itself, as by `--calib_data
+calib.jsonl=0.65,self=0.35`, and `balanced_read` has papers alone. Writing that text is measured apart, since it is done
+once for a model.
 
 The first held-out text is of the same kind as the calibration text (papers, but other documents). The others are of
 other kinds: the Python manual and the source code that come with Python, an encyclopedia, and a novel, which was held
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from benchmarks import texts
 from benchmarks.arms import prune
 from benchmarks.commands import run_command
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
+from benchmarks.process import PROCESS_STATUS, measured
 from benchmarks.reference_sparsegpt import prune_llama
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError
@@ -49,11 +52,11 @@ from utils import Parser, check_at_least, run_cli
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ARMS = ("dense", "modelopt", "balanced", "balanced_read", "fast", "best", "reference")
+ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "best", "reference")
+BASELINES = ("modelopt", "llmcompressor")
 KINDS = ("papers", "manual", "code", "jargon", "novel")  # the first is the calibration text's own
-MIXED = "calib.jsonl=0.5,self=0.5"
+MIXED = "calib.jsonl=0.65,self=0.35"
 CPU = torch.device("cpu")
-PROCESS_STATUS = Path("/proc/self/status")
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,9 +75,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval_size", type=int, default=32, help="held-out sequences of each text")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences per forward pass, the same for every arm")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms to compare; dense is always added")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, help="arms to compare (by default all); dense is always added"
+    )
     parser.add_argument(
         "--double", nargs="*", choices=ARMS, default=["fast"], help="of the arms, those to run on twice the layers too"
+    )
+    parser.add_argument(
+        "--llmcompressor_python",
+        metavar="PYTHON",
+        default=sys.executable if importlib.util.find_spec("llmcompressor") else None,
+        help="Python of an environment that has llm-compressor (by default this one, if it has); without, no such arm",
     )
     add_output_option(parser, "pruning")
     # The options of a process that measures one arm.
@@ -84,7 +95,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check_at_least(args, 1, "calib_size", "eval_size", "batch_size")
     check_at_least(args, 2, "length")
-    args.arms = [arm for arm in ARMS if arm == "dense" or arm in args.arms]
+    asked, args.arms = args.arms, [arm for arm in ARMS if arm == "dense" or arm in (args.arms or ARMS)]
+    if not args.llmcompressor_python and "llmcompressor" in args.arms:
+        if asked:
+            raise UserError(
+                "arm llmcompressor: this Python has no llm-compressor; give one with --llmcompressor_python"
+            )
+        args.arms.remove("llmcompressor")
     args.double = [arm for arm in args.double if arm in args.arms]
     for name in ("calib.jsonl", "heldout.jsonl"):
         require_file(args.data / name, "text file")
@@ -98,11 +115,6 @@ def parse_args() -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------- one arm
-
-
-def memory_kib(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process in KiB, from Linux."""
-    return next(int(line.split()[1]) for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(field))
 
 
 def deepen(model: PreTrainedModel, times: int) -> PreTrainedModel:
@@ -121,30 +133,45 @@ def run_arm(args: argparse.Namespace) -> dict[str, float]:
     """Prune with one arm in this process and measure it; the perplexity only where no layers were added."""
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, torch.float32)
+    if args.arm == "llmcompressor":
+        return run_llm_compressor(model, args) | perplexities(model, tokenizer, args)
     if args.arm == "modelopt":
         import modelopt.torch.sparsity  # noqa: F401  its import is not part of the pruning
     if args.deepen > 1:
         with tempfile.TemporaryDirectory() as folder:  # mapped from a file, as every model is
             deepen(model, args.deepen).save_pretrained(folder)
             model = load_model(folder, torch.float32)
-    mixed, read = (load_file(args.tokens)[name] for name in ("mixed", "read"))
-    batches = list((mixed if args.arm in QUALITY else read).split(args.batch_size))
+    tokens = load_file(args.tokens)
+    mixed = args.arm in QUALITY
+    batches = list(tokens["mixed"].split(tokens["sizes"].tolist()) if mixed else tokens["read"].split(args.batch_size))
+    token_weights = tokens["weights"].tolist() if mixed else None
     model(batches[0][:1, :64])  # the libraries allocate their working memory before the measurement begins
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, started, busy = memory_kib("VmRSS"), time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, measured() as result:
         if args.arm == "reference":
             prune_llama(model, batches)
         elif args.arm != "dense":
-            prune(args.arm.removesuffix("_read"), model, batches, CPU, Path(folder))
-    busy = time.process_time() - busy
-    seconds, memory = time.perf_counter() - started, (memory_kib("VmHWM") - before) / 1024
-    result = {"seconds": round(seconds, 1), "memory_mib": round(memory, 1), "cpu_seconds": round(busy, 1)}
+            prune(args.arm.removesuffix("_read"), model, batches, CPU, Path(folder), token_weights)
     return result if args.deepen > 1 else result | perplexities(model, tokenizer, args)
 
 
-def calibration(args: argparse.Namespace, text: str) -> torch.Tensor:
-    """Sequences [calib_size, length] of `--calib_data`, with the file in the data folder; sources count alike."""
+def run_llm_compressor(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
+    """Prune with llm-compressor in a process of its own, perhaps of another environment; `model` gets the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        words = (args.llmcompressor_python, "-m", "benchmarks.llm_compressor", args.model, args.tokens)
+        output = run_command(*words, args.batch_size, weights)
+        missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:  # which is tied
+            raise UserError(f"llm-compressor left weights of other names: {sorted([*missing, *unexpected])[:3]}")
+    return json.loads(output.splitlines()[-1])
+
+
+def calibration(args: argparse.Namespace, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences of `--calib_data`, with the file in the data folder, as tensors that a file can hold.
+
+    Returns:
+        tokens [calib_size, length]; for each batch, how many of them it has and what each of its tokens counts.
+    """
     tokenizer = load_tokenizer(args.model)
 
     def write(count: int) -> torch.Tensor:
@@ -154,8 +181,9 @@ def calibration(args: argparse.Namespace, text: str) -> torch.Tensor:
         Source(str(args.data / source.spec) if source.spec != SELF else SELF, source.weight)
         for source in parse_sources(text)
     ]
-    batches, _ = load_calibration(tokenizer, sources, args.calib_size, args.length, args.batch_size, 0, write)
-    return torch.cat([batch["input_ids"] for batch in batches])
+    batches, weights = load_calibration(tokenizer, sources, args.calib_size, args.length, args.batch_size, 0, write)
+    sequences = [batch["input_ids"] for batch in batches]
+    return torch.cat(sequences), torch.tensor([len(part) for part in sequences]), torch.tensor(weights)
 
 
 def perplexities(
@@ -178,7 +206,8 @@ def perplexities(
 
 def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, float]:
     """Run one arm in a new process."""
-    names = ("model", "data", "texts", "tokens", "calib_size", "eval_size", "length", "batch_size")
+    names = ["model", "data", "texts", "tokens", "calib_size", "eval_size", "length", "batch_size"]
+    names += ["llmcompressor_python"] if arm == "llmcompressor" else []
     options = [word for name in names for word in (f"--{name}", getattr(args, name))]
     command = (sys.executable, "-m", "benchmarks.pruning", "--arm", arm, "--deepen", deepen, *options)
     result = json.loads(run_command(*command).splitlines()[-1])
@@ -186,9 +215,9 @@ def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, fl
     return result
 
 
-def ratios(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Of each pruned arm, ÷ modelopt's: rise in perplexity by text and on average over other kinds; time; memory."""
-    dense, base = results["dense"], results["modelopt"]
+def ratios(results: dict[str, dict[str, float]], baseline: str) -> dict[str, dict[str, float]]:
+    """Of each pruned arm, ÷ another's: rise in perplexity by text and on average over other kinds; time; memory."""
+    dense, base = results["dense"], results[baseline]
     found = {}
     for arm, row in results.items():
         if arm == "dense" or "papers" not in row:
@@ -202,18 +231,18 @@ def ratios(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """Figures of every arm, and for the pruned ones the ratios to modelopt's."""
-    print(f"\n{'perplexity':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "seconds", "CPU s", "MiB")))
+    print(f"\n{'perplexity':<16}" + "".join(f"{name:>9}" for name in (*KINDS, "seconds", "CPU s", "MiB")))
     for arm, row in results.items():
         cells = [f"{row[kind]:.2f}" for kind in KINDS] + [
             f"{row[name]:.0f}" for name in ("seconds", "cpu_seconds", "memory_mib")
         ]
-        print(f"{arm:<14}" + "".join(f"{cell:>9}" for cell in cells))
-    if "modelopt" in results:
-        print(
-            f"\n{'÷ modelopt':<14}" + "".join(f"{name:>9}" for name in (*KINDS, "other", "time", "CPU time", "memory"))
-        )
-        for arm, found in ratios(results).items():
-            print(f"{arm:<14}" + "".join(f"{value:>9.3f}" for value in found.values()))
+        print(f"{arm:<16}" + "".join(f"{cell:>9}" for cell in cells))
+    for baseline in BASELINES:
+        if baseline in results:
+            names = (*KINDS, "other", "time", "CPU time", "memory")
+            print(f"\n{'÷ ' + baseline:<16}" + "".join(f"{name:>9}" for name in names))
+            for arm, found in ratios(results, baseline).items():
+                print(f"{arm:<16}" + "".join(f"{value:>9.3f}" for value in found.values()))
 
 
 def main() -> None:
@@ -224,21 +253,22 @@ def main() -> None:
     print(describe_machine(CPU), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        mixed = calibration(args, MIXED)
+        mixed, sizes, weights = calibration(args, MIXED)
         seconds = round(time.perf_counter() - started, 1)
         print(f"calibration text with self text in {seconds} s, faster from the cache", flush=True)
         args.tokens = Path(folder) / "tokens.safetensors"
-        save_file({"mixed": mixed, "read": calibration(args, "calib.jsonl")}, args.tokens)
+        read, _, _ = calibration(args, "calib.jsonl")
+        save_file({"mixed": mixed, "sizes": sizes, "weights": weights, "read": read}, args.tokens)
         results = {arm: measure(arm, args) for arm in args.arms}
         doubled = {arm: measure(arm, args, deepen=2) for arm in args.double}
     print_table(results)
-    found = ratios(results) if "modelopt" in results else {}
+    found = {f"÷ {name}": ratios(results, name) for name in BASELINES if name in results}
     for arm, twice in doubled.items():
         results[f"{arm} x2"] = twice
         print(f"twice the layers, {arm}: time x{twice['seconds'] / results[arm]['seconds']:.2f}, ", end="")
         print(f"memory x{twice['memory_mib'] / results[arm]['memory_mib']:.2f} (masks included)")
-    sizes = {"calibration": [args.calib_size, args.length], "self_text_seconds": seconds}
-    save_figures({**sizes, "results": results, "ratios": found}, args, CPU)
+    facts = {"calibration": [args.calib_size, args.length], "self_text_seconds": seconds}
+    save_figures({**facts, "results": results, "ratios": found}, args, CPU)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,14 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
+def head_counts(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Attention heads of queries; of keys and values; channels of each."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, width
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers: the largest ModuleList of config.num_hidden_layers equal modules."""
     count = model.config.get_text_config().num_hidden_layers

@@ -25,7 +25,7 @@ from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir
-from sparsity.models import cache_name, few_values, load_config, load_model
+from sparsity.models import cache_name, few_values, head_counts, load_config, load_model
 from sparsity.processes import hide_bar
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def batch_sizes(sequences: int, most: int) -> list[int]:
 def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> torch.dtype:
     """The precision to write in: the checkpoint's own on a GPU, the faster one of two on a CPU."""
     if device.type == "cpu":
-        return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+        return writing_dtype(device)
     own = getattr(load_config(model_name, trust_remote_code), "dtype", None)
     return own if isinstance(own, torch.dtype) else torch.float32
 
@@ -218,14 +218,29 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (block * TOKENS_IN_A_SUM + token).clamp(max=size - 1)[:, 0]
 
 
+def writing_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a model writes on the CPU, and in which most checkpoints that write on a GPU are stored."""
+    return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+
+
 def sequences_at_once(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:
     """As many as a cache in this precision may hold, at most `SEQUENCES_AT_ONCE`."""
+    return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // _cache_bytes(model, length, dtype)))
+
+
+def _cache_bytes(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:
+    """Keys and values of one sequence."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    per_sequence = 2 * length * config.num_hidden_layers * kept_heads * width * dtype.itemsize
-    return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // per_sequence))
+    _, kept_heads, width = head_counts(config)
+    return 2 * length * config.num_hidden_layers * kept_heads * width * dtype.itemsize
+
+
+def writing_bytes(model: PreTrainedModel, length: int) -> int:
+    """What a model needs at once to write text: weights, the cache, and the logits in three copies of 32-bit floats."""
+    at_once = sequences_at_once(model, length, model.dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    logits = at_once * model.config.get_text_config().vocab_size
+    return weights + at_once * _cache_bytes(model, length, model.dtype) + 12 * logits
 
 
 def _key(model: PreTrainedModel, settings: list, dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class HiddenStates:
         dense: the same of the dense model; None where `needs_dense` is False.
         keep: for each batch a bool tensor [batch * length] that is False on padding; None without padding.
         token_weights: for each batch, what each of its tokens counts in statistics.
+        tuples: whether each decoder layer returns a tuple.
 
     Args:
         folder: keep the activations in files here instead, which have no names and vanish with the process.
@@ -56,11 +57,11 @@ class HiddenStates:
         # On CPUs with bfloat16 instructions the linear layers of float32 models run in bfloat16 during calibration
         # (several times the speed); weights, the residual stream and sums of the statistics stay float32.
         self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
-        tuples = returns_tuple(model, layers)
+        self.tuples = returns_tuple(model, layers)
         hidden: list[Tensor] = []
         seen: dict[torch.Size, list[Call]] = {}
         for number, batch in enumerate(batches):
-            embedded, calls = record_calls(model, layers, tuples, batch)
+            embedded, calls = record_calls(model, layers, self.tuples, batch)
             mask = batch.get("attention_mask")
             if mask is not None and bool(mask.all()):
                 mask = None  # nothing is padded
@@ -128,11 +129,13 @@ class HiddenStates:
             self.store(source, buffer)
         return copies
 
-    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """Output [batch, length, width] of decoder layer `index` for the hidden states of one batch."""
+    def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor, exact: bool = False) -> Tensor:
+        """Output [batch, length, width] of decoder layer `index` for the first or all sequences of one batch."""
         args, kwargs = _to_device(self.calls[batch][index], self.device)
+        if len(hidden) < self.shapes[batch][0]:
+            args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
         hidden = hidden.to(self.device, non_blocking=True).to(self.dtype)
-        with self.precision():
+        with nullcontext() if exact else self.precision():
             output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -205,6 +208,17 @@ def _with_half_positions(call: Call) -> Call:
     if (positions := kwargs.get("position_embeddings")) is not None:
         kwargs = {**kwargs, "position_embeddings": tuple(part.bfloat16() for part in positions)}
     return args, kwargs
+
+
+def _first_rows(value: Any, rows: int, count: int) -> Any:
+    """The first of a batch of `rows`: of masks and positions, where they are given for each row."""
+    if isinstance(value, Tensor):
+        return value[:count] if value.ndim > 1 and len(value) == rows else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first_rows(item, rows, count) for item in value)
+    if isinstance(value, dict):
+        return {key: _first_rows(item, rows, count) for key, item in value.items()}
+    return value
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

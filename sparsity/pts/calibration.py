@@ -19,6 +19,7 @@ from sparsity.pts.discovery import Stop, replaced_forward
 
 TOKENS_AT_ONCE = 1024  # multiplied at a time: enough for full speed, little memory
 COLUMNS_AT_ONCE = 256  # in products of which only the upper triangle is wanted
+MAX_TOKEN_WEIGHT = 10.0  # before weights are brought to a mean of 1: of a token whose target is nearly zero
 
 MAX_SEQUENTIAL_GROUPS = 8  # decoder layers have about four; a mixture of experts has many
 
@@ -58,8 +59,17 @@ class Statistics:
         self._half = False
 
     @tf32(False)
-    def add(self, inputs: Tensor, missing: Tensor | None = None, *, token_weight: float = 1.0) -> None:
+    def add(
+        self,
+        inputs: Tensor,
+        missing: Tensor | None = None,
+        *,
+        token_weight: float = 1.0,
+        token_scales: Tensor | None = None,
+    ) -> None:
         """Take in inputs [tokens, cols] and, with a cross product, missing outputs [tokens, rows].
+
+        A token counts by `token_weight` and by the square of its entry in `token_scales` [tokens] (mean square 1).
 
         On a CPU bfloat16 inputs are multiplied as they are, a thousand tokens at a time, and summed in float32: the
         products are rounded, but four times as fast. GPUs multiply float32.
@@ -67,12 +77,16 @@ class Statistics:
         self._half = inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and bf16_is_faster(inputs.device)
         for start in range(0, len(inputs), TOKENS_AT_ONCE):
             part = inputs[start : start + TOKENS_AT_ONCE]
+            if token_scales is not None:
+                scales = token_scales[start : start + TOKENS_AT_ONCE, None].to(part.dtype)
+                part = part * scales
             if not self._half:
                 part = self._scratch.take("inputs", TOKENS_AT_ONCE, inputs.shape[1])[: len(part)].copy_(part)
             self._add_square(part, token_weight)
             if missing is not None:
                 assert self.cross is not None
-                lacking = missing[start : start + TOKENS_AT_ONCE].to(part.dtype)
+                lacking = missing[start : start + TOKENS_AT_ONCE]
+                lacking = (lacking if token_scales is None else lacking * scales).to(part.dtype)
                 if self._half:
                     self.cross.add_(lacking.t() @ part, alpha=token_weight)
                 else:
@@ -92,6 +106,11 @@ class Statistics:
             self.hessian.add_(gram, alpha=token_weight)
         else:
             self.hessian.addmm_(part.t(), part, alpha=token_weight)
+
+    def reorder(self, order: Tensor) -> None:
+        """Statistics of the inputs in another order; `order` [cols] says which input each place gets."""
+        assert self.cross is None
+        self.hessian = self.hessian[order][:, order]
 
     def finish(self, name: str) -> None:
         """Sum over all processes and divide by the tokens' weights.
@@ -117,6 +136,17 @@ class Statistics:
                 raise UserError(f"the input of {name} is NaN or infinite in calibration; try --dtype bf16 or fp32")
 
 
+def relative_scales(target: Tensor) -> Tensor:
+    """By what to multiply the tokens [tokens] of a target stream [tokens, width], so that errors count relative to it.
+
+    Whatever reads the residual stream normalizes it first, so an error matters in proportion to the token's norm. That
+    of a sequence's first token is often a hundred times the others', which it would outweigh. Mean square 1.
+    """
+    squares = target.float().square().mean(-1).clamp(min=1e-30)
+    weights = (squares.median() / squares).clamp(max=MAX_TOKEN_WEIGHT)
+    return (weights / weights.mean()).sqrt()
+
+
 @torch.no_grad()
 def collect(
     states: HiddenStates,
@@ -125,6 +155,7 @@ def collect(
     groups: list[dict[str, nn.Linear]],
     hidden: list[Tensor],
     advance: bool = False,
+    energies: dict[nn.Linear, Tensor] | None = None,
     writer: nn.Linear | None = None,
     sums: list[Tensor] | None = None,
 ) -> list[Statistics]:
@@ -133,6 +164,7 @@ def collect(
     Args:
         hidden: the hidden states to run, `states.pruned` or `states.dense`.
         advance: replace them by the layer's outputs. Otherwise the layer is run only as far as needed.
+        energies: linear layers, each with zeros [cols], to which the weighted sums of its inputs' squares are added.
         writer: a linear layer whose output is added to the layer's input; `sums` then receives that sum per batch.
     """
     scratch = Scratch(states.device)
@@ -143,6 +175,13 @@ def collect(
             statistics.add(*states.kept(batch, args[0]), token_weight=states.token_weights[batch])
             if len(groups) == 1 and not advance:
                 raise Stop  # nothing after the only wanted input need be computed
+
+        return add
+
+    def energy_hook(batch: int, energy: Tensor) -> Callable:
+        def add(module: nn.Module, args: tuple) -> None:
+            inputs = states.kept(batch, args[0])[0].float()
+            energy.add_(inputs.square_().sum(0), alpha=states.token_weights[batch])
 
         return add
 
@@ -159,6 +198,8 @@ def collect(
                 next(iter(group.values())).register_forward_pre_hook(input_hook(statistics, batch))
                 for group, statistics in zip(groups, found, strict=True)
             ]
+            for linear, energy in (energies or {}).items():
+                handles.append(linear.register_forward_pre_hook(energy_hook(batch, energy)))
             if writer is not None:
                 handles.append(writer.register_forward_hook(output_hook(batch)))
             with suppress(Stop):
@@ -169,6 +210,9 @@ def collect(
                 handle.remove()
     for group, statistics in zip(groups, found, strict=True):
         statistics.finish(next(iter(group)))
+    if dist.is_initialized():
+        for energy in (energies or {}).values():
+            dist.all_reduce(energy)
     return found
 
 
@@ -186,9 +230,9 @@ class Writers:
 def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]]) -> Writers:
     """Find the linear layers that write to the residual stream.
 
-    They are tested on the first batch of the dense model's hidden states: without the last linear the layer must return
-    its input plus what the inner one adds; the last must add the rest. Models that normalize such outputs first (Gemma)
-    have none.
+    They are tested on the first sequence of the dense model's hidden states: without the last linear the layer must
+    return its input plus what the inner one adds; the last must add the rest. Models that normalize such outputs first
+    (Gemma) have none.
     """
     assert states.dense is not None
     writers, last = Writers(), len(groups) - 1
@@ -203,17 +247,18 @@ def stream_writers(states: HiddenStates, layer: nn.Module, index: int, groups: l
     linears = {number: next(iter(group.values())) for number, group in enumerate(groups) if len(group) == 1}
     parents = {number: layer.get_submodule(names[linear].rpartition(".")[0]) for number, linear in linears.items()}
     handles = [module.register_forward_hook(note) for module in {*linears.values(), *parents.values()}]
+    hidden = states.dense[0][:1]
     with states.converted_weights(layer):
-        whole = states.run(layer, index, 0, states.dense[0])
+        whole = states.run(layer, index, 0, hidden)
         found = dict(outputs)
         with _zero_output(states, linears[last]):
-            residual = states.run(layer, index, 0, states.dense[0])
+            residual = states.run(layer, index, 0, hidden)
     for handle in handles:
         handle.remove()
     if linears[last] not in found or not _adds_up(whole - residual, found[linears[last]]):
         return writers
     writers.last = last
-    added = residual - states.dense[0].to(states.device)
+    added = residual - hidden.to(states.device)
     for number, linear in linears.items():
         if number != last and linear in found and _adds_up(added, found[linear]):
             writers.inner = number
@@ -257,9 +302,12 @@ def collect_missing(
 
     def hook(batch: int, hidden: Tensor) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
-            missing = sums[batch].to(states.device, non_blocking=True) - hidden.to(states.device, non_blocking=True)
-            missing = missing.float() - states.linear(linear, args[0]).view_as(missing)
-            found.add(*states.kept(batch, args[0], missing), token_weight=states.token_weights[batch])
+            target = sums[batch].to(states.device, non_blocking=True)
+            missing = (target - hidden.to(states.device, non_blocking=True)).float()
+            missing -= states.linear(linear, args[0]).view_as(missing)
+            inputs, missing, target = states.kept(batch, args[0], missing, target)
+            weight = states.token_weights[batch]
+            found.add(inputs, missing, token_weight=weight, token_scales=relative_scales(target))
             if linear.in_features == linear.out_features:
                 states.store(args[0].view_as(sums[batch]), sums[batch])
             raise Stop
@@ -310,10 +358,13 @@ def collect_residual(
                 known = replaced_forward([parent], lambda index, forward=forward: forward)  # type: ignore[misc]
             with known, _zero_output(states, linear) as seen:
                 residual = states.run(layer, index, batch, hidden)
-            missing = states.dense[batch].to(states.device, non_blocking=True).float() - residual.float()
+            target = states.dense[batch].to(states.device, non_blocking=True)
+            missing = target.float() - residual.float()
             missing -= states.linear(linear, seen[0]).view_as(missing)
             states.store(residual, hidden)
-            found.add(*states.kept(batch, seen[0], missing), token_weight=states.token_weights[batch])
+            inputs, missing, target = states.kept(batch, seen[0], missing, target)
+            weight = states.token_weights[batch]
+            found.add(inputs, missing, token_weight=weight, token_scales=relative_scales(target))
             states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
     found.finish(name)
     return found

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sparsity.devices import peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
-from sparsity.models import decoder_layers
+from sparsity.models import decoder_layers, head_counts
 from sparsity.processes import hide_bar, is_main_process
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
 from sparsity.pts.calibration import (
@@ -34,9 +34,11 @@ from sparsity.pts.calibration import (
     stream_writers,
 )
 from sparsity.pts.discovery import choose_linears, shared_inputs
+from sparsity.pts.final_norm import rescale_final_norm
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask, wanda_mask
+from sparsity.pts.permutation import permute, reorderable
 from sparsity.pts.recipe import Recipe
 from sparsity.pts.solvers import admm, damp, layer_error, least_squares, refit, sparsegpt
 
@@ -134,11 +136,17 @@ class Observed:
 
 
 def observe_dense(
-    states: HiddenStates, layer: nn.Module, index: int, groups: list[dict[str, nn.Linear]], recipe: Recipe
+    states: HiddenStates,
+    layer: nn.Module,
+    index: int,
+    groups: list[dict[str, nn.Linear]],
+    recipe: Recipe,
+    heads: tuple[int, int, int],
 ) -> Observed:
     """Move the dense model's hidden states, where the recipe needs them, past a layer, and keep what it needs of them.
 
-    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass.
+    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass. The inputs of
+    layers that may be reordered are then dealt anew (`heads`: of `head_counts`).
     """
     if states.dense is None:
         return Observed()
@@ -156,8 +164,18 @@ def observe_dense(
     later = {writers.inner, len(groups) - 1} if recipe.asymmetric else set()
     early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
     chosen = [groups[number] for number in early]
-    found = collect(states, layer, index, chosen, states.dense, advance=True, writer=inner, sums=observed.sums)
+    reordered = reorderable(groups) if recipe.permute and recipe.pattern.m else {}
+    energies = {linear: linear.weight.new_zeros(linear.in_features).float() for linear in reordered.values()}
+    found = collect(
+        states, layer, index, chosen, states.dense, True, energies=energies, writer=inner, sums=observed.sums
+    )
     observed.known = dict(zip(early, found, strict=True))
+    if reordered:
+        sums = {number: energies[linear] for number, linear in reordered.items()}
+        orders = permute(states, layer, index, groups, sums, heads, recipe.pattern)
+        for number, order in orders.items():
+            if number in observed.known:
+                observed.known[number].reorder(order)
     return observed
 
 
@@ -198,7 +216,9 @@ def prune_layer(
             prune([number], [collect_missing(states, layer, index, name, linear, observed.sums)])
         elif number == writers.last:
             return_freed_memory()  # of the passes before, which would add to the largest one
-            prune([number], [collect_last(states, layer, index, groups, observed)])
+            found = [collect_last(states, layer, index, groups, observed)]
+            return_freed_memory()
+            prune([number], found)
             add_output(states, linear, observed.inputs_of_last)
             return masks, rows
         else:
@@ -248,7 +268,7 @@ def prune_model(
     activations_dir: Path | None = None,
     token_weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
-    """Prune every decoder layer of `model` (on the CPU, in eval mode) in place.
+    """Prune every decoder layer of `model` (on the CPU, in eval mode) in place, and rescale its final norm.
 
     Args:
         batches: keyword arguments of the model: input_ids [batch, length] int64 and, where there is padding,
@@ -270,6 +290,7 @@ def prune_model(
     chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
     plan = shared_inputs(model, chosen)
     modules = dict(layers.named_modules(prefix=prefix))
+    heads = head_counts(model.config)
     states = HiddenStates(
         model,
         layers,
@@ -292,7 +313,7 @@ def prune_model(
             started = time.perf_counter()
             prefetcher.fetch(index)
             check_weights(groups)
-            observed = observe_dense(states, layer, index, groups, recipe)
+            observed = observe_dense(states, layer, index, groups, recipe, heads)
             layer_masks, layer_rows = prune_layer(states, layer, index, groups, observed, recipe)
             del observed  # its buffers are as large as all hidden states
             layer.to("cpu")
@@ -306,6 +327,8 @@ def prune_model(
         return_freed_memory()
         if layer_rows:
             bar.set_postfix(error=f"{sum(row.relative_error or 0.0 for row in layer_rows) / len(layer_rows):.4f}")
+    if recipe.asymmetric:
+        rescale_final_norm(model, states)
     return masks
 
 

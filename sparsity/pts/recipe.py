@@ -19,6 +19,7 @@ class Recipe:
     refit_iterations: int = 0  # conjugate-gradient steps of the least-squares refit
     admm_iterations: int = 0  # mask search, in place of SparseGPT's column loop
     dense_inputs: bool = False  # Hessians of the dense model's activations: fewer forward passes
+    permute: bool = False  # deal channels to the pattern's groups by their importance, where that changes no output
     asymmetric: bool = False  # fit what adds to the residual stream to the dense model's stream, not to its own output
 
     @property
@@ -34,7 +35,7 @@ class Recipe:
 
 # Shrinkage keeps the refitted weights closer to the dense ones along directions that only the calibration text has:
 # slightly worse on text of its kind, clearly better on other text (docs/measurements.md).
-_FAST = Recipe(percdamp=0.01, shrinkage=0.3, refit_iterations=6, dense_inputs=True)
+_FAST = Recipe(percdamp=0.01, shrinkage=0.3, refit_iterations=6, dense_inputs=True, permute=True)
 QUALITY = {
     "fast": _FAST,
     "balanced": replace(_FAST, asymmetric=True),

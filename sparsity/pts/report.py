@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sparsity.devices import bf16_is_faster
+from sparsity.devices import bf16_is_faster, peak_memory_mib
 from sparsity.models import decoder_layers
 from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
-from sparsity.self_text import batch_sizes, sequences_at_once
+from sparsity.self_text import batch_sizes, sequences_at_once, writing_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,15 +69,22 @@ def working_bytes(rows: int, cols: int, recipe: Recipe) -> int:
 
 
 def estimate(
-    model: PreTrainedModel, recipe: Recipe, ignore: list[str], calibration: tuple[int, int, int], kind: str
+    model: PreTrainedModel,
+    recipe: Recipe,
+    ignore: list[str],
+    calibration: tuple[int, int, int],
+    kind: str,
+    writer: PreTrainedModel | None = None,
 ) -> str:
     """Layers, shapes and a computed estimate of time and peak device memory; nothing is run but eight tokens.
 
     Args:
         calibration: sequences, tokens per sequence, sequences per batch.  kind: "cpu" or "cuda".
+        writer: an empty model in the dtype in which it writes text; None where it writes none.
 
     Memory on the device is the largest decoder layer, what its largest group needs at once (`working_bytes`), and one
-    batch of activations.
+    batch of activations. On the CPU all of it belongs to one process, with the libraries that this process has loaded.
+    Masks of finished layers stay on disk until the state is written.
     """
     sequences, length, batch_size = calibration
     prefix, layers = decoder_layers(model)
@@ -103,11 +110,19 @@ def estimate(
     layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
     width = model.get_input_embeddings().weight.shape[1]
     element = next(model.parameters()).element_size()
-    streams = tokens * width * element * (2 if recipe.asymmetric else 1)
-    if recipe.asymmetric:  # and, for one layer at a time, the inputs of its last linear layer; sums before are smaller
-        streams += tokens * max(shapes[groups[-1][0]][1] for groups in plan if groups) * element
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     half = kind == "cpu" and element == 4 and bf16_is_faster(torch.device(kind))
+    streams = tokens * width * element
+    if recipe.asymmetric:  # the dense model's, and for one layer at a time the inputs of its last linear layer
+        widest = max(shapes[groups[-1][0]][1] for groups in plan if groups)
+        streams += tokens * (width + widest) * (2 if half else element)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    process = []
+    if kind == "cpu":
+        peak = max(weights + streams + layer + working, writing_bytes(writer, length) if writer is not None else 0)
+        libraries = peak_memory_mib(torch.device(kind))
+        process = [
+            f"computed peak memory of the process: {peak / MIB + libraries:,.0f} MiB ({libraries:,.0f} libraries)"
+        ]
     speed = FLOPS[kind] * (HALF_GAIN if half else 1)
     return "\n".join(
         [
@@ -118,6 +133,7 @@ def estimate(
             f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
             f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB activations "
             f"+ {sum(r * c for r, c in shapes.values()) / MIB:,.0f} MiB masks",
+            *process,
             f"computed time: about {flops / speed:,.0f} s ({flops:.1e} operations, {speed:.1e} a second)",
         ]
     )

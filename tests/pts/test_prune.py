@@ -13,7 +13,7 @@ from pruning import ARCHITECTURES, agree, calibration, linears, prune, small_con
 from transformers import AutoModelForCausalLM
 
 from sparsity.errors import UserError
-from sparsity.models import decoder_layers
+from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.discovery import shared_inputs
 from sparsity.pts.prune import observe_dense, prune_layer
@@ -83,7 +83,7 @@ def test_hidden_states_behind_a_layer_are_the_pruned_layers_own_output_to_the_bi
     states = HiddenStates(model, layers, calibration(), torch.device("cpu"), needs_dense=recipe.needs_dense)
     before = [hidden.clone() for hidden in states.pruned]
     groups = [{n: model.get_submodule(n) for n in names} for names in shared_inputs(model, linears(model))[0]]
-    observed = observe_dense(states, layers[0], 0, groups, recipe)
+    observed = observe_dense(states, layers[0], 0, groups, recipe, head_counts(model.config))
     with torch.no_grad():
         prune_layer(states, layers[0], 0, groups, observed, recipe)
         states.advance(layers[0], 0, before)
