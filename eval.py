@@ -17,12 +17,20 @@ import time
 from pathlib import Path
 
 from sparsity.errors import UserError
-from utils import Parser, add_inference_options, add_template_options, check_at_least, run_cli
+from utils import (
+    Parser,
+    add_inference_options,
+    add_placement_options,
+    add_template_options,
+    check_at_least,
+    run_cli,
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_inference_options(parser.add_argument_group("model"))
+    add_placement_options(parser.add_argument_group("models larger than one GPU"))
     what = parser.add_argument_group("what to score")
     what.add_argument("--data_path", required=True, help="JSON or JSONL records, e.g. data/cnn_eval.json")
     what.add_argument("--limit", type=int, metavar="N", help="score only the first N records")
@@ -70,9 +78,10 @@ def main() -> None:
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
     from sparsity.evaluation.rouge import print_scores, score_predictions
     from sparsity.figures import save_scores
+    from sparsity.placement import choose_placement, load_placed
     from sparsity.processes import fail_together, start_processes, warn
-    from sparsity.states import load_for_inference
 
+    placement = choose_placement(args)
     process = start_processes(args.device)
     use_tf32(True)
 
@@ -99,8 +108,8 @@ def main() -> None:
             log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
             log.check()
         prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
-        model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
-        model.to(process.device)
+        source = (args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
+        model = load_placed(*source, placement, process.device)
         generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
 
     # Phase 2: generation. One process looks for finished work, so that all share out the same list of batches.
@@ -111,7 +120,9 @@ def main() -> None:
     if done and process.is_main_process:
         print(f"resuming: {len(done)} of {len(records)} predictions are already in {args.predictions}")
     start = time.perf_counter()
-    own = predict(model, tokenizer, prompts, records, batches, generation, process, log)
+    writes = process.is_main_process or not placement.tensor_parallel  # else all processes make the same predictions
+    share = placement.share(process)
+    own = predict(model, tokenizer, prompts, records, batches, generation, share, log if writes else None)
     predictions = {**done, **dict(gather_object(list(own.items())))}
     seconds = time.perf_counter() - start
 

@@ -13,16 +13,23 @@ tokenizer measured with one protocol.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
-from utils import Parser, add_inference_options, check_at_least, run_cli
+from utils import Parser, add_inference_options, add_placement_options, check_at_least, run_cli
+
+if TYPE_CHECKING:
+    from sparsity.placement import Placement
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_inference_options(parser.add_argument_group("model"))
+    add_placement_options(parser.add_argument_group("models larger than one GPU"))
     text = parser.add_argument_group("text")
     text.add_argument(
         *("--text", "--dataset"),
@@ -57,10 +64,26 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
+    from sparsity.placement import choose_placement
+    from sparsity.processes import report_on_main, start_processes
+
+    placement = choose_placement(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not placement.tensor_parallel:
+        raise UserError("several processes would all measure the same; start one with python, or use --tensor_parallel")
+    process = start_processes(args.device) if placement.tensor_parallel else None
+    with report_on_main(process) if process else contextlib.nullcontext():  # all processes meet the same mistakes
+        measure(args, placement)
+    if process:
+        process.destroy_process_group()
+
+
+def measure(args: argparse.Namespace, placement: Placement) -> None:
+    """Compute, print and save the figure."""
     from sparsity import files, models, sources
     from sparsity.devices import resolve_device, use_tf32
     from sparsity.evaluation import perplexity
-    from sparsity.states import load_for_inference
+    from sparsity.placement import input_device, load_placed
+    from sparsity.processes import is_main_process
 
     # Phase 1: cheap checks, and the windows of text.
     device = resolve_device(args.device)
@@ -80,11 +103,14 @@ def main() -> None:
     windows = perplexity.windows_of(tokenizer, texts, args.context, args.stride, args.max_blocks)
     scored = perplexity.scored_tokens(windows, args.stride)
     protocol = perplexity.protocol_line(windows, args.stride, scored, ", ".join(map(str, texts)))
-    print(protocol, flush=True)
+    main_process = is_main_process()
+    if main_process:
+        print(protocol, flush=True)
 
     # Phase 2: the figure.
-    model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
-    model.to(device)
+    source = (args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
+    model = load_placed(*source, placement, device)
+    device = input_device(model)
     start = time.perf_counter()
     value = perplexity.perplexity(model, windows, device, args.batch_size, args.stride)
     seconds = time.perf_counter() - start
@@ -92,7 +118,7 @@ def main() -> None:
         raise UserError(
             "the perplexity is not a number: the model overflows in this precision; try --dtype bf16 or fp32"
         )
-    if args.output_json:
+    if args.output_json and main_process:
         result = {
             "perplexity": value,
             "tokens": scored,
@@ -106,7 +132,8 @@ def main() -> None:
             "arguments": vars(args),
         }
         files.save_json(result, args.output_json)
-    print(f"perplexity: {value:.4f} ({scored} tokens in {seconds:.1f} s)")
+    if main_process:
+        print(f"perplexity: {value:.4f} ({scored} tokens in {seconds:.1f} s)")
 
 
 if __name__ == "__main__":

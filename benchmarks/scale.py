@@ -1,4 +1,4 @@
-r"""Memory per GPU at scale, simulated: what `finetune.py --dry_run` estimates beside what torch's memory tracker counts.
+r"""Simulated memory per GPU at scale: the estimate of `finetune.py --dry_run` and the count of torch's memory tracker.
 
     python -m benchmarks.scale --output benchmarks/results/scale.json
 
@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,16 +29,19 @@ from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.errors import UserError
 from sparsity.sat import memory
 from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.model import freeze_embeddings
 from sparsity.sat.sharding import configure_fsdp, local, shard_teacher
+from sparsity.states import mask_name
 from utils import Parser, run_cli
 
-ATTENTION = "simulated_flash"
+ATTENTION = "without_score_matrices"
 # Published sizes: hidden, intermediate, layers, heads, key and value heads, vocabulary.
 MODELS = {
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000),
     "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256),
     "Llama-3-70B": (8192, 28672, 80, 64, 8, 128256),
 }
+KIND = "simulated with fake tensors and fake processes; no GPU ran"
 LIMIT = 0.15  # largest accepted difference between estimate and simulation
 
 
@@ -93,7 +95,7 @@ class EveryTokenLabelled(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def flash_attention(
+def fused_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """Attention without score matrices, as on GPUs; fake tensors on the CPU would take torch's plain formula."""
@@ -133,28 +135,45 @@ def llama(name: str) -> Any:
 
 def fake_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a configuration in fake tensors; call it inside a FakeTensorMode."""
-    model = empty_model(config, dtype).to_empty(device="cpu")
-    model.config._attn_implementation = ATTENTION
-    return model
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
 
 
 # ------------------------------------------------------------------------------------------------------- simulation
 
 
-def simulate(case: Case) -> tuple[dict[str, int], memory.Settings, memory.Shapes]:
-    """Bytes at the peak of one optimizer step, by torch's categories, and what the estimate takes for the same run."""
+def simulate(case: Case) -> dict[str, dict[str, int]]:
+    """Bytes at the peaks of the three phases of an optimizer step, by torch's categories."""
     config = llama(case.model)
-    shapes = memory.model_shapes(config)
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(fake_processes(case.ranks)) if case.ranks > 1 else None
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        student, extra = build_student(case, config)
+        student = build_student(case, config)
         teacher = fake_model(config, torch.bfloat16).requires_grad_(False) if case.teacher else None
-        prepared = shard(student, case.checkpointing, mesh) if mesh else compute_in_bf16(student, case.checkpointing)
-        if teacher is not None and mesh:
-            teacher = shard_teacher(teacher, type(student.model.layers[0]).__name__, torch.bfloat16, False)
-        peak = step(prepared, student, teacher, case, extra)
-    return peak, settings(case), shapes
+        if mesh is None:
+            prepared = compute_in_bf16(student, case.checkpointing)
+        else:
+            prepared = shard(student, case.checkpointing, mesh)
+            if teacher is not None:
+                layer = type(teacher.model.layers[0]).__name__
+                teacher = shard_teacher(teacher, layer, torch.bfloat16, cpu_offload=False, mesh=mesh)
+        return step(prepared.train(), student, teacher, case)
+
+
+def build_student(case: Case, config: Any) -> Any:
+    """The model as finetune.py trains it: all weights in float32, or frozen ones in bfloat16 with low-rank updates."""
+    if not case.lora_rank:
+        model = fake_model(config, torch.float32)
+        freeze_embeddings(model)
+        return model
+    from sparsity.sat.low_rank import add_low_rank
+
+    model = fake_model(config, torch.bfloat16)
+    weights = {f"{name}.weight": module.weight for name, module in pruned_layers(model)}
+    masks = {mask_name(name): torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    add_low_rank(model, {**weights, **masks}, case.lora_rank, scale=2.0, seed=0, embeddings=False)
+    return model
 
 
 def shard(model: Any, checkpointing: bool, mesh: Any) -> Any:
@@ -188,3 +207,149 @@ def compute_in_bf16(model: Any, checkpointing: bool) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
     return model
+
+
+def step(model: Any, student: Any, teacher: Any, case: Case) -> dict[str, dict[str, int]]:
+    """Run one optimizer step under torch's tracker; see `simulate`."""
+    trained = [weight for weight in student.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    update(trained, optimizer)  # makes the moments, and what sharded tensors work out once
+    masks = []
+    if not case.lora_rank:  # whose frozen weights carry their masks
+        masks = [torch.ones_like(local(layer.weight.detach()), dtype=torch.bool) for _, layer in pruned_layers(student)]
+    tracker = start_tracker(student, optimizer, teacher, masks)
+    ids = torch.zeros(case.rows, case.tokens, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "attention_mask": ids + 1, "real": ids == 0}
+    weights = LossWeights(kl=1.0) if case.teacher else LossWeights()
+    peaks = {}
+    with EveryTokenLabelled(), tracker:
+        loss = batch_loss(model, batch, ids.numel() * case.ranks, weights, teacher, student) * case.ranks
+        peaks["forward"] = take_peak(tracker)
+        loss.backward()
+        del loss
+        peaks["backward"] = take_peak(tracker)
+        update(trained, optimizer)
+        peaks["update"] = take_peak(tracker)
+    return peaks
+
+
+def update(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Clip the gradients, update the weights, and drop the gradients, as the Trainer does."""
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pruned_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The layers that pruning gives masks: the linear modules of the decoder layers."""
+    return [item for item in model.named_modules() if isinstance(item[1], nn.Linear) and "layers" in item[0]]
+
+
+def start_tracker(student: Any, optimizer: torch.optim.Optimizer, teacher: Any, masks: list[torch.Tensor]) -> Any:
+    """The memory tracker of torch, which knows all tensors that exist before the step."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.distributed.fsdp import FSDPModule
+
+    of_teacher = list(teacher.parameters()) if teacher is not None else []
+    others = (*masks, *of_teacher)
+    sharded: Any = FSDPModule
+    if isinstance(student, sharded):
+        tracker: Any = FSDPMemTracker(student, optimizer)
+        tracker.track_inputs(others)
+    else:
+        tracker = MemTracker()
+        tracker.track_external(student, optimizer, *others)
+        no_hook = SimpleNamespace(remove=lambda: None)
+        for weight in (*student.parameters(), *of_teacher):
+            if not weight.requires_grad:  # the tracker would hook onto the gradient that a frozen weight has not got
+                tracker._param_to_grad_hook_handles[weight] = (no_hook, no_hook)
+    return tracker
+
+
+def take_peak(tracker: Any) -> dict[str, int]:
+    """Bytes by category at the tracker's peak since the last call, "Total" is their sum; the next peak starts now."""
+    device = torch.device("cpu")
+    peak = tracker.get_tracker_snapshot("peak")[device]
+    tracker._peak_mem_snap = tracker.get_tracker_snapshot("current")
+    tracker._peak_mem = {device: tracker._peak_mem_snap[device]["Total"]}
+    return {getattr(name, "value", name): size for name, size in peak.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+def settings(case: Case) -> memory.Settings:
+    """The same run as the estimate sees it."""
+    return memory.Settings(
+        processes=case.ranks,
+        train_bs=case.rows,
+        max_length=case.tokens,
+        compute_bytes=2,
+        optimizer="adamw_torch_fused",
+        optimizer_bytes=8,
+        checkpointing=case.checkpointing,
+        distill=case.teacher,
+        hidden_loss=False,
+        cpu_offload=False,
+        teacher_offload=False,
+        freeze_embeddings=True,
+        lora_rank=case.lora_rank,
+    )
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """One row of the result: the simulated peak and the estimate, in GiB."""
+    start = time.perf_counter()
+    peaks = simulate(case)
+    phase = max(peaks, key=lambda name: peaks[name]["Total"])
+    total = peaks[phase]["Total"]
+    parts = memory.estimate(memory.model_shapes(llama(case.model)), settings(case))
+    estimated = sum(parts.values())
+    return {
+        **asdict(case),
+        "simulated_gib": total / memory.GIB,
+        "estimated_gib": estimated / memory.GIB,
+        "estimated / simulated": estimated / total,
+        "peak_in": phase,
+        "simulated": {
+            phase: {name: size / memory.GIB for name, size in peak.items() if size} for phase, peak in peaks.items()
+        },
+        "estimated": {name: size / memory.GIB for name, size in parts.items()},
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes to simulate")
+    add_output_option(parser, "scale")
+    return parser.parse_args()
+
+
+def main() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    args = parse_args()
+    check_output(args.output)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, fused_attention)
+    rows = []
+    for case in cases(args.models):
+        row = compare(case)
+        rows.append(row)
+        print(
+            f"{case.name}: simulated {row['simulated_gib']:.2f} GiB, estimated {row['estimated_gib']:.2f} GiB "
+            f"({row['estimated / simulated']:.2f}), peak in {row['peak_in']}",
+            flush=True,
+        )
+    save_figures({"kind": KIND, "rows": rows}, args, torch.device("cpu"))
+    worst = max(abs(row["estimated / simulated"] - 1) for row in rows)
+    print(f"largest difference between estimate and simulation: {worst:.1%}")
+    if worst > LIMIT:
+        raise UserError(f"the estimate differs by more than {LIMIT:.0%} from the simulation")
+
+
+if __name__ == "__main__":
+    run_cli(main)

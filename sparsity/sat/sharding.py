@@ -19,6 +19,7 @@ from sparsity.states import MASK, sparse_masks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def configure_fsdp(version: int, layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
@@ -78,11 +79,18 @@ def assert_sharded(model: nn.Module) -> int:
     return len(parameters)
 
 
-def shard_teacher(teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> nn.Module:
-    """Shard the frozen teacher layer by layer like the student; computes in `dtype`."""
+def shard_teacher(
+    teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh | None = None
+) -> nn.Module:
+    """Shard the frozen teacher layer by layer like the student; computes in `dtype`.
+
+    Args:
+        mesh: of one dimension; by default all processes.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     options: dict[str, Any] = {
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
