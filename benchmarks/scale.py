@@ -2,6 +2,8 @@ r"""Simulated memory per GPU at scale: the estimate of `finetune.py --dry_run` a
 
     python -m benchmarks.scale --output benchmarks/results/scale.json
 
+It takes about ten minutes; with --resume, what an interrupted run has simulated is kept.
+
 No GPU runs, and no weights exist. Tensors are torch's fake tensors, which have shapes but no values; the processes are
 torch's fake process group, in which one process plays the first of many. In them one optimizer step runs through the
 code of training: accelerate's FSDP2 as `sparsity/sat/sharding.py` configures it, activation checkpointing, the loss of
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.errors import UserError
+from sparsity.files import read_json
 from sparsity.sat import memory
 from sparsity.sat.loss import LossWeights, batch_loss
 from sparsity.sat.model import freeze_embeddings
@@ -300,52 +302,58 @@ def settings(case: Case) -> memory.Settings:
     )
 
 
-def compare(case: Case) -> dict[str, Any]:
-    """One row of the result: the simulated peak and the estimate, in GiB."""
-    start = time.perf_counter()
-    peaks = simulate(case)
+def compare(case: Case, peaks: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """One row of the result, in GiB: the simulated peaks, by phase and category, beside the estimate."""
     phase = max(peaks, key=lambda name: peaks[name]["Total"])
-    total = peaks[phase]["Total"]
     parts = memory.estimate(memory.model_shapes(llama(case.model)), settings(case))
-    estimated = sum(parts.values())
+    estimated = sum(parts.values()) / memory.GIB
     return {
+        "name": case.name,
         **asdict(case),
-        "simulated_gib": total / memory.GIB,
-        "estimated_gib": estimated / memory.GIB,
-        "estimated / simulated": estimated / total,
+        "simulated_gib": peaks[phase]["Total"],
+        "estimated_gib": estimated,
+        "estimated / simulated": estimated / peaks[phase]["Total"],
         "peak_in": phase,
-        "simulated": {
-            phase: {name: size / memory.GIB for name, size in peak.items() if size} for phase, peak in peaks.items()
-        },
+        "simulated": peaks,
         "estimated": {name: size / memory.GIB for name, size in parts.items()},
-        "seconds": time.perf_counter() - start,
     }
+
+
+def in_gib(peaks: dict[str, dict[str, int]]) -> dict[str, dict[str, float]]:
+    return {phase: {name: size / memory.GIB for name, size in peak.items() if size} for phase, peak in peaks.items()}
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes to simulate")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the simulated figures in --output, and estimate again beside them"
+    )
     add_output_option(parser, "scale")
     return parser.parse_args()
 
 
 def main() -> None:
+    from tqdm import tqdm
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     args = parse_args()
     check_output(args.output)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, fused_attention)
-    rows = []
-    for case in cases(args.models):
-        row = compare(case)
-        rows.append(row)
-        print(
+    old = read_json(args.output, "figures")["rows"] if args.resume and args.output.is_file() else []
+    known = {row["name"]: row["simulated"] for row in old}
+    rows = {row["name"]: row for row in old}
+    for case in (bar := tqdm(cases(args.models), disable=None)):
+        bar.set_description(case.name)
+        row = compare(case, known[case.name] if case.name in known else in_gib(simulate(case)))
+        rows[case.name] = row
+        save_figures({"kind": KIND, "rows": list(rows.values())}, args, torch.device("cpu"), quiet=True)
+        bar.write(
             f"{case.name}: simulated {row['simulated_gib']:.2f} GiB, estimated {row['estimated_gib']:.2f} GiB "
-            f"({row['estimated / simulated']:.2f}), peak in {row['peak_in']}",
-            flush=True,
+            f"({row['estimated / simulated']:.2f}), peak in {row['peak_in']}"
         )
-    save_figures({"kind": KIND, "rows": rows}, args, torch.device("cpu"))
-    worst = max(abs(row["estimated / simulated"] - 1) for row in rows)
+    print(f"figures saved in {args.output}")
+    worst = max(abs(row["estimated / simulated"] - 1) for row in rows.values())
     print(f"largest difference between estimate and simulation: {worst:.1%}")
     if worst > LIMIT:
         raise UserError(f"the estimate differs by more than {LIMIT:.0%} from the simulation")

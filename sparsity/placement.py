@@ -231,7 +231,8 @@ def describe_placement(model: PreTrainedModel, placement: Placement) -> str:
     """One line that says which share of the weights lies where, and what is slow."""
     if placement.tensor_parallel:
         return f"weights split over {os.environ['WORLD_SIZE']} processes by tensor parallelism"
-    places = getattr(model, "hf_device_map", None) or {"": model.device.index if model.device.index is not None else "cpu"}
+    only = "cpu" if model.device.type == "cpu" else model.device.index
+    places = getattr(model, "hf_device_map", None) or {"": only}
     bytes_on: dict[str, int] = {}
     for name, weight in model.named_parameters():
         prefix = max((key for key in places if key in ("", name) or name.startswith(f"{key}.")), key=len)
@@ -240,8 +241,9 @@ def describe_placement(model: PreTrainedModel, placement: Placement) -> str:
         bytes_on[label] = bytes_on.get(label, 0) + weight.nbytes
     total = sum(bytes_on.values())
     shares = ", ".join(f"{size / total:.0%} on {label}" for label, size in bytes_on.items())
-    slow = len(bytes_on) > 1 and any(label in ("CPU memory", "disk") for label in bytes_on)
-    return f"weights: {shares}" + ("; what is not on a GPU is moved there in every pass, which is slow" if slow else "")
+    offloaded = "disk" in bytes_on or (len(bytes_on) > 1 and "CPU memory" in bytes_on)
+    slow = "; those off the GPUs are moved in every forward pass, which is slow" if offloaded else ""
+    return f"weights: {shares}{slow}"
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -173,8 +173,15 @@ def phases(shapes: Shapes, run: Settings) -> dict[str, dict[str, float]]:
             **always,
             "gradients": early,
             "activations": kept,
-            "logits": logits(shapes, run),
+            "logits": logits_bytes(shapes, run) * (7 if run.distill else 3),
             at_work: head_work(shapes, run),
+        },
+        "teacher": {
+            **always,
+            "gradients": early,
+            "activations": kept,
+            "logits": logits_bytes(shapes, run),
+            at_work: teacher_work(shapes, run),
         },
         "start of backward": {
             **always,
@@ -246,9 +253,16 @@ def autocast_copies(shapes: Shapes, run: Settings) -> float:
     return run.compute_bytes * trained if run.processes == 1 and run.compute_bytes < 4 else 0
 
 
-def logits(shapes: Shapes, run: Settings) -> float:
-    """Bytes of the logits in fp32 at the peak of the loss: three such tensors, seven with those of a teacher."""
-    return run.tokens * shapes.vocabulary * 4 * (7 if run.distill else 3)
+def teacher_work(shapes: Shapes, run: Settings) -> float:
+    """Bytes gathered from shards during the teacher's forward pass: its layers, all outside them, and our head."""
+    if not run.distill or run.processes == 1:
+        return 0
+    return run.compute_bytes * (3 * shapes.layer_parameters + shapes.outer_parameters + shapes.head)
+
+
+def logits_bytes(shapes: Shapes, run: Settings) -> float:
+    """Bytes of the logits in fp32. At its peak the loss has three such tensors, with a teacher's seven."""
+    return run.tokens * shapes.vocabulary * 4
 
 
 # ------------------------------------------------------------------------------------------------------------ reports

@@ -97,7 +97,8 @@ def shard_teacher(
     for module in teacher.modules():
         if type(module).__name__ == layer_class:
             fully_shard(module, **options)
-    fully_shard(teacher, **options)  # in place
+    # By default the outermost unit, here the embeddings and the head, would stay gathered from one step to the next.
+    fully_shard(teacher, reshard_after_forward=True, **options)  # in place
     return teacher
 
 
