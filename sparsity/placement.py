@@ -128,7 +128,7 @@ def load_placed(
             "--tensor_parallel, or give the unquantized model"
         )
     if placement.tensor_parallel:
-        check_tensor_parallel(config, device, trust_remote_code)
+        check_tensor_parallel(config, device)
     wanted = torch_dtype(dtype) if dtype else "auto"
     options, folder = placing_options(placement)
     if state:
@@ -200,7 +200,7 @@ def own_generation_config(model: str) -> Any:
 # ------------------------------------------------------------------------------------------------- checks and reports
 
 
-def check_tensor_parallel(config: PretrainedConfig, device: torch.device, trust_remote_code: bool) -> None:
+def check_tensor_parallel(config: PretrainedConfig, device: torch.device) -> None:
     """Check that transformers can split this model over the processes.
 
     Raises:
@@ -209,15 +209,14 @@ def check_tensor_parallel(config: PretrainedConfig, device: torch.device, trust_
     import transformers
 
     processes = int(os.environ["WORLD_SIZE"])
-    model = empty_model(config, trust_remote_code=trust_remote_code)
-    if not getattr(model, "supports_tp_plan", False):
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
         raise UserError(
-            f"transformers {transformers.__version__} has no tensor-parallel plan for {type(model).__name__}; "
-            "use --device_map auto"
+            f"transformers {transformers.__version__} has no tensor-parallel plan for models of type "
+            f"'{text.model_type}'; use --device_map auto"
         )
     if device.type == "cpu" and torch.cuda.is_available():
         raise UserError("--tensor_parallel splits over the GPUs where there are some; drop --device cpu")
-    text = config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
         size = getattr(text, name, None)
         if isinstance(size, int) and size % processes:

@@ -86,14 +86,18 @@ class Settings:
 
 
 def settings_of(args: SatArguments) -> Settings:
-    """The settings of a run, for --world_size GPUs or as many as it has processes."""
+    """The settings of a run, for --world_size GPUs or as many as it has processes.
+
+    With --dry_run they are those that the run would have on GPUs, whatever this machine is.
+    """
     training, distillation = args.training, args.distillation
     optimizer = option_values(args)["optim"]
+    on_gpu = training.dry_run and training.requested_precision == "auto"
     return Settings(
         processes=training.world_size_of_dry_run or training.processes,
         train_bs=training.per_device_train_batch_size,
         max_length=args.data.model_max_length,
-        compute_bytes=training.compute_dtype.itemsize,
+        compute_bytes=2 if on_gpu else training.compute_dtype.itemsize,
         optimizer=optimizer,
         optimizer_bytes=OPTIMIZER_BYTES.get(optimizer, 8),
         checkpointing=training.recompute,
@@ -254,10 +258,10 @@ def autocast_copies(shapes: Shapes, run: Settings) -> float:
 
 
 def teacher_work(shapes: Shapes, run: Settings) -> float:
-    """Bytes gathered from shards during the teacher's forward pass: its layers, all outside them, and our head."""
+    """Bytes gathered from shards during the teacher's forward pass: its layers, its head and ours."""
     if not run.distill or run.processes == 1:
         return 0
-    return run.compute_bytes * (3 * shapes.layer_parameters + shapes.outer_parameters + shapes.head)
+    return run.compute_bytes * (2 * shapes.layer_parameters + 3 * shapes.head)
 
 
 def logits_bytes(shapes: Shapes, run: Settings) -> float:
@@ -273,7 +277,8 @@ def table(shapes: Shapes, run: Settings) -> str:
     parts = estimate(shapes, run)
     kind = f"low-rank training, rank {run.lora_rank}" if run.lora_rank else "full training"
     lines = [
-        f"estimated memory per GPU, {run.processes} GPU(s), {shapes.parameters / 1e9:.2f} billion parameters, {kind}:"
+        f"estimated memory per GPU, {run.processes} GPU(s), {shapes.parameters / 1e9:.2f} billion parameters, {kind},",
+        f"computing in {8 * run.compute_bytes} bits, activations {'recomputed' if run.checkpointing else 'kept'}:",
     ]
     lines += [f"  {name:28s} {size / GIB:9.2f} GiB" for name, size in parts.items() if size]
     lines.append(f"  {'total':28s} {sum(parts.values()) / GIB:9.2f} GiB, without fragmentation (allow 10% more)")

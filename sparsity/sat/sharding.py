@@ -20,6 +20,7 @@ from sparsity.states import MASK, sparse_masks
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
 
 def configure_fsdp(version: int, layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
@@ -80,9 +81,9 @@ def assert_sharded(model: nn.Module) -> int:
 
 
 def shard_teacher(
-    teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh | None = None
-) -> nn.Module:
-    """Shard the frozen teacher layer by layer like the student; computes in `dtype`.
+    teacher: PreTrainedModel, layer_class: str, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh | None = None
+) -> PreTrainedModel:
+    """Shard the frozen teacher like the student, each decoder layer, the embeddings and the head; computes in `dtype`.
 
     Args:
         mesh: of one dimension; by default all processes.
@@ -97,7 +98,11 @@ def shard_teacher(
     for module in teacher.modules():
         if type(module).__name__ == layer_class:
             fully_shard(module, **options)
-    # By default the outermost unit, here the embeddings and the head, would stay gathered from one step to the next.
+    ends = [teacher.get_input_embeddings(), teacher.get_output_embeddings()]
+    if ends[1] is not None and ends[0].weight is not ends[1].weight:
+        for module in ends:
+            fully_shard(module, **options)
+    # By default the outermost unit would stay gathered from one step to the next.
     fully_shard(teacher, reshard_after_forward=True, **options)  # in place
     return teacher
 

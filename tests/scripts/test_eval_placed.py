@@ -113,6 +113,6 @@ def test_clear_errors(commands, monkeypatch):
     assert_clear_error(run_inline(*command), "several processes would all measure the same")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="num_attention_heads 4 over 3 processes"):
-        check_tensor_parallel(tiny_llama().config, torch.device("cpu"), False)
-    with pytest.raises(UserError, match="no tensor-parallel plan for OPTForCausalLM"):
-        check_tensor_parallel(OPTConfig(hidden_size=48, num_hidden_layers=1), torch.device("cpu"), False)
+        check_tensor_parallel(tiny_llama().config, torch.device("cpu"))
+    with pytest.raises(UserError, match="no tensor-parallel plan for models of type 'opt'"):
+        check_tensor_parallel(OPTConfig(hidden_size=48, num_hidden_layers=1), torch.device("cpu"))
