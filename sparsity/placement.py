@@ -168,8 +168,11 @@ def load_sparse(
     create: Any = type(empty).from_pretrained
     try:
         loaded = create(None, config=config, state_dict=folded_weights(weights), dtype=dtype, **placing)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot place the weights of {path}: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # the last: transformers 4 with weights on disk
+        raise UserError(
+            f"cannot place the weights of {path}: {first_line(error)}; write the model with export_hf.py and evaluate "
+            "its folder"
+        ) from error
     loaded.generation_config = own_generation_config(model) or loaded.generation_config
     return loaded.eval()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsity.sat.arguments import SatArguments, option_values
+from sparsity.sat.loss import VALUES_AT_ONCE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -177,7 +178,7 @@ def phases(shapes: Shapes, run: Settings) -> dict[str, dict[str, float]]:
             **always,
             "gradients": early,
             "activations": kept,
-            "logits": logits_bytes(shapes, run) * (7 if run.distill else 3),
+            "logits": loss_bytes(shapes, run),
             at_work: head_work(shapes, run),
         },
         "teacher": {
@@ -265,8 +266,15 @@ def teacher_work(shapes: Shapes, run: Settings) -> float:
 
 
 def logits_bytes(shapes: Shapes, run: Settings) -> float:
-    """Bytes of the logits in fp32. At its peak the loss has three such tensors, with a teacher's seven."""
-    return run.tokens * shapes.vocabulary * 4
+    """Bytes of the logits, which a single process turns into fp32."""
+    return run.tokens * shapes.vocabulary * (run.compute_bytes if run.processes > 1 else 4)
+
+
+def loss_bytes(shapes: Shapes, run: Settings) -> float:
+    """Bytes at the peak of the loss: logits, their gradient, the teacher's, and some rows in several fp32 tensors."""
+    values = run.tokens * shapes.vocabulary
+    rows = 4 * min(values, VALUES_AT_ONCE[0]) * (6 if run.distill else 3)
+    return 2 * logits_bytes(shapes, run) + run.compute_bytes * values * run.distill + rows
 
 
 # ------------------------------------------------------------------------------------------------------------ reports

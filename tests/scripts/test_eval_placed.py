@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 
-SPREAD = ["--device_map", "auto", "--max_memory", "cpu=40KiB"]  # of the tiny model's 190; the rest goes to disk
+SPREAD = ["--device_map", "auto", "--max_memory", "cpu=100KiB"]  # of the tiny model's 150; the rest goes to disk
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,9 @@ def read(folder):
 )
 def test_spread_over_devices(commands, expected, tmp_path, options, words):
     rouge = run_inline(*commands["rouge"], *options, "--predictions", tmp_path / "p.jsonl")
+    if "disk" in words and transformers.__version__.startswith("4."):  # which takes only files to disk
+        assert_clear_error(rouge, "export_hf.py")
+        return
     perplexity = run_inline(*commands["perplexity"], *options, "--output_json", tmp_path / "ppl.json")
     assert rouge.returncode == perplexity.returncode == 0, rouge.stderr + perplexity.stderr
     assert rouge.stdout.count(words) == perplexity.stdout.count(words) == 1
