@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,10 +133,11 @@ def load_placed(
         check_tensor_parallel(config, device)
     wanted = torch_dtype(dtype) if dtype else "auto"
     options, folder = placing_options(placement)
-    if state:
-        loaded = load_sparse(model, wanted, state, trust_remote_code, options)
-    else:
-        loaded = load_model(model, wanted, trust_remote_code, placing=options)
+    with whole_tied_head(empty_model(config, trust_remote_code=trust_remote_code)):
+        if state:
+            loaded = load_sparse(model, wanted, state, trust_remote_code, options)
+        else:
+            loaded = load_model(model, wanted, trust_remote_code, placing=options)
     loaded.offload_folder = folder  # kept as long as the model
     if is_main_process():
         print(describe_placement(loaded, placement), flush=True)
@@ -148,6 +151,25 @@ def placing_options(placement: Placement) -> tuple[dict[str, Any], tempfile.Temp
     folder = None if placement.offload_folder else tempfile.TemporaryDirectory(prefix="offload-")
     path = folder.name if folder else placement.offload_folder
     return {"device_map": placement.device_map, "max_memory": placement.max_memory, "offload_folder": path}, folder
+
+
+@contextlib.contextmanager
+def whole_tied_head(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, tensor parallelism leaves an output head whole that is tied to the embeddings.
+
+    transformers 5 does not split the embeddings but has a plan for the head. Each process would compute all logits, and
+    gathering them would repeat every token as many times as there are processes.
+    """
+    cls: Any = type(model)
+    plan, head = getattr(cls, "_tp_plan", None), model.get_output_embeddings()
+    if plan and head is not None and head.weight is model.get_input_embeddings().weight:
+        names = {name for name, module in model.named_modules() if module is head}
+        cls._tp_plan = {name: style for name, style in plan.items() if name not in names}
+    try:
+        yield
+    finally:
+        if plan:
+            cls._tp_plan = plan
 
 
 def load_sparse(

@@ -98,6 +98,20 @@ def test_split_over_processes(commands, expected, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl", "ppl.json"]
 
 
+def test_split_with_a_tied_head(inputs, tokenizer, tmp_path):
+    """The head's plan does not fit a head that shares the weights of the embeddings."""
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    type(tiny_llama())(config).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    command = ["eval_ppl.py", "--model_dir", tmp_path / "tied", "--text", inputs[1], "--context", "32", "--output_json"]
+    run_inline(*command, tmp_path / "one.json")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    run_script(*launcher, *command, tmp_path / "split.json", "--tp", check=True)
+    values = [json.loads((tmp_path / name).read_text())["perplexity"] for name in ("one.json", "split.json")]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 def test_clear_errors(commands, monkeypatch):
     from transformers import OPTConfig
 
