@@ -334,7 +334,7 @@ def verdict(shapes: Shapes, run: Settings, card: int) -> str:
 def advice(shapes: Shapes, run: Settings) -> str:
     """The three changes of settings that save the most memory, by the estimate, as one line."""
     changes = [("twice as many GPUs (--num_processes)", replace(run, processes=2 * run.processes))]
-    if not run.lora_rank and SUGGESTED_RANK < shapes.hidden:
+    if not run.lora_rank and shapes.hidden > SUGGESTED_RANK:
         changes.append((f"--lora_rank {SUGGESTED_RANK}", replace(run, lora_rank=SUGGESTED_RANK)))
     if not run.checkpointing:
         changes.append(("--gradient_checkpointing", replace(run, checkpointing=True)))
