@@ -17,7 +17,14 @@ import time
 from pathlib import Path
 
 from sparsity.errors import UserError
-from utils import Parser, add_inference_options, add_template_options, check_at_least, run_cli
+from utils import (
+    Parser,
+    add_inference_options,
+    add_placement_options,
+    add_template_options,
+    check_at_least,
+    run_cli,
+)
 
 PERPLEXITY_BATCH = 4  # blocks at a time
 
@@ -25,6 +32,7 @@ PERPLEXITY_BATCH = 4  # blocks at a time
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_inference_options(parser.add_argument_group("model"))
+    add_placement_options(parser.add_argument_group("models larger than one GPU"))
     what = parser.add_argument_group("what to score")
     what.add_argument("--data_path", required=True, help="JSON or JSONL records, e.g. data/cnn_eval.json")
     what.add_argument("--limit", type=int, metavar="N", help="score only the first N records")
@@ -88,9 +96,10 @@ def main() -> None:
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
     from sparsity.evaluation.rouge import print_scores, score_predictions
     from sparsity.figures import PERPLEXITIES, save_scores
+    from sparsity.placement import choose_placement, input_device, load_placed
     from sparsity.processes import fail_together, report_on_main, start_processes, warn
-    from sparsity.states import load_for_inference
 
+    placement = choose_placement(args)
     process = start_processes(args.device)
     use_tf32(True)
     keep_freed_memory()
@@ -122,16 +131,16 @@ def main() -> None:
             log.check()
         prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
         tasks = perplexity.named_tasks(tokenizer, args.perplexity_data, args.perplexity_context, args.perplexity_blocks)
-        model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
-        model.to(process.device)
+        source = (args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
+        model = load_placed(*source, placement, process.device)
         generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
 
     # Phase 2: perplexity, of which every process measures its share.
     perplexities = {}
     with report_on_main(process):
         for name, task in tasks.items():
-            share = (process.process_index, process.num_processes)
-            perplexities[name] = perplexity.measure(model, task, process.device, PERPLEXITY_BATCH, share)
+            share = placement.share(process)
+            perplexities[name] = perplexity.measure(model, task, input_device(model), PERPLEXITY_BATCH, share)
             process.print(perplexity.result_line(perplexities[name], name))
 
     # Phase 3: generation. One process looks for finished work, so that all share out the same list of batches.
@@ -142,7 +151,9 @@ def main() -> None:
     if done and process.is_main_process:
         print(f"resuming: {len(done)} of {len(records)} predictions are already in {args.predictions}")
     start = time.perf_counter()
-    own = predict(model, tokenizer, prompts, records, batches, generation, process, log)
+    writes = process.is_main_process or not placement.tensor_parallel  # else all processes make the same predictions
+    share = placement.share(process)
+    own = predict(model, tokenizer, prompts, records, batches, generation, share, log if writes else None)
     predictions = {**done, **dict(gather_object(list(own.items())))}
     seconds = time.perf_counter() - start
 

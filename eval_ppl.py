@@ -13,15 +13,22 @@ tokenizer measured with one protocol.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
-from utils import Parser, add_inference_options, check_at_least, run_cli
+from utils import Parser, add_inference_options, add_placement_options, check_at_least, run_cli
+
+if TYPE_CHECKING:
+    from sparsity.placement import Placement
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_inference_options(parser.add_argument_group("model"))
+    add_placement_options(parser.add_argument_group("models larger than one GPU"))
     text = parser.add_argument_group("text")
     text.add_argument(
         *("--text", "--dataset"),
@@ -56,10 +63,26 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
+    from sparsity.placement import choose_placement
+    from sparsity.processes import report_on_main, start_processes
+
+    placement = choose_placement(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not placement.tensor_parallel:
+        raise UserError("several processes would all measure the same; start one with python, or use --tensor_parallel")
+    process = start_processes(args.device) if placement.tensor_parallel else None
+    with report_on_main(process) if process else contextlib.nullcontext():  # all processes meet the same mistakes
+        measure(args, placement)
+    if process:
+        process.destroy_process_group()
+
+
+def measure(args: argparse.Namespace, placement: Placement) -> None:
+    """Compute, print and save the figure."""
     from sparsity import files, models
     from sparsity.devices import inference_dtype, keep_freed_memory, resolve_device, use_tf32
     from sparsity.evaluation import perplexity
-    from sparsity.states import load_for_inference
+    from sparsity.placement import input_device, load_placed
+    from sparsity.processes import is_main_process
 
     # Phase 1: cheap checks, and the windows of text.
     device = resolve_device(args.device)
@@ -75,16 +98,19 @@ def main() -> None:
     models.check_lengths(config, {"--context": args.context})
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
     task = perplexity.make_task(tokenizer, texts, args.context, args.stride, args.max_blocks)
-    print(task.protocol, flush=True)
+    main_process = is_main_process()
+    if main_process:
+        print(task.protocol, flush=True)
 
     # Phase 2: the figure.
-    model = load_for_inference(args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
-    model.to(device)
-    found = perplexity.measure(model, task, device, args.batch_size)
-    if args.output_json:
+    source = (args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
+    model = load_placed(*source, placement, device)
+    found = perplexity.measure(model, task, input_device(model), args.batch_size)
+    if main_process and args.output_json:
         facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "arguments": vars(args)}
         files.save_json({**found, **facts}, args.output_json)
-    print(perplexity.result_line(found))
+    if main_process:
+        print(perplexity.result_line(found))
 
 
 if __name__ == "__main__":

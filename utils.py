@@ -93,6 +93,26 @@ def add_inference_options(group: argparse._ArgumentGroup) -> None:
     add_remote_code_option(group)
 
 
+def add_placement_options(group: argparse._ArgumentGroup) -> None:
+    """Ways to evaluate a model that exceeds one GPU; `sparsity.placement` reads them."""
+    group.add_argument(
+        "--device_map",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+        help="spread the layers over all GPUs of this process, then CPU memory, then disk, as accelerate places them",
+    )
+    group.add_argument(
+        "--max_memory", metavar="DEVICE=SIZE,…", help="most memory for --device_map to fill, e.g. 0=20GiB,cpu=64GiB"
+    )
+    group.add_argument(
+        "--offload_folder", metavar="FOLDER", help="for layers that --device_map puts on disk (by default temporary)"
+    )
+    group.add_argument(
+        *("--tensor_parallel", "--tp"),
+        action="store_true",
+        help="split every matrix over the processes that torchrun started, which work on the same batch",
+    )
+
+
 def add_template_options(group: argparse._ArgumentGroup) -> None:
     """The prompt around a record's article; finetune.py has the same options in sparsity/sat/arguments.py."""
     group.add_argument(

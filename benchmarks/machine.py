@@ -56,8 +56,13 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"--output {path} is a folder; give a file name")
 
 
-def save_figures(figures: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
-    """Write the figures with the machine and the settings to --output, whole or not at all."""
+def save_figures(figures: dict[str, Any], args: argparse.Namespace, device: torch.device, quiet: bool = False) -> None:
+    """Write the figures with the machine and the settings to --output, whole or not at all.
+
+    Args:
+        quiet: do not say so.
+    """
     facts = {"machine": describe_machine(device), "torch": torch.__version__, "arguments": settings(args)}
     save_json({**figures, **facts}, args.output)
-    print(f"figures saved in {args.output}")
+    if not quiet:
+        print(f"figures saved in {args.output}")

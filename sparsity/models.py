@@ -75,12 +75,17 @@ def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
 
 
 def load_model(
-    model: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, quantized: bool = False
+    model: str,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    quantized: bool = False,
+    placing: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM on the CPU in eval mode; `dtype` "auto" keeps the checkpoint's own.
 
     Args:
         quantized: accept a model that modelopt quantized, for evaluation only; see `sparsity.quantized`.
+        placing: arguments of `from_pretrained` that put the weights elsewhere; see `sparsity.placement`.
 
     Raises:
         UserError: the model cannot be found, its weight files are missing, truncated or misshapen, or it is quantized.
@@ -93,10 +98,9 @@ def load_model(
         if not quantized:
             raise UserError(f"'{model}' is quantized ({algorithm}); give the unquantized model that it was made from")
         return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=dtype, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
     return loaded.eval()

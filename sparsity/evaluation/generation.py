@@ -10,10 +10,10 @@ from sparsity.caches import give_room
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.models import cache_name
+from sparsity.placement import input_device
 from sparsity.processes import hide_bar
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -69,9 +69,10 @@ def generate_batch(
     longest = max(map(len, prompts))
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    device = input_device(model)
     inputs = {
-        "input_ids": torch.tensor(padded, device=model.device),
-        "attention_mask": torch.tensor(mask, device=model.device),
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
     }
     try:
         with torch.inference_mode():
@@ -121,21 +122,26 @@ def predict(
     records: list[dict[str, str]],
     batches: list[list[int]],
     config: GenerationConfig,
-    process: PartialState,
+    share: tuple[int, int],
     log: PredictionLog | None,
 ) -> dict[int, str]:
-    """Generate this process's share of the batches (every num_processes-th), logging each as it is done."""
+    """Generate this process's share of the batches, logging each as it is done.
+
+    Args:
+        share: (index, count): every count-th batch from the index-th on.
+    """
     from tqdm import tqdm
 
     predictions: dict[int, str] = {}
-    mine = batches[process.process_index :: process.num_processes]
+    index, count = share
+    mine = batches[index::count]
     total = sum(map(len, mine))
     with tqdm(total=total, desc="examples", disable=hide_bar()) as progress:
         for batch in mine:
-            texts = generate_batch(model, tokenizer, [prompts[index] for index in batch], config)
+            texts = generate_batch(model, tokenizer, [prompts[item] for item in batch], config)
             done = dict(zip(batch, texts, strict=True))
             if log:
-                log.append(process.process_index, (prediction_line(index, done[index], records) for index in batch))
+                log.append(index, (prediction_line(item, done[item], records) for item in batch))
             predictions.update(done)
             progress.update(len(batch))
     return predictions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -47,6 +48,8 @@ def settings_key(
     state = file_stamp(args.modelopt_restore_path) if args.modelopt_restore_path else None
     names = ("batch_size", "beam_size", "model_max_length", "max_new_tokens", "min_new_tokens", "dtype")
     settings = {name: getattr(args, name) for name in names}
+    if args.tensor_parallel:  # the sums of a matrix product then round differently
+        settings["tensor_parallel"] = os.environ["WORLD_SIZE"]
     versions = [torch.__version__, transformers.__version__]
     prompt = list(astuple(template))
     return run_key(

@@ -264,7 +264,7 @@ class SparseTrainingArguments(TrainingArguments):
         self.bf16, self.fp16 = precision == "bf16", precision == "fp16"
         self.compute_dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32"))
         self.use_cpu = given.use_cpu or not cuda
-        self._set_checkpointing(by_default=cuda)
+        self._set_checkpointing(by_default=cuda or self.dry_run)  # which tells of GPUs wherever it runs
         if self.report_to is None:
             self.report_to = ["tensorboard"] if find_spec("tensorboard") else []
         self.data_seed = self.seed if given.data_seed is None else given.data_seed

@@ -19,6 +19,8 @@ from sparsity.states import MASK, sparse_masks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
 
 def configure_fsdp(version: int, layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
@@ -78,18 +80,30 @@ def assert_sharded(model: nn.Module) -> int:
     return len(parameters)
 
 
-def shard_teacher(teacher: nn.Module, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> nn.Module:
-    """Shard the frozen teacher layer by layer like the student; computes in `dtype`."""
+def shard_teacher(
+    teacher: PreTrainedModel, layer_class: str, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh | None = None
+) -> PreTrainedModel:
+    """Shard the frozen teacher like the student, each decoder layer, the embeddings and the head; computes in `dtype`.
+
+    Args:
+        mesh: of one dimension; by default all processes.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     options: dict[str, Any] = {
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
     for module in teacher.modules():
         if type(module).__name__ == layer_class:
             fully_shard(module, **options)
-    fully_shard(teacher, **options)  # in place
+    ends = [teacher.get_input_embeddings(), teacher.get_output_embeddings()]
+    if ends[1] is not None and ends[0].weight is not ends[1].weight:
+        for module in ends:
+            fully_shard(module, **options)
+    # By default the outermost unit would stay gathered from one step to the next.
+    fully_shard(teacher, reshard_after_forward=True, **options)  # in place
     return teacher
 
 
