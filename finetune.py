@@ -97,6 +97,7 @@ def main() -> None:
         load_own_text(args, data, tokenizer, process.device, process.process_index, process.num_processes)
     with fail_together(process):
         train = training_samples(args, data, load_own_text(args, data, tokenizer, process.device))
+        training.order_batch = resume.order_batch(args, len(train))
         training.schedule(len(train), data.evaluation is not None)
         checkpoint = resume.open_run(args, template, process.is_main_process)
 
@@ -106,7 +107,7 @@ def main() -> None:
         teacher = load_teacher(args, student.model.get_input_embeddings().weight.shape[0])
 
     # Phase 4: training.
-    trainer = build_trainer(args, student.model, teacher, tokenizer, (train, data.evaluation))
+    trainer = build_trainer(args, student, teacher, tokenizer, (train, data.evaluation))
     with explain_failures(trainer, lambda: memory.advice(memory.model_shapes(config), memory.settings_of(args))):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:

@@ -94,16 +94,20 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = load_config(model, trust_remote_code)
-    if algorithm := quantization_algorithm(config, model):
-        if not quantized:
-            raise UserError(f"'{model}' is quantized ({algorithm}); give the unquantized model that it was made from")
+    if quantized and (algorithm := quantization_algorithm(config, model)):
         return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
+    _refuse_quantized(config, model)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, config=config, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
     return loaded.eval()
+
+
+def _refuse_quantized(config: PretrainedConfig, model: str) -> None:
+    if algorithm := quantization_algorithm(config, model):
+        raise UserError(f"'{model}' is quantized ({algorithm}); give the unquantized model that it was made from")
 
 
 def _load_quantized(
@@ -133,6 +137,27 @@ def empty_model(
         # Eager attention builds its masks without looking at values, which an empty model has not got.
         options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+
+
+def model_without_weights(
+    model: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal LM in eval mode whose parameters are on the meta device, for weights that come from elsewhere.
+
+    Buffers are on the CPU with their values: those that no checkpoint holds, such as rotary frequencies, are complete.
+
+    Raises:
+        UserError: the model cannot be found, or is quantized.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model, trust_remote_code)
+    _refuse_quantized(config, model)
+    with init_empty_weights(include_buffers=False):
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    empty.tie_weights()  # registering a parameter on the meta device makes a new one of it, also where it was shared
+    return empty.eval()
 
 
 def few_values(weight: torch.Tensor) -> list:

@@ -122,7 +122,11 @@ def check_state_fits(state_dict: dict[str, torch.Tensor], model: PreTrainedModel
         UserError: names or shapes differ: the state, read from `path`, belongs to another model.
     """
     fit_vocabulary(state_dict, model, path)
-    saved = {name: tensor.shape for name, tensor in state_dict.items() if not is_mask(name)}
+    _compare_shapes({name: tensor for name, tensor in state_dict.items() if not is_mask(name)}, model, path)
+
+
+def _compare_shapes(tensors: dict[str, torch.Tensor], model: PreTrainedModel, path: str | Path) -> None:
+    saved = {name: tensor.shape for name, tensor in tensors.items()}
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in sorted(saved.keys() ^ own.keys()) + sorted(n for n in saved.keys() & own.keys() if saved[n] != own[n]):
         ours, theirs = own.get(name), saved.get(name)
@@ -165,16 +169,34 @@ def apply_state(model: PreTrainedModel, state: dict[str, Any], path: str | Path,
     Raises:
         UserError: the state belongs to a model of other layers or sizes.
     """
+    import modelopt.torch.sparsity
+
+    model = restore_layers(model, state, path)
+    try:
+        model.load_state_dict(state["model_state_dict"])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
+    return modelopt.torch.sparsity.export(model) if fold else model
+
+
+def restore_layers(model: PreTrainedModel, state: dict[str, Any], path: str | Path) -> PreTrainedModel:
+    """Turn the layers of a dense `model` (which may be on the meta device) into modelopt's sparse ones, in place.
+
+    Weights and masks are left as they are, but the state is known to have each of them in its shape.
+
+    Raises:
+        UserError: the state belongs to a model of other layers or sizes.
+    """
     import modelopt.torch.opt as mto
-    import modelopt.torch.sparsity  # registers the sparsity modes
+    import modelopt.torch.sparsity  # noqa: F401  # registers the sparsity modes
 
     check_state_fits(state["model_state_dict"], model, path)
     try:
         model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
-        model.load_state_dict(state["model_state_dict"])
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
-    return modelopt.torch.sparsity.export(model) if fold else model
+    _compare_shapes(state["model_state_dict"], model, path)
+    return model
 
 
 def load_for_inference(

@@ -254,6 +254,7 @@ class SparseTrainingArguments(TrainingArguments):
         self.output_dir = str(self.result_dir / "checkpoints")
         self.processes = int(os.environ.get("WORLD_SIZE", 1))
         self.sharded = self.fsdp == "auto" and self.processes > 1
+        self.order_batch = self.per_device_train_batch_size * self.processes  # see resume.order_batch
         self.fsdp = ""  # type: ignore[assignment]  # see sharding.configure_fsdp, called once the model is known
         cuda = torch.cuda.is_available()
         given: Any = self  # with the fields of TrainingArguments, whose types mypy does not see
@@ -312,6 +313,10 @@ class SparseTrainingArguments(TrainingArguments):
         from sparsity.sat.mask_schedule import MaskSchedule
 
         return MaskSchedule(self.mask_schedule, self.mask_every, self.mask_until, self.mask_decay)
+
+    def samples_per_epoch(self, samples: int) -> int:
+        """How many of `samples` an epoch visits: without --dataloader_drop_last all, else those that fill batches."""
+        return samples // self.order_batch * self.order_batch if self.dataloader_drop_last else samples
 
     def schedule(self, samples: int, evaluates: bool) -> None:
         """Set what depends on the number of training samples: steps, warm-up, evaluation and checkpoints.
@@ -512,8 +517,7 @@ def planned_steps(training: SparseTrainingArguments, samples: int) -> tuple[int,
             f"{samples} training samples do not fill one batch of {size} on {processes} process(es); "
             "add data or lower --train_bs or --num_processes"
         )
-    batches = samples / (size * processes)
-    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
+    batches = math.ceil(training.samples_per_epoch(samples) / (size * processes))
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     if training.max_steps > 0:
         return training.max_steps, per_epoch

@@ -112,22 +112,26 @@ class EpochSampler(torch.utils.data.Sampler):
 
     With `group` > 0, shuffled stretches of 50 batches of `group` items are sorted by length and their batches shuffled,
     so that a batch holds samples of similar length and the longest stretch comes at a random time.
+
+    Args:
+        size: items per epoch; those beyond it are left out. By default all.
     """
 
-    def __init__(self, lengths: list[int], seed: int, group: int = 0):
+    def __init__(self, lengths: list[int], seed: int, group: int = 0, size: int | None = None):
         self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, 0
+        self.size = len(lengths) if size is None else size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 7919 * self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         if not self.group:
-            return iter(order)
+            return iter(order[: self.size])
         stretch = 50 * self.group
         batches: list[list[int]] = []
         for start in range(0, len(order), stretch):
@@ -136,4 +140,4 @@ class EpochSampler(torch.utils.data.Sampler):
         short = [batch for batch in batches if len(batch) < self.group]  # an uneven batch would shift all that follow
         full = [batch for batch in batches if len(batch) == self.group]
         shuffled = [full[index] for index in torch.randperm(len(full), generator=generator).tolist()]
-        return iter([index for batch in shuffled + short for index in batch])
+        return iter([index for batch in shuffled + short for index in batch][: self.size])

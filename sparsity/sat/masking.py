@@ -37,6 +37,7 @@ def use_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, mask in masks.items():
         if mask is not None:
             model.get_submodule(name).register_buffer(MASK, mask)
+    model.tie_weights()  # the export gives a head its own weight, also where it shares that of the embedding
     return model
 
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sparsity.models import load_model
+from sparsity.models import load_model, model_without_weights
+from sparsity.processes import is_main_process
 from sparsity.sat.batching import Collator
+from sparsity.sat.loading import allocate, fill
 from sparsity.sat.loss import check_packing
 from sparsity.sat.low_rank import add_low_rank, merge
 from sparsity.sat.masking import use_plain_weights
-from sparsity.states import apply_state, grow_vocabulary, load_state, load_weights, require_masks
+from sparsity.states import grow_vocabulary, is_mask, load_state, load_weights, require_masks, restore_layers
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +32,21 @@ class Student:
     Attributes:
         model: in float32; of low-rank training, in the compute dtype with float32 factors.
         modelopt_state: taken before the masked layers become plain ones and the model is wrapped for training.
+        tensors: for a model that will be sharded, the whole weights and masks by name, mapped from the state file; the
+            model has none of them yet, see `loading.fill`.
         dtypes: of the tensors in the restored state, by name; the result is saved in them.
         merge: of low-rank training, puts the trained tensors into the restored state; None: they are the whole state.
     """
 
     model: PreTrainedModel
     modelopt_state: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
     dtypes: dict[str, torch.dtype]
     merge: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 def load_student(args: SatArguments, pad_token_id: int) -> Student:
-    """Load the dense model and apply the state of --restore_path.
+    """Build the sparse model from the state of --restore_path, which holds all weights: the dense ones are not read.
 
     Raises:
         UserError: the state is unreadable, has no masks or belongs to another model, the model takes no packed rows, or
@@ -51,18 +56,26 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
 
     path = args.model.modelopt_restore_path
     state = load_state(path)
-    require_masks(state["model_state_dict"], path)
-    dtypes = {name: tensor.dtype for name, tensor in state["model_state_dict"].items()}
+    tensors = state["model_state_dict"]
+    require_masks(tensors, path)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     if args.training.lora_rank:
         return load_low_rank(args, state, dtypes, pad_token_id)
-    model = load_model(args.model.model_name_or_path, "float32", args.model.trust_remote_code)
-    model = apply_state(model, state, path)
+    model = model_without_weights(args.model.model_name_or_path, trust_remote_code=args.model.trust_remote_code)
+    model = restore_layers(model, state, path)
+    modelopt_state = mto.modelopt_state(model)
+    model = use_plain_weights(model)
     if args.training.freeze_embeddings:
         freeze_embeddings(model)
-    if args.data.packing:
+    allocate(model)
+    if args.training.fsdp_version == 1:  # which refuses buffers without memory, and leaves them whole
+        fill(model, {name: tensor for name, tensor in tensors.items() if is_mask(name)})
+    checks_packing = args.data.packing and is_main_process()
+    if checks_packing or not args.training.sharded:
+        fill(model, tensors)
+    if checks_packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
-    modelopt_state = mto.modelopt_state(model)
-    return Student(use_plain_weights(model), modelopt_state, dtypes)
+    return Student(model, modelopt_state, tensors if args.training.sharded else {}, dtypes)
 
 
 def load_low_rank(
@@ -76,9 +89,7 @@ def load_low_rank(
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
     scale = training.lora_alpha / training.lora_rank
     add_low_rank(model, weights, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
-    return Student(
-        model=model, modelopt_state=state["modelopt_state"], dtypes=dtypes, merge=partial(merge, weights, scale=scale)
-    )
+    return Student(model, state["modelopt_state"], {}, dtypes, merge=partial(merge, weights, scale=scale))
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
@@ -91,12 +102,17 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
 def load_teacher(args: SatArguments, vocabulary: int) -> PreTrainedModel | None:
     """The dense model in the compute dtype, on the CPU; None without distillation.
 
+    If it will be sharded, only the main process loads its weights; see `SparseTrainer.place_teacher`.
+
     Args:
         vocabulary: rows of the student's embedding, to which the teacher's is grown.
     """
     if not args.distillation.distill:
         return None
-    teacher = load_model(args.model.model_name_or_path, args.training.compute_dtype, args.model.trust_remote_code)
+    name, dtype, trusted = args.model.model_name_or_path, args.training.compute_dtype, args.model.trust_remote_code
+    elsewhere = args.training.sharded and not is_main_process()
+    teacher = model_without_weights(name, dtype, trusted) if elsewhere else load_model(name, dtype, trusted)
     if vocabulary > teacher.get_input_embeddings().weight.shape[0]:
         grow_vocabulary(teacher, vocabulary)
+    allocate(teacher)
     return teacher

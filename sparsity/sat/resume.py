@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import file_digest, read_json, save_json
-from sparsity.sat import checkpoints
+from sparsity.sat import checkpoints, training_state
 from sparsity.sat.arguments import MASK_OPTIONS, SatArguments, option_values
 from sparsity.sources import content_key, parse_sources
 from sparsity.text import DEFAULT_TEMPLATE, PROMPT_FIELD, RUN_RECORD, PromptTemplate, template_record
@@ -56,8 +56,11 @@ EARLIER = {
     "lora_rank": 0,
     "lora_alpha": 32.0,
     "dataloader_drop_last": False,
+    "order_batch": None,
     PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),
 }
+# What decides the batches: it may change as long as every optimizer step sees the same samples.
+BATCH_KEYS = ("train_bs", "num_processes", "gradient_accumulation_steps", "order_batch")
 DIGEST_SAMPLES, DIGEST_LENGTH = 64, 16  # of the files named in the record: pieces that are hashed, digits that are kept
 
 
@@ -65,6 +68,7 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
     """What decides the course of a run: options, prompt, number of processes, and the content of the files named."""
     values = option_values(args)
     settings = {name: values[name] for name in RESUME_KEYS} | {"num_processes": args.training.processes}
+    settings["order_batch"] = args.training.order_batch
     settings[PROMPT_FIELD] = template_record(template)
     files: dict[str, Any] = {"restore_path": args.model.modelopt_restore_path}
     if args.data.uses_records:
@@ -76,6 +80,68 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
     return settings | digests
 
 
+def order_batch(args: SatArguments, samples: int) -> int:
+    """Samples of a micro-batch over all processes, by which the run orders its data; for a resumed run as it began.
+
+    The optimizer steps of a resumed run then see the samples they would have seen, on any number of processes.
+
+    Args:
+        samples: training samples in all.
+
+    Raises:
+        UserError: the run to resume has other optimizer steps.
+    """
+    training = args.training
+    now = training.per_device_train_batch_size * training.processes
+    record, checkpoint = training.result_dir / RUN_RECORD, checkpoint_to_resume(args)
+    if checkpoint is None or not record.is_file():
+        return now
+    before = read_json(record, "run record")
+    size, processes, accumulated = (
+        before.get(name, value)
+        for name, value in (
+            ("train_bs", training.per_device_train_batch_size),
+            ("num_processes", training.processes),
+            ("gradient_accumulation_steps", training.gradient_accumulation_steps),
+        )
+    )
+    if processes != training.processes and not training_state.is_saved_in(checkpoint):
+        raise UserError(
+            f"{checkpoint} is of an earlier release and resumes only on {processes} process(es), not on "
+            f"{training.processes}; set --num_processes {processes}"
+        )
+    step = size * processes * accumulated
+    if now * training.gradient_accumulation_steps != step:
+        raise UserError(
+            f"--resume needs optimizer steps of {step} samples (--train_bs {size} on {processes} process(es), "
+            f"--gradient_accumulation_steps {accumulated}), found {now * training.gradient_accumulation_steps}; "
+            "change --train_bs or --gradient_accumulation_steps"
+        )
+    batch = before.get("order_batch") or size * processes
+    used = samples // batch * batch if training.dataloader_drop_last else samples
+    if now != size * processes and used % now:
+        raise UserError(
+            f"--resume on {training.processes} process(es) with --train_bs {training.per_device_train_batch_size} does "
+            f"not divide the {used} samples of an epoch; choose a --train_bs that divides it, and more "
+            "--gradient_accumulation_steps"
+        )
+    return batch
+
+
+def checkpoint_to_resume(args: SatArguments) -> Path | None:
+    """The complete checkpoint from which this run resumes; None to start at the beginning.
+
+    Raises:
+        UserError: the one that was named is not complete.
+    """
+    wanted = args.training.resume_from_checkpoint
+    if wanted and str(wanted).lower() not in ("true", "1"):
+        if not checkpoints.is_complete(Path(wanted)):
+            raise UserError(f"--resume_from_checkpoint {wanted} is not a complete checkpoint of finetune.py")
+        return Path(wanted)
+    return checkpoints.last_complete(Path(args.training.output_dir)) if args.training.resume or wanted else None
+
+
 def open_run(args: SatArguments, template: PromptTemplate, is_main: bool) -> Path | None:
     """Prepare a new run, or find where an earlier one stopped.
 
@@ -85,18 +151,14 @@ def open_run(args: SatArguments, template: PromptTemplate, is_main: bool) -> Pat
     Raises:
         UserError: an earlier run is in the way, or was made with other options.
     """
-    settings, wanted = run_settings(args, template), args.training.resume_from_checkpoint
-    record, root = args.training.result_dir / RUN_RECORD, Path(args.training.output_dir)
-    checkpoint = checkpoints.last_complete(root)
-    if checkpoint and not (args.training.resume or wanted):
+    settings, root = run_settings(args, template), Path(args.training.output_dir)
+    record = args.training.result_dir / RUN_RECORD
+    checkpoint, last = checkpoint_to_resume(args), checkpoints.last_complete(root)
+    if last and not (args.training.resume or args.training.resume_from_checkpoint):
         raise UserError(
-            f"{root} holds checkpoints of an earlier run; add --resume to continue from {checkpoint.name}, or remove "
+            f"{root} holds checkpoints of an earlier run; add --resume to continue from {last.name}, or remove "
             "the folder, or choose another --output_dir"
         )
-    if wanted and str(wanted).lower() not in ("true", "1"):
-        checkpoint = Path(wanted)
-        if not checkpoints.is_complete(checkpoint):
-            raise UserError(f"--resume_from_checkpoint {wanted} is not a complete checkpoint of finetune.py")
     if checkpoint and record.is_file():
         check_same_run(read_json(record, "run record"), settings, root)
     if is_main:
@@ -113,7 +175,7 @@ def check_same_run(before: dict[str, Any], settings: dict[str, Any], root: Path)
     """
     for name, value in settings.items():
         earlier = before.get(name, EARLIER.get(name, value))
-        if earlier != value:
+        if earlier != value and name not in BATCH_KEYS:  # see `order_batch`
             what = f"--{name} was {earlier}, now {value}"
             if name == PROMPT_FIELD:
                 what = "the prompt template has changed"

@@ -1,8 +1,8 @@
 """Sharded training with FSDP through accelerate, and what modelopt's masks need when weights are sharded.
 
-FSDP2 (torch's fully_shard) turns the parameters into DTensors under their own names. FSDP1 joins the parameters of a
-decoder layer into one flat tensor, of which every process holds a range. With both, the masks stay complete boolean
-buffers on every process; the model is thus saved by gathering its weights and taking the buffers as they are.
+FSDP2 (torch's fully_shard) turns the parameters into DTensors under their own names; a mask becomes a DTensor that is
+sharded like its weight. FSDP1 joins the parameters of a decoder layer into one flat tensor, of which every process
+holds a range; its masks stay whole buffers on every process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sparsity.states import MASK, sparse_masks
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
 
@@ -130,28 +131,55 @@ def local_flat_ranges(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, i
             yield module, name, 0, 0
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter or module before FSDP and activation checkpointing wrapped the layers.
+
+    >>> plain_name("_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "").lstrip(".")
+
+
+def rows_of(whole: torch.Tensor, sharded: DTensor) -> torch.Tensor:
+    """The part of `whole` that this process holds of `sharded`, a DTensor of the same shape; a view."""
+    from torch.distributed.tensor import Shard
+
+    part = whole
+    for dimension, placement in enumerate(sharded.placements):
+        if isinstance(placement, Shard):
+            rank, size = sharded.device_mesh.get_local_rank(dimension), sharded.device_mesh.size(dimension)
+            chunks = part.chunk(size, placement.dim)  # of few rows, the last processes have none
+            part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)
+    return part
+
+
+def shard_mask(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The part of a whole bool mask that this process needs for `weight`, on the device of its shard.
+
+    A DTensor where the weight is one; otherwise the whole mask.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(weight, DTensor):
+        return mask.to(weight.device, torch.bool, copy=True)
+    rows = rows_of(mask, weight).to(weight.to_local().device, torch.bool, copy=True)
+    placed = (weight.device_mesh, weight.placements)
+    return DTensor.from_local(rows, *placed, run_check=False, shape=mask.shape, stride=mask.stride())
+
+
 def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield (name, parameter, bool mask), the mask as this process's shard, for every pruned layer.
 
     The parameter is read past modelopt's dynamic attribute, which would return the masked product instead.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    stretches = {id(module): (start, end) for module, name, start, end in local_flat_ranges(model) if name == "weight"}
+    ranges = {(id(module), name): slice(start, end) for module, name, start, end in local_flat_ranges(model)}
     for name, module in model.named_modules():
-        mask = getattr(module, MASK, None)
+        mask = module._buffers.get(MASK)
         if mask is None:
             continue
-        weight = module._parameters["weight"]
-        if isinstance(weight, DTensor):
-            kept = module.__dict__.get("_mask_shard")  # sharding a mask communicates: once is enough
-            if kept is None:
-                kept = distribute_tensor(mask, weight.device_mesh, weight.placements)
-                module.__dict__["_mask_shard"] = kept
-            mask = kept
-        elif id(module) in stretches:
-            mask = mask.flatten()[slice(*stretches[id(module)])]
-        yield f"{name.replace('_fsdp_wrapped_module.', '')}.weight", weight, local(mask)
+        if (id(module), "weight") in ranges:
+            mask = mask.flatten()[ranges[id(module), "weight"]]
+        yield plain_name(f"{name}.weight"), module._parameters["weight"], local(mask)
 
 
 def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
@@ -159,14 +187,15 @@ def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, tor
 
     All processes must call it. Weights are cast to `dtypes`, the types they had in the restored state.
     """
-    gathered = accelerator.get_state_dict(model)
+    gathered = accelerator.get_state_dict(model)  # tensor by tensor, kept on the main process only
     state: dict[str, torch.Tensor] = {}
-    seen: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, stored once
-    for name, tensor in gathered.items():
+    copies: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, stored once
+    for name in list(gathered):
+        tensor = gathered.pop(name)  # frees what was gathered for it
         key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if key not in seen:
-            seen[key] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype)).clone()
-        state[name] = seen[key]
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype), copy=True)
+        state[name] = copies[key]
     for _, weight, mask in sparse_masks(state):
         # masked_fill_ writes +0.0 where a product with the mask would leave -0.0 for negative weights
         weight.masked_fill_(~mask, 0.0)

@@ -16,12 +16,12 @@ from transformers import Trainer
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.processes import any_process, report_on_main, sum_over_processes
-from sparsity.sat import checkpoints
+from sparsity.sat import checkpoints, training_state
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
+from sparsity.sat.loading import fill, send_from_main
 from sparsity.sat.loss import LossWeights, batch_loss
-from sparsity.sat.low_rank import trained_only
 from sparsity.sat.mask_schedule import MaskSchedule
 from sparsity.sat.masking import mask_gradients
 from sparsity.sat.sharding import configure_fsdp, force_fsdp, local, shard_teacher
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
 
+    from sparsity.sat.model import Student
 
+
+SCHEDULER = "scheduler.pt"  # transformers' own name
 Batch = dict[str, torch.Tensor]  # as Collator makes it
 
 
@@ -40,6 +43,7 @@ class SparseTrainer(Trainer):
 
     Args:
         loss_weights, teacher: see loss.py; `teacher` is None for plain cross entropy.
+        initial_tensors: whole weights and masks by name; they fill the model once it is sharded, and are then released.
         use_fsdp: shard with FSDP, on CPU processes too.
         group_by_length: put samples of similar length into a batch.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
@@ -55,6 +59,7 @@ class SparseTrainer(Trainer):
         *args: Any,
         loss_weights: LossWeights,
         teacher: PreTrainedModel | None = None,
+        initial_tensors: dict[str, torch.Tensor] | None = None,
         use_fsdp: bool = False,
         group_by_length: bool = True,
         keep_checkpoints: int = 2,
@@ -64,14 +69,15 @@ class SparseTrainer(Trainer):
         log_path: Path,
         **kwargs: Any,
     ):
-        self.use_fsdp = use_fsdp
+        self.use_fsdp, self.initial_tensors = use_fsdp, initial_tensors or {}
         super().__init__(*args, **kwargs)
         self.loss_weights, self.teacher = loss_weights, teacher
         self.keep_checkpoints, self.trained_only = keep_checkpoints, trained_only
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
-        group = self.args.train_batch_size * self.args.world_size if group_by_length else 0
         lengths = sample_lengths(self.train_dataset)
-        self.sampler = EpochSampler(lengths, self.args.data_seed, group)
+        group = self.args.order_batch if group_by_length else 0
+        size = self.args.samples_per_epoch(len(lengths))
+        self.sampler = EpochSampler(lengths, self.args.data_seed, group, size)
         self.stopper, self.masks = StopOnSignal(), MaskKeeper(check_masks_every, mask_schedule)
         self.progress = Progress(log_path, self.sampler, self.masks, use_fsdp)
         for callback in (self.stopper, NoStepTooMany(), self.masks, self.progress):
@@ -81,6 +87,14 @@ class SparseTrainer(Trainer):
     def interrupted(self) -> bool:
         """Whether a signal ended training before its last step."""
         return self.stopper.interrupted
+
+    @property
+    def _train_batch_size(self) -> int:
+        return self.args.train_batch_size
+
+    @_train_batch_size.setter
+    def _train_batch_size(self, value: int) -> None:
+        """Nothing: transformers 4 would set the batch of a run that is resumed on another number of processes."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -107,6 +121,16 @@ class SparseTrainer(Trainer):
         if self.use_fsdp and not self.is_fsdp_enabled:
             force_fsdp(self.accelerator)
             self.is_fsdp_enabled = True
+        prepare = self.accelerator.prepare
+        self.accelerator.prepare = lambda *args, **kwargs: self._fill_after(prepare(*args, **kwargs))
+
+    def _fill_after(self, prepared: Any) -> Any:
+        """Give the model its weights once accelerate has sharded it; they cannot be read from a checkpoint before."""
+        for item in prepared if isinstance(prepared, (list, tuple)) else (prepared,):
+            if isinstance(item, nn.Module) and self.initial_tensors:
+                fill(item, self.initial_tensors)
+                self.initial_tensors.clear()  # nothing else needs the file mapped
+        return prepared
 
     def place_teacher(self, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> None:
         """Move the teacher to the student's devices: sharded like it, or complete on this process's device."""
@@ -114,9 +138,11 @@ class SparseTrainer(Trainer):
             return
         self.teacher.requires_grad_(False)
         if self.use_fsdp:
-            self.teacher = shard_teacher(self.teacher.to(dtype), layer_class, dtype, cpu_offload)
+            weights = self.teacher.state_dict() if self.accelerator.is_main_process else {}
+            self.teacher = shard_teacher(self.teacher, layer_class, dtype, cpu_offload)
+            send_from_main(self.teacher, weights)
         else:
-            self.teacher = self.teacher.to(self.args.device, dtype)
+            self.teacher = self.teacher.to(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Dataset | Packed | None = None) -> EpochSampler:
         return self.sampler
@@ -200,7 +226,7 @@ class SparseTrainer(Trainer):
                 f"weights have become infinite or NaN by step {self.state.global_step}, which is therefore not saved; "
                 "lower --lr, then resume from the last checkpoint with --resume"
             )
-        with self.masks.whole_weights(model), self._checkpoint_content():
+        with self.masks.whole_weights(model):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         root = Path(self.args.output_dir)
@@ -209,15 +235,33 @@ class SparseTrainer(Trainer):
             checkpoints.rotate(root, self.keep_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def _checkpoint_content(self) -> contextlib.AbstractContextManager[None]:
-        return trained_only(self.model) if self.trained_only else contextlib.nullcontext()
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing: the weights of a checkpoint are in its training state, those of the result in the modelopt state."""
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._checkpoint_content():
-            super()._load_from_checkpoint(*args, **kwargs)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        training_state.save(Path(output_dir), self.model, self.optimizer, self.trained_only)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if training_state.is_saved_in(Path(resume_from_checkpoint)):
+            model = self.model if model is None else model
+            training_state.load_weights(Path(resume_from_checkpoint), model, self.trained_only)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and training_state.is_saved_in(Path(checkpoint)):
+            training_state.load_optimizer(Path(checkpoint), self.model, self.optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._checkpoint_content():
+        best = self.state.best_model_checkpoint
+        if best and training_state.is_saved_in(Path(best)):
+            training_state.load_weights(Path(best), self.model, self.trained_only)
+        else:
             super()._load_best_model()
 
 
@@ -237,15 +281,15 @@ def explain_failures(trainer: SparseTrainer, advice: Callable[[], str]) -> Itera
 
 def build_trainer(
     args: SatArguments,
-    model: PreTrainedModel,
+    student: Student,
     teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     data: tuple[Dataset | Packed, Dataset | None],
 ) -> SparseTrainer:
-    """Assemble the Trainer for a model on the CPU; under FSDP the model is wrapped only once training starts."""
+    """Assemble the Trainer for a model on the CPU; under FSDP it is wrapped and filled only once training starts."""
     train, evaluation = data
     training, distillation = args.training, args.distillation
-    layer = type(decoder_layers(model)[1][0]).__name__
+    layer = type(decoder_layers(student.model)[1][0]).__name__
     if training.sharded:
         configure_fsdp(training.fsdp_version, layer, training.cpu_offload, training.recompute)
     weights = LossWeights(answers=args.data.answer_weight)
@@ -258,13 +302,14 @@ def build_trainer(
             temperature=distillation.distill_temperature,
         )
     trainer = SparseTrainer(
-        model=model,
+        model=student.model,
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=Collator(tokenizer.pad_token_id, args.data.model_max_length if args.data.pad_to_max else None),
         loss_weights=weights,
         teacher=teacher,
+        initial_tensors=student.tensors if training.sharded else None,
         use_fsdp=training.sharded,
         group_by_length=training.group_by_length,
         keep_checkpoints=training.keep_checkpoints,

@@ -10,7 +10,7 @@ import pytest
 
 from sparsity.errors import UserError
 from sparsity.files import read_json, save_json
-from sparsity.sat import checkpoints, resume
+from sparsity.sat import checkpoints, resume, training_state
 from sparsity.sat.arguments import (
     DataArguments,
     DistillationArguments,
@@ -37,10 +37,10 @@ def make(tmp_path, state_path, data_dir):
     return arguments
 
 
-def add_checkpoint(args, step: int) -> Path:
+def add_checkpoint(args, step: int, file: str = "model.safetensors") -> Path:
     folder = Path(args.training.output_dir) / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / file).write_bytes(b"weights")
     checkpoints.mark_complete(folder)
     return folder
 
@@ -147,3 +147,65 @@ def test_another_prompt_is_refused(make):
     add_checkpoint(args, 4)
     with pytest.raises(UserError, match="the prompt template has changed"):
         resume.open_run(args, PromptTemplate("{instruction}", ""), is_main=True)
+
+
+def resumed_on(make, processes: int, per_device: int, accumulated: int, **more):
+    args = make(resume=True, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulated, **more)
+    args.training.processes = processes
+    return args
+
+
+@pytest.fixture
+def of_eight(make):
+    """The record of a run of 8 processes with 2 samples each, and a checkpoint of it."""
+    args = make(per_device_train_batch_size=2)
+    args.training.processes, args.training.order_batch = 8, 16
+    resume.open_run(args, DEFAULT_TEMPLATE, is_main=True)
+    return add_checkpoint(args, 4, training_state.VALUES)
+
+
+@pytest.mark.parametrize("split", [(8, 2, 1), (4, 2, 2), (4, 4, 1), (1, 1, 16), (16, 1, 1)])
+def test_other_processes_see_the_same_steps_in_the_same_order(make, of_eight, split):
+    args = resumed_on(make, *split)
+    args.training.order_batch = resume.order_batch(args, samples=100)
+    assert args.training.order_batch == 16
+    args.training.schedule(100, evaluates=False)
+    assert args.training.max_steps == 3 * 6 and args.training.samples_per_epoch(100) == 96
+    args.training.max_steps = -1  # the record was made without a schedule
+    assert resume.open_run(args, DEFAULT_TEMPLATE, is_main=True) == of_eight
+
+
+@pytest.mark.parametrize(
+    ("split", "samples", "message"),
+    [
+        ((4, 2, 1), 100, r"optimizer steps of 16 samples \(--train_bs 2 on 8 process.*found 8; change --train_bs or"),
+        ((2, 5, 1), 100, "found 10"),
+        ((1, 16, 1), 100, None),
+    ],
+)
+def test_other_steps_are_refused(make, of_eight, split, samples, message):
+    args = resumed_on(make, *split)
+    if message is None:
+        assert resume.order_batch(args, samples) == 16
+    else:
+        with pytest.raises(UserError, match=message):
+            resume.order_batch(args, samples)
+
+
+def test_batches_that_do_not_divide_an_epoch_are_refused(make):
+    args = make(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    resume.open_run(args, DEFAULT_TEMPLATE, is_main=True)
+    add_checkpoint(args, 4, training_state.VALUES)
+    other = resumed_on(make, 2, 4, 1)
+    assert resume.order_batch(other, samples=96) == 4
+    with pytest.raises(UserError, match="does not divide the 100 samples of an epoch"):
+        resume.order_batch(other, samples=100)
+
+
+def test_checkpoints_of_earlier_releases_need_the_same_processes(make):
+    args = make()
+    resume.open_run(args, DEFAULT_TEMPLATE, is_main=True)
+    add_checkpoint(args, 4)
+    assert resume.order_batch(resumed_on(make, 1, 4, 1), samples=100) == 4
+    with pytest.raises(UserError, match="of an earlier release and resumes only on 1 process"):
+        resume.order_batch(resumed_on(make, 2, 2, 1), samples=100)

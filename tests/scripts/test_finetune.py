@@ -162,7 +162,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, model_dir, state_path
     (partial / checkpoints.MARKER).unlink()
     torn = root / "checkpoint-15"
     shutil.copytree(whole, torn)
-    os.truncate(torn / "optimizer.pt", 100)
+    os.truncate(next(torn.rglob("*.safetensors")), 100)
 
     refused = run_script(*arguments)
     assert_clear_error(refused, "--resume", whole.name)
@@ -221,30 +221,56 @@ def test_out_of_memory_names_the_changes_that_save_most(run_here, monkeypatch):
 def test_full_disk_leaves_the_last_checkpoint(run_here, monkeypatch, tmp_path):
     import errno
 
-    from transformers import PreTrainedModel
+    import safetensors.torch
 
-    real, calls = PreTrainedModel.save_pretrained, []
+    real, calls = safetensors.torch.save, []
 
-    def second_save_fails(self, folder, *args, **kwargs):
+    def second_save_fails(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            (Path(folder) / "model.safetensors").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-        return real(self, folder, *args, **kwargs)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", second_save_fails)
+    monkeypatch.setattr(safetensors.torch, "save", second_save_fails)
     with pytest.raises(OSError, match="No space left"):  # run_cli turns it into one line
         run_here(*TRAINING, "--train_bs", 2)
     assert checkpoints.last_complete(tmp_path / "out" / "checkpoints").name == "checkpoint-4"
 
 
+def forget_the_end(folder: Path, copy: Path) -> Path:
+    """A copy of a finished run as if it had been killed after step 12."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoints" / f"checkpoint-{STEPS}")
+    (copy / STATE_NAME).unlink()
+    return copy
+
+
+def test_checkpoints_of_earlier_releases_resume(finished, run_here, monkeypatch, tmp_path):
+    from transformers import Trainer
+
+    from sparsity.sat.trainer import SparseTrainer
+
+    with monkeypatch.context() as earlier:
+        for name in ("save_model", "_save_optimizer_and_scheduler"):
+            earlier.setattr(SparseTrainer, name, getattr(Trainer, name))
+        folder = forget_the_end(run_here(*TRAINING, "--train_bs", 2), tmp_path / "earlier")
+    assert (folder / "checkpoints" / "checkpoint-12" / "optimizer.pt").is_file()
+    run_here(*TRAINING, "--train_bs", 2, "--resume", output_dir=folder)
+    assert_same_weights(finished[0], folder, 1e-6)
+
+
 # ---------------------------------------------------------------------------------------- several processes
+
+
+def on_two_processes(arguments: list) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a launch on two processes; `arguments` are those of finetune.py."""
+    command = ["bash", "launch_finetune.sh", "--num_processes=2", *map(str, arguments)]
+    return command, {**os.environ, "PYTHON": sys.executable}
 
 
 def run_on_two_processes(arguments: list[str]) -> subprocess.CompletedProcess:
     """Run a command line of finetune.py with the launcher."""
-    words = ["bash", "launch_finetune.sh", "--num_processes=2", *arguments[1:]]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    words, environment = on_two_processes(arguments[1:])
     result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result
@@ -278,6 +304,45 @@ def test_sharded_run_saves_a_whole_state(sharded, model_dir, state_path):
         assert torch.equal(mask, before[name.removesuffix("weight") + "_weight_mask"])
         assert (weight[~mask] == 0).all() and not torch.signbit(weight[~mask]).any()
     restore_sparse(load_model(str(model_dir)), sharded[0] / STATE_NAME)
+
+
+def test_one_process_resumes_what_two_wrote(finished, sharded, run_here, tmp_path):
+    folder = forget_the_end(sharded[0], tmp_path / "copy")
+    shards = folder / "checkpoints" / "checkpoint-12" / "training_state"
+    sizes = [path.stat().st_size for path in shards.iterdir()]
+    assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes), "each process writes its half"
+    with pytest.raises(UserError, match="optimizer steps of 2 samples .* found 4; change --train_bs"):
+        run_here(*TRAINING, "--train_bs", 4, "--resume", output_dir=folder)
+    run_here(*TRAINING, "--train_bs", 1, "--gradient_accumulation_steps", 2, "--resume", output_dir=folder)
+    assert_same_weights(finished[0], folder, 2e-3)
+
+
+def test_two_processes_resume_what_one_wrote(finished, model_dir, state_path, data_dir, tmp_path):
+    folder = forget_the_end(finished[0], tmp_path / "copy")
+    more = [*TRAINING, "--train_bs", 1, "--resume"]
+    words, environment = on_two_processes(command(model_dir, state_path, data_dir, folder, *more)[1:])
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(finished[0], folder, 2e-3)
+
+
+def test_killed_while_two_processes_save(finished, run_here, model_dir, state_path, data_dir, tmp_path):
+    folder = tmp_path / "killed"
+    arguments = command(model_dir, state_path, data_dir, folder, *TRAINING, "--train_bs", 1)
+    words, environment = on_two_processes(arguments[1:])
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    saving = folder / "checkpoints" / "checkpoint-8"
+    limit = time.monotonic() + 240
+    while not any(saving.glob("training_state/*.safetensors")) and time.monotonic() < limit:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if checkpoints.is_complete(saving):  # the kill came too late: take away what the slower process had to write
+        (saving / checkpoints.MARKER).unlink()
+        next(saving.glob("training_state/*.safetensors")).unlink()
+    assert checkpoints.last_complete(folder / "checkpoints").name == "checkpoint-4"
+    run_here(*TRAINING, "--train_bs", 2, "--resume", output_dir=folder)
+    assert_same_weights(finished[0], folder, 2e-3)
 
 
 # --------------------------------------------------------------------------------------- low-rank training
@@ -323,8 +388,10 @@ def test_checkpoints_of_low_rank_training_hold_no_frozen_weights_and_resume(low_
     (folder / STATE_NAME).unlink()
     shutil.rmtree(folder / "checkpoints" / f"checkpoint-{STEPS}")
     last = checkpoints.last_complete(folder / "checkpoints")
-    with safe_open(last / "model.safetensors", "pt") as saved:
-        assert {name.rsplit(".", 1)[1] for name in saved.keys() if "norm" not in name} == {"lora_A", "lora_B"}  # noqa: SIM118
+    (file,) = (last / "training_state").iterdir()
+    with safe_open(file, "pt") as saved:
+        names = [name for name in saved.keys() if name.startswith("model.") and "norm" not in name]  # noqa: SIM118
+    assert {name.rsplit(".", 1)[1] for name in names} == {"lora_A", "lora_B"}
     with pytest.raises(UserError, match="--lora_rank was 8, now 4"):
         run_here(*TRAINING, "--lora_rank", 4, "--train_bs", 2, "--resume", output_dir=folder)
     run_here(*LOW_RANK, "--train_bs", 2, "--resume", output_dir=folder)
