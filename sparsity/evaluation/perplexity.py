@@ -204,15 +204,18 @@ def named_tasks(
     Raises:
         UserError: an option of another form, a name twice, or as `make_task`.
     """
-    tasks: dict[str, Task] = {}
+    sources: dict[str, str] = {}
     for pair in pairs:
         name, separator, source = pair.partition("=")
         if not separator or not name or not source:
             raise UserError(f"--perplexity_data takes NAME=SOURCE, found '{pair}', e.g. papers=heldout.jsonl")
-        if name in tasks:
+        if name in sources:
             raise UserError(f"--perplexity_data names '{name}' twice; every text needs a name of its own")
-        tasks[name] = make_task(tokenizer, choose_texts(source, None, "test", "text"), context, context, limit)
-    return tasks
+        sources[name] = source
+    return {
+        name: make_task(tokenizer, choose_texts(source, None, "test", "text"), context, context, limit)
+        for name, source in sources.items()
+    }
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -326,16 +327,32 @@ def test_two_processes_resume_what_one_wrote(finished, model_dir, state_path, da
     assert_same_weights(finished[0], folder, 2e-3)
 
 
+def kill_all_that_name(folder: Path) -> None:
+    """Kill the launcher, which starts its workers in sessions of their own, and the workers, and wait for their end."""
+    while True:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if str(folder).encode() in entry.read_bytes():  # nothing is left of the command of one that has ended
+                    found.append(int(entry.parent.name))
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def test_killed_while_two_processes_save(finished, run_here, model_dir, state_path, data_dir, tmp_path):
     folder = tmp_path / "killed"
     arguments = command(model_dir, state_path, data_dir, folder, *TRAINING, "--train_bs", 1)
     words, environment = on_two_processes(arguments[1:])
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     saving = folder / "checkpoints" / "checkpoint-8"
     limit = time.monotonic() + 240
     while not any(saving.glob("training_state/*.safetensors")) and time.monotonic() < limit:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all_that_name(folder)
     process.wait()
     if checkpoints.is_complete(saving):  # the kill came too late: take away what the slower process had to write
         (saving / checkpoints.MARKER).unlink()
