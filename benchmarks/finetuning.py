@@ -1,20 +1,22 @@
 """What sparsity-aware training achieves: quality recovered in equal steps, and useful tokens per second.
 
     python data_prep.py --source aclsum --save_path data/aclsum
+    python -m benchmarks.texts demo/texts
     python -m benchmarks.finetuning --restore_path PTS_DIR/pts_modelopt_state.pth
 
-Part "recovery" trains the same pruned model with cross entropy, with the dense model as the teacher, and with the
-teacher's hidden states as well, each for the same steps on the same data in the same order. It reports the held-out
-perplexity, the share of the rise through PTS that each recovers, (PTS - SAT) / (PTS - dense), and ROUGE on test
-records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their longest
-sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the others,
-so that losses can be compared.
+Part "recovery" trains the same pruned model in several ways, each for the same steps of as many tokens, on records and
+plain text. It reports perplexity on held-out papers, the kind that is trained on, and on four kinds of text that are in
+no training data; the share of the rise through PTS that each way regains, (PTS - SAT) / (PTS - dense); and ROUGE on
+test records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their
+longest sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the
+others, so that losses can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import texts
 from benchmarks.commands import ROOT, run_command
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.devices import resolve_device
@@ -31,13 +34,17 @@ from sparsity.figures import ROUGE_TYPES, read_figures
 from sparsity.files import require_file, save_json
 from sparsity.models import load_model, load_tokenizer
 from sparsity.states import restore_sparse
-from sparsity.text import read_records, read_texts, token_blocks
+from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 
-RECOVERY = {
-    "SAT": [],
-    "SAT + logits": ["--distill", "--distill_kl", "0.5"],
-    "SAT + logits + hidden": ["--distill", "--distill_kl", "0.5", "--distill_hidden", "1"],
+TEACHER = ["--distill", "--distill_kl", 1, "--distill_kl_answers", 0]
+# Ways to train: options, after those that all share; {text} stands for --text_path.
+RECOVERY: dict[str, list[Any]] = {
+    "cross entropy": ["--text_path", "{text}"],
+    "KL": ["--text_path", "{text}", *TEACHER],
+    "KL, self text": ["--text_path", "{text}=0.4,self=0.6", *TEACHER],
+    "KL, self text, moving masks": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--mask_schedule", "saliency"],
+    "KL, self text, rank 64": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--lora_rank", 64, "--lr", 3e-3],
 }
 NEVER = 10**6  # steps between evaluations or checkpoints: only at the end
 
@@ -56,11 +63,14 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("recovery")
     group.add_argument("--arms", nargs="+", choices=RECOVERY, default=list(RECOVERY), help="ways to train")
     group.add_argument("--text_path", type=Path, default=Path("data/aclsum/calib.jsonl"), help="text to train on")
-    group.add_argument("--text_ratio", type=float, default=0.7, help="share of plain text among the training tokens")
-    group.add_argument("--heldout", type=Path, default=Path("data/aclsum/heldout.jsonl"), help="text to evaluate on")
+    group.add_argument("--text_ratio", type=float, default=0.8, help="share of plain text among the training tokens")
+    group.add_argument("--heldout", type=Path, default=Path("data/aclsum/heldout.jsonl"), help="papers to evaluate on")
+    group.add_argument("--texts", type=Path, default=Path("demo/texts"), help="folder of benchmarks.texts")
+    group.add_argument("--self_tokens", type=int, default=131072, help="tokens that the dense model writes")
+    group.add_argument("--more", default="", help="further options of launch_finetune.sh for all arms, in one string")
     group.add_argument("--context", type=int, default=512, help="tokens of a perplexity window and a training row")
-    group.add_argument("--blocks", type=int, default=24, help="perplexity windows")
-    group.add_argument("--steps", type=int, default=40, help="optimizer steps of each arm")
+    group.add_argument("--blocks", type=int, default=24, help="perplexity windows of each text")
+    group.add_argument("--steps", type=int, default=240, help="optimizer steps of each arm")
     group.add_argument("--examples", type=int, default=32, help="test records for ROUGE")
     group = parser.add_argument_group("throughput")
     group.add_argument("--max_length", type=int, default=2048, help="tokens of the longest sample")
@@ -74,6 +84,7 @@ def parse_args() -> argparse.Namespace:
     if "recovery" in args.parts:
         require_file(args.text_path, "text file (--text_path)")
         require_file(args.heldout, "text file (--heldout)")
+        texts.require_texts(args.texts)
     check_output(args.output)
     return args
 
@@ -91,13 +102,13 @@ def train(args: argparse.Namespace, folder: Path, *more: Any) -> list[dict[str, 
 # --------------------------------------------------------------------------------------------------------- recovery
 
 
-def held_out_perplexity(model_name: str, blocks: torch.Tensor, state: Path | None) -> float:
-    """Perplexity on blocks [N, T] of the dense model or, with a state, of the sparse one, in the same arithmetic."""
+def perplexities(model_name: str, blocks: dict[str, torch.Tensor], state: Path | None) -> dict[str, float]:
+    """Perplexity on blocks [N, T] of every text, of the dense model or, with a state, of the sparse one."""
     device = resolve_device("auto")
     model = load_model(model_name, torch.float32)
-    model = restore_sparse(model, state) if state else model
+    model = restore_sparse(model, state, fold=True) if state else model
     with torch.autocast(device.type, torch.bfloat16):
-        return perplexity(model.to(device), blocks, device)
+        return {kind: perplexity(model.to(device), found, device) for kind, found in blocks.items()}
 
 
 def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[str, float]:
@@ -114,21 +125,26 @@ def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[st
 
 def train_arm(args: argparse.Namespace, name: str, folder: Path) -> float:
     """Train one arm of the recovery; returns its tokens per second."""
-    options = ["--text_path", args.text_path, "--text_ratio", args.text_ratio, "--packing", "--weight_decay", 0]
+    options = ["--text_ratio", args.text_ratio, "--self_tokens", args.self_tokens, "--packing", "--weight_decay", 0]
     options += ["--max_length", args.context, "--max_steps", args.steps, "--max_eval_samples", 8]
     # On a CPU, saving a checkpoint takes as long as some steps.
-    options += ["--eval_steps", NEVER, "--save_steps", NEVER]
-    log = train(args, folder, *options, *RECOVERY[name])
+    options += ["--eval_steps", NEVER, "--save_steps", NEVER, *shlex.split(args.more)]
+    own = [str(word).replace("{text}", str(args.text_path)) for word in RECOVERY[name]]
+    log = train(args, folder, *options, *own)
     rates = [line["tokens_per_second"] for line in log if "loss" in line]
     return sum(rates) / len(rates)
+
+
+def regained(result: dict[str, float], dense: dict[str, float], pruned: dict[str, float]) -> dict[str, float]:
+    """Shares of the rise in perplexity that an arm regains: on the trained kind, and the mean of all other kinds."""
+    shares = [(pruned[kind] - result[kind]) / (pruned[kind] - dense[kind]) for kind in texts.KINDS]
+    return {"regained, trained kind": shares[0], "regained, other kinds": sum(shares[1:]) / len(shares[1:])}
 
 
 def recovery(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Perplexity, ROUGE, recovered share and tokens per second of every arm."""
     tokenizer = load_tokenizer(args.model)
-    blocks = token_blocks(tokenizer, read_texts(args.heldout), args.context)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    blocks = blocks[order[: args.blocks]]
+    blocks = texts.held_out(tokenizer, args.heldout, args.texts, args.context, args.blocks)
     results: dict[str, dict[str, float]] = {}
     for name in ("dense", "PTS", *args.arms):
         folder = work / name.replace(" ", "")
@@ -137,11 +153,10 @@ def recovery(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]
         if name in RECOVERY:
             result["tokens_per_second"] = train_arm(args, name, folder)
             state = folder / "finetuned_modelopt_state.pth"
-        result["perplexity"] = held_out_perplexity(args.model, blocks, state)
+        result |= perplexities(args.model, blocks, state)
         result |= rouge(args, state, folder)
         if name in RECOVERY:
-            dense, pruned = (results[base]["perplexity"] for base in ("dense", "PTS"))
-            result["recovered"] = (pruned - result["perplexity"]) / (pruned - dense)
+            result |= regained(result, results["dense"], results["PTS"])
         results[name] = result
         print(json.dumps({name: result}), flush=True)
         shutil.rmtree(folder)  # gigabytes of checkpoints

@@ -45,8 +45,7 @@ from sparsity.models import load_model, load_tokenizer
 from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
 from sparsity.self_text import self_text
-from sparsity.sources import SELF, Source, parse_sources, python_manual
-from sparsity.text import read_texts, sample_blocks, token_blocks
+from sparsity.sources import SELF, Source, parse_sources
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 
 ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "best", "reference")
 BASELINES = ("modelopt", "llmcompressor")
-KINDS = ("papers", "manual", "code", "jargon", "novel")  # the first is the calibration text's own
 MIXED = "calib.jsonl=0.65,self=0.35"
 CPU = torch.device("cpu")
 
@@ -105,8 +103,7 @@ def parse_args() -> argparse.Namespace:
     args.double = [arm for arm in args.double if arm in args.arms]
     for name in ("calib.jsonl", "heldout.jsonl"):
         require_file(args.data / name, "text file")
-    for name in ("jargon.txt", "novel.txt"):
-        require_file(args.texts / name, "text of `python -m benchmarks.texts`")
+    texts.require_texts(args.texts)
     if not PROCESS_STATUS.is_file():
         raise UserError(f"peak memory is read from {PROCESS_STATUS}, which only Linux has; run this on Linux")
     if not args.arm:
@@ -190,15 +187,9 @@ def perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> dict[str, float]:
     """Perplexity on every held-out text."""
-    read = {
-        "papers": read_texts(args.data / "heldout.jsonl"),
-        "code": texts.source_code(),
-        **{name: texts.pieces(args.texts / f"{name}.txt") for name in ("jargon", "novel")},
-    }
-    blocks = {name: sample_blocks(tokenizer, found, args.length, args.eval_size, 0) for name, found in read.items()}
-    blocks["manual"] = token_blocks(tokenizer, [python_manual()], args.length, args.eval_size)
+    blocks = texts.held_out(tokenizer, args.data / "heldout.jsonl", args.texts, args.length, args.eval_size)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(CPU)):
-        return {kind: perplexity(model, blocks[kind], CPU) for kind in KINDS}
+        return {kind: perplexity(model, found, CPU) for kind, found in blocks.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- all arms
@@ -222,8 +213,8 @@ def ratios(results: dict[str, dict[str, float]], baseline: str) -> dict[str, dic
     for arm, row in results.items():
         if arm == "dense" or "papers" not in row:
             continue
-        rises = {kind: (row[kind] - dense[kind]) / (base[kind] - dense[kind]) for kind in KINDS}
-        rises["other"] = sum(rises[kind] for kind in KINDS[1:]) / len(KINDS[1:])
+        rises = {kind: (row[kind] - dense[kind]) / (base[kind] - dense[kind]) for kind in texts.KINDS}
+        rises["other"] = sum(rises[kind] for kind in texts.KINDS[1:]) / len(texts.KINDS[1:])
         parts = {name: row[name] / base[name] for name in ("seconds", "cpu_seconds", "memory_mib")}
         found[arm] = {name: round(value, 3) for name, value in (rises | parts).items()}
     return found
@@ -231,15 +222,15 @@ def ratios(results: dict[str, dict[str, float]], baseline: str) -> dict[str, dic
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """Figures of every arm, and for the pruned ones the ratios to modelopt's."""
-    print(f"\n{'perplexity':<16}" + "".join(f"{name:>9}" for name in (*KINDS, "seconds", "CPU s", "MiB")))
+    print(f"\n{'perplexity':<16}" + "".join(f"{name:>9}" for name in (*texts.KINDS, "seconds", "CPU s", "MiB")))
     for arm, row in results.items():
-        cells = [f"{row[kind]:.2f}" for kind in KINDS] + [
+        cells = [f"{row[kind]:.2f}" for kind in texts.KINDS] + [
             f"{row[name]:.0f}" for name in ("seconds", "cpu_seconds", "memory_mib")
         ]
         print(f"{arm:<16}" + "".join(f"{cell:>9}" for cell in cells))
     for baseline in BASELINES:
         if baseline in results:
-            names = (*KINDS, "other", "time", "CPU time", "memory")
+            names = (*texts.KINDS, "other", "time", "CPU time", "memory")
             print(f"\n{'÷ ' + baseline:<16}" + "".join(f"{name:>9}" for name in names))
             for arm, found in ratios(results, baseline).items():
                 print(f"{arm:<16}" + "".join(f"{value:>9.3f}" for value in found.values()))

@@ -18,10 +18,19 @@ import sysconfig
 import tempfile
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
-from sparsity.files import atomic_path, prepare_output_dir
+from sparsity.files import atomic_path, prepare_output_dir, require_file
+from sparsity.sources import python_manual
+from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, run_cli
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+KINDS = ("papers", "manual", "code", "jargon", "novel")  # the first is what is calibrated and trained on
 
 PACKAGES = {"jargon": "jargon-text", "novel": "r-cran-janeaustenr"}
 CUT = 20_000  # characters of a piece of one long text, so that samples come from all of it
@@ -63,6 +72,32 @@ def novel(folder: Path) -> str:
         lines.append(data[at + 8 : at + 8 + size].decode("utf-8"))
         at += 8 + size
     return flowing("\n".join(lines))
+
+
+def held_out(
+    tokenizer: PreTrainedTokenizerBase, papers: Path, folder: Path, length: int, count: int
+) -> dict[str, torch.Tensor]:
+    """Blocks [count, length] of every kind of text; see KINDS.
+
+    Args:
+        papers: JSONL file of held-out papers.
+        folder: what this module has written.
+    """
+    read = {"papers": read_texts(papers), "code": source_code()}
+    read |= {name: pieces(folder / f"{name}.txt") for name in PACKAGES}
+    blocks = {name: sample_blocks(tokenizer, found, length, count, 0) for name, found in read.items()}
+    blocks["manual"] = token_blocks(tokenizer, [python_manual()], length, count)
+    return {kind: blocks[kind] for kind in KINDS}
+
+
+def require_texts(folder: Path) -> None:
+    """Check that this module has written its texts.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in PACKAGES:
+        require_file(folder / f"{name}.txt", "text of `python -m benchmarks.texts`")
 
 
 def main() -> None:
