@@ -9,7 +9,7 @@ plain text. It reports perplexity on held-out papers, the kind that is trained o
 no training data; the share of the rise through PTS that each way regains, (PTS - SAT) / (PTS - dense); and ROUGE on
 test records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their
 longest sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the
-others, so that losses can be compared.
+others, so that losses can be compared. Part "trainer" compares our trainer with transformers' own on the dense model.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("throughput")
     group.add_argument("--max_length", type=int, default=2048, help="tokens of the longest sample")
     group.add_argument("--records", type=int, default=32, help="training records")
+    group = parser.add_argument_group("trainer")
+    group.add_argument("--trainer_steps", type=int, default=20, help="optimizer steps of each trainer")
     args = parser.parse_args()
-    check_at_least(args, 1, "train_bs", "blocks", "steps", "examples", "max_length", "records")
+    check_at_least(args, 1, "train_bs", "blocks", "steps", "examples", "max_length", "records", "self_tokens")
+    check_at_least(args, 3, "trainer_steps")
     check_at_least(args, 2, "context")
     require_file(args.restore_path, "PTS state (--restore_path)")
     for name in ("cnn_train.json", "cnn_eval.json"):
@@ -199,7 +202,29 @@ def throughput(args: argparse.Namespace, work: Path) -> dict[str, dict[str, floa
     return results
 
 
-PARTS = {"recovery": recovery, "throughput": throughput}
+# ---------------------------------------------------------------------------------------------------------- trainer
+
+
+def trainer(args: argparse.Namespace, work: Path) -> dict[str, float]:
+    """Useful tokens per second of our trainer with masks, and of transformers' Trainer on the dense model."""
+    shared = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path, "--packing"]
+    shared += ["--text_path", args.text_path, "--text_ratio", args.text_ratio, "--max_length", args.context]
+    shared += ["--train_bs", args.train_bs, "--lr", args.lr, "--max_steps", args.trainer_steps, "--logging_steps", 1]
+    shared += ["--save_strategy", "no", "--eval_strategy", "no"]
+    plain = json.loads(
+        run_command(sys.executable, "-m", "benchmarks.plain_trainer", *shared, "--output_dir", work / "plain")
+        .strip()
+        .splitlines()[-1]
+    )["tokens_per_second"]
+    run_command("bash", ROOT / "launch_finetune.sh", *shared, "--output_dir", work / "ours")
+    from sparsity.sat.callbacks import read_log
+
+    steps = [line for line in read_log(work / "ours" / "train_log.jsonl") if "loss" in line][1:]
+    ours = len(steps) / sum(1 / line["tokens_per_second"] for line in steps)
+    return {"transformers, dense": plain, "ours, with masks": ours, "ratio": ours / plain}
+
+
+PARTS = {"recovery": recovery, "throughput": throughput, "trainer": trainer}
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None
             for handler in logging.getLogger("transformers").handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(sys.stderr)  # from before the fork it has pytest's, which is a file
+            remove_handlers_of_pytest()
             sys.argv = [script, *map(str, arguments)]
             setup()
             run_as_main(script)
@@ -54,6 +55,13 @@ def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None
         out, err = pool.map(read_all, (read_out, read_err))
     _, status = os.waitpid(child, 0)
     return subprocess.CompletedProcess([script, *arguments], os.waitstatus_to_exitcode(status), out, err)
+
+
+def remove_handlers_of_pytest() -> None:
+    """Let no logger write what a process of its own would not."""
+    for logger in (logging.getLogger(), *logging.getLogger().manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            logger.handlers = [entry for entry in logger.handlers if not type(entry).__module__.startswith("_pytest")]
 
 
 def read_all(descriptor: int) -> str:

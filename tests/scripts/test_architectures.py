@@ -74,7 +74,7 @@ def test_pipeline(family, tokenizers_by_kind, data_dir, tmp_path):
     training = ("--data_path", data_dir, "--max_length", 200, "--max_steps", 2, "--train_bs", 2)
     run("finetune.py", "--model", model, "--restore_path", pts, *training, "--output_dir", sat.parent)
     generation = ("--limit", 3, "--beam_size", 2, "--batch_size", 2, "--model_max_length", 200)
-    lengths = ("--max_new_tokens", 8, "--min_new_tokens", 2)
+    lengths = ("--max_new_tokens", 24, "--min_new_tokens", 12)
     evaluated = ("--model_dir", model, "--modelopt_restore_path", sat)
     output = run("eval.py", *evaluated, "--data_path", data_dir / "cnn_eval.json", *generation, *lengths)
     assert output.splitlines()[-1].startswith("ROUGE scores: {'rouge1': ")

@@ -1,0 +1,70 @@
+"""Train the dense model with transformers' own Trainer, as the measure of what masks and losses of ours cost.
+
+    python -m benchmarks.plain_trainer OPTIONS OF finetune.py
+
+Same samples, batches, precision and optimizer as `finetune.py` with these options; the model computes its own loss. It
+prints one line of JSON with the useful tokens per second. `python -m benchmarks.finetuning --parts trainer` runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from sparsity import models
+from sparsity.sat.arguments import ARGUMENT_TYPES, SatArguments
+from sparsity.sat.batching import Collator
+from sparsity.sat.dataset import load_data, training_samples
+from sparsity.sat.loss import model_inputs
+from sparsity.sat.model import freeze_embeddings
+from sparsity.text import choose_template
+from utils import dataclass_parser, run_cli
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step, from the end of the step before."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def main() -> None:
+    parser = dataclass_parser(ARGUMENT_TYPES, __doc__, prog="python -m benchmarks.plain_trainer")
+    args = SatArguments(*parser.parse_args_into_dataclasses(look_for_args_file=False))
+    tokenizer = models.load_tokenizer(args.model.model_name_or_path)
+    template = choose_template(args.data.prompt_template, args.data.chat_template, tokenizer)
+    train = training_samples(args, load_data(args, tokenizer, template), None)
+    args.training.schedule(len(train), evaluates=False)
+    model = models.load_model(args.model.model_name_or_path, "float32")
+    if args.training.freeze_embeddings:
+        freeze_embeddings(model)
+    collate, tokens = Collator(tokenizer.pad_token_id), []
+
+    def collate_plain(items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(items)
+        tokens.append(int(batch["real"].sum()))
+        return {**model_inputs(model, batch), "labels": batch["labels"]}
+
+    clock = Clock()
+    trainer = Trainer(
+        model=model, args=args.training, train_dataset=train, data_collator=collate_plain, callbacks=[clock]
+    )
+    trainer.train()
+    steps = len(clock.ends) - 1
+    first = min(1, steps - 1)  # the first step warms up
+    seconds = clock.ends[-1] - clock.ends[first]
+    # The loader collates a batch ahead, so that counts are taken on average.
+    print(json.dumps({"tokens_per_second": sum(tokens) / len(tokens) * (steps - first) / seconds}))
+
+
+if __name__ == "__main__":
+    run_cli(main)
