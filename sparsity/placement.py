@@ -155,16 +155,17 @@ def placing_options(placement: Placement) -> tuple[dict[str, Any], tempfile.Temp
 
 @contextlib.contextmanager
 def whole_tied_head(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, tensor parallelism leaves an output head whole that is tied to the embeddings.
+    """Inside the block, tensor parallelism leaves an output head whole that is tied to embeddings that are left whole.
 
-    transformers 5 does not split the embeddings but has a plan for the head. Each process would compute all logits, and
-    gathering them would repeat every token as many times as there are processes.
+    Some releases of transformers 5 do not split the embeddings but have a plan for the head. Each process would compute
+    all logits, and gathering them would repeat every token as many times as there are processes.
     """
     cls: Any = type(model)
-    plan, head = getattr(cls, "_tp_plan", None), model.get_output_embeddings()
-    if plan and head is not None and head.weight is model.get_input_embeddings().weight:
-        names = {name for name, module in model.named_modules() if module is head}
-        cls._tp_plan = {name: style for name, style in plan.items() if name not in names}
+    plan, head, embeddings = getattr(cls, "_tp_plan", None), model.get_output_embeddings(), model.get_input_embeddings()
+    if plan and head is not None and head.weight is embeddings.weight:
+        names = {id(module): name for name, module in model.named_modules()}
+        if names[id(embeddings)] not in (getattr(model, "_tp_plan", None) or {}):
+            cls._tp_plan = {name: style for name, style in plan.items() if name != names[id(head)]}
     try:
         yield
     finally:
