@@ -17,7 +17,8 @@ quality=balanced   # effort of PTS
 length=512         # tokens of a calibration sample, a training row, a prompt and a perplexity window
 max_steps=80       # optimizer steps of SAT, of two rows each
 save_steps=40      # steps between checkpoints, from which an interrupted run resumes
-learning_rate=3e-4 # so small a model and so few steps need more than the 2e-5 of large models
+learning_rate=4e-4 # so small a model and so few steps need more than the 2e-5 of large models
+self_tokens=16384  # text that the dense model writes for SAT to read
 examples=16        # test papers to summarize for ROUGE
 beams=2            # beam search width
 eval_batch=16      # prompts generated together
@@ -29,6 +30,7 @@ case ${1:-} in
   "") ;;
   --full)
     calib_size=128 quality=balanced max_steps=500 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
+    self_tokens=131072
     plan="model 12 data 12 PTS 330 SAT 1250 evaluate-dense 330 evaluate-PTS 330 evaluate-SAT 330"
     ;;
   -h | --help)
@@ -94,12 +96,13 @@ steps=$out/steps
 pts=$out/pts_modelopt_state.pth
 step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --model_max_length $length --dtype fp32 \
   --sparsity_fmt sparsegpt --quality $quality --calib_size $calib_size --batch_size 4 \
-  --calib_data "$data/calib.jsonl=0.5,self=0.5" --output_dir "$out"
+  --calib_data "$data/calib.jsonl=0.65,self=0.35" --output_dir "$out"
 
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"
-  --output_dir "$out/finetuned" --text_path "$data/calib.jsonl" --text_ratio 0.7 --packing --max_length "$length"
-  --train_bs 2 --lr "$learning_rate" --weight_decay 0 --max_steps "$max_steps" --logging_steps 5 --max_eval_samples 8
+  --output_dir "$out/finetuned" --text_path "$data/calib.jsonl=0.4,self=0.6" --self_tokens "$self_tokens"
+  --text_ratio 0.7 --distill --distill_kl 0.5 --distill_kl_answers 0 --packing --max_length "$length"
+  --train_bs 2 --lr "$learning_rate" --adam_beta2 0.95 --weight_decay 0 --max_steps "$max_steps" --logging_steps 5 --max_eval_samples 8
   --eval_steps "$save_steps" --save_steps "$save_steps" --save_total_limit 1 --resume)
 if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
   rm -rf "$out/finetuned" # it belongs to another pruned model or other settings and cannot be resumed

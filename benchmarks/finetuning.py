@@ -37,7 +37,7 @@ from sparsity.states import restore_sparse
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 
-TEACHER = ["--distill", "--distill_kl", 1, "--distill_kl_answers", 0]
+TEACHER = ["--distill", "--distill_kl", 0.5, "--distill_kl_answers", 0]
 # Ways to train: options, after those that all share; {text} stands for --text_path.
 RECOVERY: dict[str, list[Any]] = {
     "cross entropy": ["--text_path", "{text}"],
