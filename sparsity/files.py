@@ -146,7 +146,11 @@ def require_file(path: str | Path, what: str) -> Path:
         UserError: it is not; the message names `what` the file should have been.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # too long a name; a null byte
+        found = False
+    if not found:
         raise UserError(f"{what} not found: {path}")
     return path
 
@@ -173,6 +177,8 @@ def file_digest(path: str | Path, samples: int | None = None) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- JSON
 
+NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: also for numbers of thousands of digits, deep nesting
+
 
 def read_json(path: str | Path, what: str) -> Any:
     """Parse a JSON file, or one value per line if it is named .jsonl.
@@ -187,7 +193,7 @@ def read_json(path: str | Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}") from error
 
 
@@ -209,14 +215,14 @@ def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Itera
                     continue
                 try:
                     value = json.loads(line)
-                except (json.JSONDecodeError, RecursionError):
+                except NOT_JSON:
                     if skip_damaged:
                         continue
                     raise
                 yield value
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise UserError(f"{what} {path} line {number} is not valid JSON: {error}") from error
 
 

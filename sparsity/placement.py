@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def parse_max_memory(text: str) -> dict[int | str, int | str]:
     """The sizes of --max_memory by GPU number or "cpu".
 
     Raises:
-        UserError: a part is no DEVICE=SIZE, or its size is unknown.
+        UserError: a part is no DEVICE=SIZE, its size is unknown, or a device is named twice.
 
     >>> parse_max_memory("0=20GiB,cpu=64GiB")
     {0: '20GiB', 'cpu': '64GiB'}
@@ -90,11 +91,15 @@ def parse_max_memory(text: str) -> dict[int | str, int | str]:
         device, _, size = (word.strip() for word in part.partition("="))
         try:
             convert_file_size_to_int(size)
-        except ValueError:
+        except (ValueError, OverflowError):
             size = ""
-        if not size or not (device == "cpu" or device.isdigit()):
+        is_gpu = re.fullmatch(r"[0-9]{1,9}", device) is not None
+        if not size or not (device == "cpu" or is_gpu):
             raise UserError(f"--max_memory takes DEVICE=SIZE, for example 0=20GiB,cpu=64GiB; found '{part}'")
-        limits[int(device) if device.isdigit() else device] = size
+        name = int(device) if is_gpu else device
+        if name in limits:
+            raise UserError(f"--max_memory names {device} twice: {text}")
+        limits[name] = size
     return limits
 
 

@@ -122,7 +122,8 @@ def parse_sources(text: str) -> list[Source]:
     total = sum(source.weight for source in found)
     if not 0 < total < math.inf:
         raise UserError(f"the weights of the sources '{text}' sum to {total:g}; at least one must be above 0")
-    return [replace(source, weight=source.weight / total) for source in found if source.weight]
+    shared = [replace(source, weight=source.weight / total) for source in found]
+    return [source for source in shared if source.weight]  # beside a huge weight, a tiny one may round to nothing
 
 
 def _weighted(part: str, text: str, exists: bool) -> Source | None:
@@ -157,7 +158,7 @@ def _parts(spec: str) -> tuple[str, str | None, str | None]:
     """Name or folder, configuration and split of a data set's specification; None for what is left out.
 
     Raises:
-        UserError: more than three parts.
+        UserError: no name, or more than three parts.
     """
     if _exists(spec):
         return spec, None, None
@@ -165,6 +166,8 @@ def _parts(spec: str) -> tuple[str, str | None, str | None]:
     if name in SHORT_NAMES and not _exists(name):
         name, *default = SHORT_NAMES[name].split(":")
         more = [*more, *default[len(more) :]]
+    if not name:
+        raise UserError(f"source '{spec}' has no name; write NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
     if len(more) > 2:
         raise UserError(f"source '{spec}' has too many parts; write NAME, NAME:CONFIG or NAME:CONFIG:SPLIT")
     config, split = ([part or None for part in more] + [None, None])[:2]
@@ -486,7 +489,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: text or dates out of range
         raise UserError(f"source {path} is not a readable Parquet file: {first_line(error)}") from error
 
 

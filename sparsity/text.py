@@ -85,7 +85,7 @@ def read_texts(path: str | Path) -> list[str]:
     JSON items are strings, or objects with one of TEXT_FIELDS.
     """
     path = require_file(path, "text file")
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in (".json", ".jsonl"):
         try:
             texts = [path.read_text(encoding="utf-8-sig")]
         except UnicodeDecodeError as error:
@@ -195,7 +195,7 @@ def read_template(path: str | Path) -> PromptTemplate:
         raise UserError(f"prompt template {path}: 'head' has no {INSTRUCTION}, the place of a record's instruction")
     if "{input}" in content["head"] + content["tail"]:
         raise UserError(f"prompt template {path}: leave out {{input}}; the article goes between 'head' and 'tail'")
-    return PromptTemplate(**content)
+    return PromptTemplate(valid_unicode(content["head"]), valid_unicode(content["tail"]))
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
@@ -249,7 +249,8 @@ def trained_template(state: str | Path) -> PromptTemplate | None:
     found = content.get(PROMPT_FIELD) if isinstance(content, dict) else None
     if found is None:  # written before there were other templates
         return DEFAULT_TEMPLATE
-    if not isinstance(found, dict) or found.keys() != asdict(DEFAULT_TEMPLATE).keys():
+    kinds = {name: type(value) for name, value in asdict(DEFAULT_TEMPLATE).items()}
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
         raise UserError(f"run record {record} holds no valid '{PROMPT_FIELD}'; was it changed by hand?")
     return PromptTemplate(**found)
 

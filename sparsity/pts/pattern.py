@@ -28,11 +28,12 @@ class Pattern:
         Raises:
             UserError: any other text.
         """
-        if match := re.fullmatch(r"(\d+):(\d+)", text):
+        if match := re.fullmatch(r"([0-9]):([0-9])", text):
             n, m = int(match[1]), int(match[2])
             if 0 < n < m <= 8:
                 return cls(n, m, 1 - n / m)
-        if match := re.fullmatch(r"unstructured:(0?\.\d+)", text):
+        match = re.fullmatch(r"unstructured:(0?\.[0-9]+)", text)
+        if match and 0 < float(match[1]) < 1:
             return cls(0, 0, float(match[1]))
         raise UserError(f"--pattern '{text}' is not known; use 2:4, 4:8 (N:M with M up to 8) or unstructured:0.5")
 
