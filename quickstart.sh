@@ -102,7 +102,8 @@ sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"
   --output_dir "$out/finetuned" --text_path "$data/calib.jsonl=0.4,self=0.6" --self_tokens "$self_tokens"
   --text_ratio 0.7 --distill --distill_kl 0.5 --distill_kl_answers 0 --packing --max_length "$length"
-  --train_bs 2 --lr "$learning_rate" --adam_beta2 0.95 --weight_decay 0 --max_steps "$max_steps" --logging_steps 5 --max_eval_samples 8
+  --train_bs 2 --lr "$learning_rate" --adam_beta2 0.95 --weight_decay 0 --max_steps "$max_steps"
+  --logging_steps 5 --max_eval_samples 8
   --eval_steps "$save_steps" --save_steps "$save_steps" --save_total_limit 1 --resume)
 if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
   rm -rf "$out/finetuned" # it belongs to another pruned model or other settings and cannot be resumed

@@ -139,6 +139,14 @@ def release_locks() -> None:
     _held_locks.close()
 
 
+def path_exists(path: str | Path) -> bool:
+    """Whether there is a file or folder of this name; also for what can be no name, such as an empty one."""
+    try:
+        return bool(str(path)) and Path(path).exists()
+    except (OSError, ValueError):  # too long a name, a null byte
+        return False
+
+
 def require_file(path: str | Path, what: str) -> Path:
     """Return `path` if it is a file.
 
@@ -146,11 +154,7 @@ def require_file(path: str | Path, what: str) -> Path:
         UserError: it is not; the message names `what` the file should have been.
     """
     path = Path(path)
-    try:
-        found = path.is_file()
-    except (OSError, ValueError):  # too long a name; a null byte
-        found = False
-    if not found:
+    if not (path_exists(path) and path.is_file()):
         raise UserError(f"{what} not found: {path}")
     return path
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import file_digest, read_json, read_jsonl
+from sparsity.files import file_digest, path_exists, read_json, read_jsonl
 from sparsity.text import DEFAULT_INSTRUCTION, TEXT_FIELDS, read_texts, sample_blocks, valid_unicode
 
 if TYPE_CHECKING:
@@ -130,9 +130,9 @@ def _weighted(part: str, text: str, exists: bool) -> Source | None:
     """The source SPEC or SPEC=WEIGHT of the list `text`; None if `exists` asks for a path and it is none."""
     part = part.strip()
     spec, equals, weight = part.rpartition("=")
-    if part and _exists(part):
+    if part and path_exists(part):
         return Source(part)
-    if exists and not (equals and _exists(spec) and "," not in weight):
+    if exists and not (equals and path_exists(spec) and "," not in weight):
         return None
     if not (spec if equals else part):
         raise UserError(f"'{text}' has an empty source; write SOURCE or SOURCE=WEIGHT, separated by commas")
@@ -147,23 +147,16 @@ def _weighted(part: str, text: str, exists: bool) -> Source | None:
     return Source(spec, number)
 
 
-def _exists(path: str) -> bool:
-    try:
-        return bool(path) and Path(path).exists()
-    except (OSError, ValueError):  # too long a name, a null byte
-        return False
-
-
 def _parts(spec: str) -> tuple[str, str | None, str | None]:
     """Name or folder, configuration and split of a data set's specification; None for what is left out.
 
     Raises:
         UserError: no name, or more than three parts.
     """
-    if _exists(spec):
+    if path_exists(spec):
         return spec, None, None
     name, *more = spec.split(":")
-    if name in SHORT_NAMES and not _exists(name):
+    if name in SHORT_NAMES and not path_exists(name):
         name, *default = SHORT_NAMES[name].split(":")
         more = [*more, *default[len(more) :]]
     if not name:
@@ -176,7 +169,7 @@ def _parts(spec: str) -> tuple[str, str | None, str | None]:
 
 def is_streamed(source: Source) -> bool:
     """Whether the source is a data set of the hub, which is read only as far as needed."""
-    return source.spec != SELF and not _exists(_parts(source.spec)[0])
+    return source.spec != SELF and not path_exists(_parts(source.spec)[0])
 
 
 def check_source(source: Source) -> None:
@@ -189,7 +182,7 @@ def check_source(source: Source) -> None:
         return
     name = _parts(source.spec)[0]
     path = Path(name)
-    if not _exists(name):
+    if not path_exists(name):
         if name.startswith((".", "/", "~")) or path.suffix.lower() in TEXT_SUFFIXES or name.count("/") > 1:
             raise UserError(f"text file not found: {name}")
     elif path.is_file() and path.suffix.lower() not in TEXT_SUFFIXES:
@@ -203,7 +196,7 @@ def content_key(source: Source, samples: int | None = None) -> str:
         samples: see `file_digest`.
     """
     path = Path(_parts(source.spec)[0])
-    if source.spec == SELF or not _exists(str(path)):
+    if source.spec == SELF or not path_exists(str(path)):
         return hashlib.sha256(source.spec.encode()).hexdigest()
     if path.is_file():
         return file_digest(path, samples)
@@ -231,7 +224,7 @@ def read_source(
     if source.spec == SELF:
         return own_texts(wanted_tokens, seed)
     path = Path(source.spec)
-    if _exists(source.spec) and path.is_file() and path.suffix.lower() in (".txt", ".json", ".jsonl"):
+    if path_exists(source.spec) and path.is_file() and path.suffix.lower() in (".txt", ".json", ".jsonl"):
         return read_texts(path)
     texts = list(_dataset_texts(source.spec, wanted_tokens, seed, split, column))
     if not texts:
@@ -306,7 +299,7 @@ def _dataset_texts(
     except Exception as error:  # datasets and the network stack below it raise errors of a dozen unrelated classes
         where = f"after {count} rows " if count else ""
         name = _parts(spec)[0]
-        hint = "" if _exists(name) else "; check the name and the network, or give a local file or folder"
+        hint = "" if path_exists(name) else "; check the name and the network, or give a local file or folder"
         raise UserError(f"cannot read the data set '{spec}' {where}({first_line(error)}){hint}") from error
 
 
@@ -316,7 +309,7 @@ def _open_dataset(spec: str, split: str) -> Any:
 
     name, config, own_split = _parts(spec)
     split, path = own_split or split, Path(name)
-    if not _exists(name):
+    if not path_exists(name):
         return load_dataset(name, config, split=split, streaming=True)
     if path.is_file():
         return load_dataset(_builder(path), data_files=str(path), split="train", streaming=True)

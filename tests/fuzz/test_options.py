@@ -120,7 +120,7 @@ def test_pairs_of_names_and_paths(given_pairs):
         assert [f"{name}={path}" for name, path in found.items()] == [
             f"{name}={Path(path)}" for name, _, path in (pair.partition("=") for pair in given_pairs)
         ]
-    attempt(lambda: load_figures([pair for pair in given_pairs]), "")
+    attempt(lambda: load_figures(given_pairs), "")
     texts = [pair for pair in given_pairs if not pair.partition("=")[2].isprintable() or "=" not in pair]
     attempt(lambda: named_tasks(None, texts, 8, 1), "")
 
