@@ -186,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "lower --batch_size, --beam_size or --model_max_length, or use --dtype bf16")

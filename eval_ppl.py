@@ -114,4 +114,4 @@ def measure(args: argparse.Namespace, placement: Placement) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "lower --batch_size or --context, or use --dtype bf16")

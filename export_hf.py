@@ -125,7 +125,7 @@ def main() -> None:
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
     masked = {name: weight.to("meta") for name, weight, _ in states.sparse_masks(state)}
     pruned = weights.in_checkpoint_format(model, masked).keys()
-    with weights.unfinished_folder(target) as folder:
+    with weights.unfinished_folder(target, args.overwrite) as folder:
         if args.quantization:
             dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
             sparse = quantize.fold_masks(dense, state, cast)
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "lower --max_shard_size, or with --quantization --calib_size")

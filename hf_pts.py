@@ -248,4 +248,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(
+        main,
+        "lower --batch_size, --calib_size or --model_max_length, or give --activations_dir; --dry_run prints the need",
+    )

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsity.devices import INFERENCE_DTYPES
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, first_line, memory_shortage
 from sparsity.files import release_locks
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
+
+FAILED_WRITES = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG)
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -140,34 +142,28 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- ending
 
 
-def run_cli(main: Callable[[], None]) -> None:
+SMALLER = "free some, or use a machine with more"
+
+
+def run_cli(main: Callable[[], None], when_memory_ends: str = SMALLER) -> None:
     """Run a script's `main`, turning foreseeable failures into one line on stderr.
 
-    Exit codes: 1 for a wrong input or a full disk, 2 for a wrong option, 130 for Ctrl-C. Anything else is a defect of
-    ours and keeps its traceback.
+    Exit codes: 1 for a wrong input, a full disk or too little memory, 2 for a wrong option, 130 for Ctrl-C. Anything
+    else is a defect of ours and keeps its traceback.
+
+    Args:
+        when_memory_ends: what the user can do where memory does not suffice; the end of a sentence.
     """
     try:
         main()
-    except UserError as error:
-        _close_bars()
-        if not _repeats_first_process():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
-            raise
-        _close_bars()
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}. Free space or choose another output folder.", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        if not _is_failed_write(error):
+        message = _explain(error, when_memory_ends)
+        if message is None:
             raise
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # they keep alive what fills the memory
         _close_bars()
-        print(
-            f"error: writing failed ({first_line(error)}); is the disk full? Files saved before are whole.",
-            file=sys.stderr,
-        )
+        if not _repeats_another_process():
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         _close_bars()
@@ -177,10 +173,28 @@ def run_cli(main: Callable[[], None]) -> None:
         release_locks()
 
 
-def _repeats_first_process() -> bool:
-    """Whether this is a further process of several that have not joined yet, whose errors are all the same."""
-    joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0 and not joined
+def _explain(error: Exception, when_memory_ends: str) -> str | None:
+    """What a user should read of an error; None if it is a defect of ours."""
+    shortage = memory_shortage(error)
+    if shortage and not (isinstance(error, UserError) and "memory" in str(error)):  # that one says more
+        return f"{shortage}; {when_memory_ends}. Files saved before are whole."
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in FAILED_WRITES:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}. Free space or choose another output folder."
+    if _is_failed_write(error):
+        return f"writing failed ({first_line(error)}); is the disk full? Files saved before are whole."
+    return None
+
+
+def _repeats_another_process() -> bool:
+    """Whether another of several processes reports the error: of those that have not joined yet, always the first."""
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        from sparsity.processes import is_first_report
+
+        return not is_first_report()
+    return int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
 def _close_bars() -> None:

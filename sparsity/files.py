@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, output folders held by one run, and JSON."""
+"""Files that are written whole or not at all, temporary folders, output folders held by one run, and JSON."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparsity.errors import UserError
 
@@ -28,10 +30,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     remove_leftovers(path.parent, path.name)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    temporary = Path(name)
+    temporary, handle = _locked_temporary(path.parent, f".{path.name}.", is_folder=False)
     try:
-        lock_file(handle)  # shows other processes that this one is alive, for as long as the handle is open
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
@@ -44,37 +44,120 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: str | Path | None = None, prefix: str = ".scratch.") -> Iterator[Path]:
+    """Yield a new folder in `parent`, which is removed with all its content when the block ends.
+
+    Folders of the same prefix that killed processes left in `parent` are removed first; those of live ones stay.
+
+    Args:
+        parent: by default the system's folder for temporary files.
+    """
+    parent = Path(parent or tempfile.gettempdir())
+    remove_scratch_folders(parent, prefix)
+    folder, handle = _locked_temporary(parent, prefix, is_folder=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def held_folder(path: Path, target: str | Path) -> Iterator[Path]:
+    """Yield the new, empty folder `path` for this run alone; it is removed when the block ends, unless it was renamed.
+
+    Args:
+        path: what a killed run left there is removed first.
+        target: what the folder is for, in messages.
+
+    Raises:
+        UserError: another run holds the folder.
+    """
+    while True:
+        path.mkdir(exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+        held = lock_file(handle) is False
+        if not held and _is_open_as(path, handle):
+            break
+        os.close(handle)
+        if held:
+            raise UserError(f"another run is writing to {target}; wait for it, or choose another folder")
+    try:
+        for entry in path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        yield path
+    finally:
+        if _is_open_as(path, handle):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove temporary files of `atomic_path` whose writers are dead.
 
     Args:
         name: only those of the file of this name; None: of all files in the folder.
     """
-    wanted = r".+" if name is None else re.escape(name)
+    _remove_unlocked(folder, r"\..+\." if name is None else re.escape(f".{name}."))
+
+
+def remove_scratch_folders(parent: Path, prefix: str) -> None:
+    """Remove folders of `scratch_folder` whose makers are dead."""
+    _remove_unlocked(parent, re.escape(prefix))
+
+
+def _locked_temporary(parent: Path, prefix: str, is_folder: bool) -> tuple[Path, int]:
+    """A new temporary file or folder, with an open handle whose lock shows other processes that this one is alive."""
+    while True:
+        if is_folder:
+            path = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=parent))
+            handle = os.open(path, os.O_RDONLY)
+        else:
+            handle, name = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=parent)
+            path = Path(name)
+        # Another process that cleans up may have taken it for a leftover before it was locked.
+        if lock_file(handle) is not False and _is_open_as(path, handle):
+            return path, handle
+        os.close(handle)
+
+
+def _is_open_as(path: Path, handle: int) -> bool:
+    """Whether `path` still is the file or folder that `handle` was opened from."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unlocked(folder: Path, prefix: str) -> None:
+    """Remove temporary files and folders of names that begin with the pattern `prefix` which no process has locked."""
     for leftover in folder.iterdir():
-        if not re.fullmatch(rf"\.{wanted}\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", leftover.name):
+        if not re.fullmatch(rf"{prefix}[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", leftover.name):
             continue
         with contextlib.suppress(OSError):  # another process may remove it at the same time
-            handle = os.open(leftover, os.O_RDWR)
+            handle = os.open(leftover, os.O_RDONLY if leftover.is_dir() else os.O_RDWR)
             try:
                 if lock_file(handle):
-                    leftover.unlink()
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             finally:
                 os.close(handle)
 
 
-def lock_file(handle: int) -> bool:
-    """Take an exclusive lock on an open file until its handle is closed or the process dies.
+def lock_file(handle: int) -> bool | None:
+    """Take an exclusive lock on an open file or folder until its handle is closed or the process dies.
 
     Returns:
-        Whether it was taken: False where another process holds it, or the file system has no locks.
+        True if it was taken, False if another process holds it, None if the file system has no locks.
     """
     import fcntl
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -101,7 +184,7 @@ def prepare_output_dir(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=path):  # without a name, where the system can: a kill leaves nothing
             pass
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {error.strerror}; choose another one") from error
@@ -112,30 +195,64 @@ def lock_output_dir(path: str | Path) -> None:
     """Reserve an existing folder for this run, until `release_locks` is called or the process dies.
 
     What killed runs left half written in it is then removed. In a multi-process run only the main process should call
-    this.
+    this. On a file system without locks, as some network file systems are, the folder is not reserved; a warning says
+    so.
 
     Raises:
         UserError: another run holds it.
     """
-    import fcntl
-
-    handle = _held_locks.enter_context(open(Path(path) / ".lock", "ab+", buffering=0))  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.seek(0)
-        owner = f" (process {pid})" if (pid := handle.read().decode().strip()) else ""
-        raise UserError(f"another run{owner} is writing to {path}; wait for it, or choose another folder") from error
-    except OSError:
-        return  # some network file systems have no locks; the folder is then not guarded
+    handle = hold_until_exit(Path(path) / ".lock", path)
+    if handle is None:
+        return
     remove_leftovers(Path(path))
-    with contextlib.suppress(OSError):  # the number only serves the message above; a full disk is reported elsewhere
+    with contextlib.suppress(OSError):  # the number only serves a message; a full disk is reported elsewhere
         handle.truncate(0)
         handle.write(str(os.getpid()).encode())
 
 
+def hold_until_exit(lock: Path, target: str | Path) -> BinaryIO | None:
+    """Lock the file `lock`, made if missing, until `release_locks` is called or the process dies.
+
+    If it is empty then, `release_locks` removes it.
+
+    Args:
+        target: what this run alone may write, for messages.
+
+    Returns:
+        the open file; None, after a warning, on a file system without locks.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    while True:
+        handle = open(lock, "ab+", buffering=0)  # noqa: SIM115
+        taken = lock_file(handle.fileno())
+        if taken is False or _is_open_as(lock, handle.fileno()):
+            break
+        handle.close()  # its last holder has just removed it
+    if taken is False:
+        handle.seek(0)
+        pid = handle.read(20).decode(errors="replace").strip()
+        handle.close()
+        owner = f" (process {pid})" if pid.isdigit() else ""
+        raise UserError(f"another run{owner} is writing to {target}; wait for it, or choose another folder")
+    _held_locks.enter_context(handle)
+    _held_locks.callback(_remove_if_empty, lock)
+    if taken is None:
+        note = f"warning: the file system of {target} has no locks; start no second run that writes there"
+        print(note, file=sys.stderr, flush=True)
+        return None
+    return handle
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
 def release_locks() -> None:
-    """Release every folder that `lock_output_dir` reserved for this process."""
+    """Release everything that `hold_until_exit` and `lock_output_dir` reserved for this process."""
     _held_locks.close()
 
 

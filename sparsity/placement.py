@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import re
-import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, first_line
+from sparsity.files import scratch_folder
 from sparsity.models import empty_model, load_config, load_model
 from sparsity.processes import is_main_process
 from sparsity.quantized import quantization_algorithm
@@ -137,25 +138,25 @@ def load_placed(
     if placement.tensor_parallel:
         check_tensor_parallel(config, device)
     wanted = torch_dtype(dtype) if dtype else "auto"
-    options, folder = placing_options(placement)
-    with whole_tied_head(empty_model(config, trust_remote_code=trust_remote_code)):
-        if state:
-            loaded = load_sparse(model, wanted, state, trust_remote_code, options)
-        else:
-            loaded = load_model(model, wanted, trust_remote_code, placing=options)
-    loaded.offload_folder = folder  # kept as long as the model
+    with contextlib.ExitStack() as stack:
+        options = placing_options(placement, stack)
+        with whole_tied_head(empty_model(config, trust_remote_code=trust_remote_code)):
+            if state:
+                loaded = load_sparse(model, wanted, state, trust_remote_code, options)
+            else:
+                loaded = load_model(model, wanted, trust_remote_code, placing=options)
+        weakref.finalize(loaded, stack.pop_all().close)  # the model reads a folder of offloaded layers while it lives
     if is_main_process():
         print(describe_placement(loaded, placement), flush=True)
     return loaded
 
 
-def placing_options(placement: Placement) -> tuple[dict[str, Any], tempfile.TemporaryDirectory | None]:
-    """What `from_pretrained` takes for a placement, and the temporary folder for layers on disk, if it needs one."""
+def placing_options(placement: Placement, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """What `from_pretrained` takes for a placement; closing `stack` removes the temporary folder for layers on disk."""
     if placement.tensor_parallel:
-        return {"tp_plan": "auto"}, None
-    folder = None if placement.offload_folder else tempfile.TemporaryDirectory(prefix="offload-")
-    path = folder.name if folder else placement.offload_folder
-    return {"device_map": placement.device_map, "max_memory": placement.max_memory, "offload_folder": path}, folder
+        return {"tp_plan": "auto"}
+    folder = placement.offload_folder or str(stack.enter_context(scratch_folder(prefix="hf-sparsity.offload.")))
+    return {"device_map": placement.device_map, "max_memory": placement.max_memory, "offload_folder": folder}
 
 
 @contextlib.contextmanager

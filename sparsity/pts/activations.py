@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -102,10 +103,11 @@ class HiddenStates:
         """
         counts = [shape.numel() for shape in shapes]
         if self.folder:
-            with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+            with tempfile.TemporaryFile(dir=self.folder) as file:  # without a name: a kill leaves nothing
                 # A mapped file that outgrows the disk would end the process with SIGBUS; this raises OSError.
-                os.posix_fallocate(file.fileno(), 0, sum(counts) * dtype.itemsize)
-                whole = torch.from_file(file.name, shared=True, size=sum(counts), dtype=dtype)
+                size = sum(counts) * dtype.itemsize
+                os.posix_fallocate(file.fileno(), 0, size)
+                whole = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
         else:
             whole = torch.empty(sum(counts), dtype=dtype, pin_memory=self.device.type == "cuda")
         return [part.view(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]

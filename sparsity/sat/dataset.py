@@ -10,9 +10,7 @@ import contextlib
 import errno
 import hashlib
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import file_digest, prepare_output_dir, require_file
+from sparsity.files import (
+    file_digest,
+    prepare_output_dir,
+    remove_scratch_folders,
+    require_file,
+    scratch_folder,
+)
 from sparsity.processes import warn
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Packed
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+BUILDING = ".building."  # how the folders of data begin that is being tokenized
 FORMAT = 4  # raise it when the layout of samples changes, so that older caches are not read
 
 
@@ -150,9 +155,9 @@ def text_dataset(blocks: list[list[int]]) -> Dataset:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything the tokenizer would save: vocabulary, merges, normalization, special tokens."""
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder(prefix="hf-sparsity.tokenizer.") as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -168,6 +173,8 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
 
     name = hashlib.sha256("\0".join([str(FORMAT), *key]).encode()).hexdigest()[:24]
     folder = cache_dir / name
+    if cache_dir.is_dir():
+        remove_scratch_folders(cache_dir, BUILDING)
     damaged = False
     if (folder / "state.json").is_file():
         try:
@@ -177,10 +184,12 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
             damaged = True
     prepare_output_dir(cache_dir)
     dataset = build()
-    scratch = Path(tempfile.mkdtemp(prefix=".building.", dir=cache_dir))
-    disable_progress_bars()  # writing takes a moment; tokenizing keeps its bar
-    try:
-        dataset.save_to_disk(str(scratch / name))
+    with scratch_folder(cache_dir, BUILDING) as scratch:
+        disable_progress_bars()  # writing takes a moment; tokenizing keeps its bar
+        try:
+            dataset.save_to_disk(str(scratch / name))
+        finally:
+            enable_progress_bars()
         if damaged:
             with contextlib.suppress(OSError):
                 folder.rename(scratch / "damaged")
@@ -189,9 +198,6 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise  # those two say that another run was faster
-    finally:
-        enable_progress_bars()
-        shutil.rmtree(scratch, ignore_errors=True)
     return load_from_disk(str(folder))
 
 
