@@ -54,18 +54,24 @@ setup_env .venv "" requirements.txt requirements/demo.txt
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p data/steps "$out/steps"
 
-# current STAMP RESULT COMMAND… : whether RESULT was made by this very command from the files it names as they are now
-current() {
-  local stamp=$1 word
-  [[ -s $2 && -f $stamp && $(<"$stamp") == "${*:3}" ]] || return 1
-  for word in "${@:3}"; do
+# described RESULT COMMAND… : the command, and size and time of every file that it names but RESULT
+described() {
+  local word
+  printf '%s\n' "${*:2}"
+  for word in "${@:2}"; do
     [[ $word == *=* && -f ${word%%=*} ]] && word=${word%%=*} # a source of text with its weight
     [[ $word == *=* && -f ${word#*=} ]] && word=${word#*=}   # a source of text with its name
     [[ $word == *.* && -f ${word//.//}.py ]] && word=${word//.//}.py # a module, run with python -m
-    if [[ -f $word && $word -nt $stamp && $word != "$2" ]]; then
-      return 1
+    if [[ -f $word && $word != "$1" ]]; then
+      printf '%s %s %s\n' "$word" "$(wc -c <"$word")" "$(date -r "$word" +%s.%N)"
     fi
   done
+}
+
+# current STAMP RESULT COMMAND… : whether RESULT was made by this very command from the files it names as they are now.
+# Times are compared for equality only: a clock that was wrong for a while does no harm.
+current() {
+  [[ -s $2 && -f $1 && $(<"$1") == "$(described "${@:2}")" ]]
 }
 
 # step NAME RESULT COMMAND… : run the command, which makes the file RESULT, unless that is current
@@ -80,11 +86,11 @@ step() {
   rm -f "$stamp"
   [[ -n $pace ]] || pace=$(python -m tools.pace)
   if ! python tools/run_step.py --log "$log" --plan "$plan" --name "$name" --pace "$pace" \
-    --begin $(($(date +%s) - SECONDS + begin)) -- "$@"; then
+    --elapsed $((SECONDS - begin)) -- "$@"; then
     printf '\nerror: step %s failed; its output is in %s. To resume from here: %s\n' "$name" "$log" "$again" >&2
     exit 1
   fi
-  echo "$*" >"$stamp"
+  described "$result" "$@" >"$stamp"
 }
 
 # ------------------------------------------------------------------------------------------------- steps
@@ -107,7 +113,7 @@ command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_p
   --eval_steps "$save_steps" --save_steps "$save_steps" --save_total_limit 1 --resume)
 if ! current "$steps/SAT.begun" "$steps/SAT.begun" "${command[@]}"; then
   rm -rf "$out/finetuned" # it belongs to another pruned model or other settings and cannot be resumed
-  echo "${command[*]}" >"$steps/SAT.begun"
+  described "" "${command[@]}" >"$steps/SAT.begun"
 fi
 step SAT "$sat" "${command[@]}"
 rm -rf "$out/finetuned/checkpoints" # 1.6 GB that only an interrupted run needs

@@ -158,12 +158,12 @@ def run_cli(main: Callable[[], None], when_memory_ends: str = SMALLER) -> None:
         main()
     except Exception as error:
         message = _explain(error, when_memory_ends)
-        if message is None:
+        if message is None and not _repeats_another_process(joined=True):
             raise
         error.__traceback__ = error.__cause__ = error.__context__ = None  # they keep alive what fills the memory
         _close_bars()
-        if not _repeats_another_process():
-            print(f"error: {message}", file=sys.stderr)
+        if message and not _repeats_another_process():
+            print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         _close_bars()
@@ -175,8 +175,7 @@ def run_cli(main: Callable[[], None], when_memory_ends: str = SMALLER) -> None:
 
 def _explain(error: Exception, when_memory_ends: str) -> str | None:
     """What a user should read of an error; None if it is a defect of ours."""
-    shortage = memory_shortage(error)
-    if shortage and not (isinstance(error, UserError) and "memory" in str(error)):  # that one says more
+    if shortage := memory_shortage(error):
         return f"{shortage}; {when_memory_ends}. Files saved before are whole."
     if isinstance(error, UserError):
         return str(error)
@@ -188,13 +187,17 @@ def _explain(error: Exception, when_memory_ends: str) -> str | None:
     return None
 
 
-def _repeats_another_process() -> bool:
-    """Whether another of several processes reports the error: of those that have not joined yet, always the first."""
+def _repeats_another_process(joined: bool = False) -> bool:
+    """Whether another of several processes reports the failure of the run, which this one repeats or suffers from.
+
+    Args:
+        joined: ask only once the processes have joined; before that, it is always the first that reports.
+    """
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         from sparsity.processes import is_first_report
 
         return not is_first_report()
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return not joined and int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
 def _close_bars() -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import re
 
-# What torch, Python and the system say when memory runs out, in errors of many classes.
-NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc", re.I)
-AMOUNT = re.compile(r"(?:allocate|mmap|size) ([\d.]+) ?([KMGT]iB|bytes|failed)", re.I)
+# What torch, oneDNN, Python and the system say when memory runs out, in errors of many classes.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|(CUDA|HIP|error:) out of memory|bad_alloc|"
+    r"MemoryError|could not create a primitive",
+    re.IGNORECASE,
+)
+AMOUNT = re.compile(r"(?:allocate|mmap|size) ([\d.]+) ?([KMGT]iB|bytes|failed)", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -27,22 +31,26 @@ def first_line(error: BaseException) -> str:
 
 
 def memory_shortage(error: BaseException | None) -> str | None:
-    """What to say of an error if it, or what it was raised from, is that memory has run out: of this machine or a GPU.
+    """What to say of an error that comes from a lack of memory, of this machine or of a GPU.
 
     Returns:
-        e.g. "not enough memory (2.0 GiB more were asked for)"; None for any other error.
+        e.g. "not enough memory (2.0 GiB more were asked for)"; None for any other error, and for a UserError that says
+        so in words of its own.
     """
+    if isinstance(error, UserError) and not NO_MEMORY.search(str(error)):
+        return None
     while error is not None:
         text = str(error)
-        of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
-        foreign = not isinstance(error, (UserError, OSError)) and NO_MEMORY.search(text)
-        if isinstance(error, MemoryError) or of_system or foreign:
-            found = AMOUNT.search(text)
-            amount = ""
-            if found:
-                size, unit = found.groups()
-                asked = f"{size} {unit}" if unit.endswith("iB") else f"{float(size) / 2**30:.1f} GiB"
-                amount = f" ({asked} more were asked for)"
+        out_of_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        if out_of_memory or (not isinstance(error, UserError) and NO_MEMORY.search(text)):
+            amount = f" ({_amount(*found.groups())} more were asked for)" if (found := AMOUNT.search(text)) else ""
             return f"not enough {'GPU ' if 'CUDA' in text else ''}memory{amount}"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _amount(size: str, unit: str) -> str:
+    if unit.endswith("iB"):
+        return f"{size} {unit}"
+    mebibytes = float(size) / 2**20
+    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"

@@ -50,8 +50,7 @@ def fail_together(process: PartialState) -> Iterator[None]:
     except Exception as error:
         if process.num_processes == 1:
             raise
-        shortage = memory_shortage(error)
-        if shortage and not (isinstance(error, UserError) and "memory" in str(error)):
+        if shortage := memory_shortage(error):
             message = (
                 f"{shortage} in process {process.process_index}; start fewer processes, or choose smaller settings"
             )

@@ -1,6 +1,6 @@
 """Run one step of quickstart.sh: all its output goes to a log, and one line to the screen.
 
-    python tools/run_step.py --log FILE --plan "PTS 100 SAT 200" --name PTS --pace 1.5 --begin SECONDS -- COMMAND…
+    python tools/run_step.py --log FILE --plan "PTS 100 SAT 200" --name PTS --pace 1.5 --elapsed SECONDS -- COMMAND…
 
 A terminal shows, while the step runs, its number, the time so far, the time left in all, and the step's own progress
 bar. Lines that begin with "error:" or "warning:" are shown as they come. If the command fails, the last lines of its
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import fcntl
+import math
 import os
 import pty
 import select
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plan", required=True, help="all steps in order: their names, each with its seconds")
     parser.add_argument("--name", required=True, help="name of this step in the plan")
     parser.add_argument("--pace", type=float, default=1.0, help="factor for the seconds of the plan on this machine")
-    parser.add_argument("--begin", type=float, help="when the first step began, in seconds since the epoch")
+    parser.add_argument("--elapsed", type=float, default=0.0, help="seconds since the first step began")
     parser.add_argument("command", nargs="+", help="after --")
     return parser.parse_args()
 
@@ -56,11 +57,11 @@ class Screen:
         place = names.index(args.name)
         self.title = f"[{place + 1}/{len(names)}] {args.name}"
         self.expected, self.later = seconds[place], sum(seconds[place + 1 :])
-        self.start = time.time()
-        self.begin = args.begin or self.start
+        self.start = time.monotonic()  # which no correction of the system's clock moves
+        self.begin = self.start - max(0.0, args.elapsed)
         self.terminal = sys.stdout.isatty()
         self.columns = shutil.get_terminal_size().columns
-        self.shown = 0.0
+        self.shown = -math.inf
 
     def line(self, text: str) -> None:
         print(f"\r\033[K{text}" if self.terminal else text, flush=True)
@@ -72,7 +73,7 @@ class Screen:
 
     def status(self, bar: str) -> None:
         """Draw the changing line, at most five times a second."""
-        now = time.time()
+        now = time.monotonic()
         if not self.terminal or now - self.shown < 0.2:
             return
         self.shown = now
@@ -82,7 +83,7 @@ class Screen:
         print(f"\r\033[K{text[: self.columns - 1]}", end="", flush=True)
 
     def finish(self, code: int) -> None:
-        seconds = time.time() - self.start
+        seconds = time.monotonic() - self.start
         self.line(f"{self.title}: {'failed after' if code else 'took'} {seconds:.0f} s")
 
 

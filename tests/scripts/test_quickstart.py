@@ -157,15 +157,31 @@ def test_failed_step_names_itself_and_the_next_run_resumes_there(project):
     assert scripts(calls) == SCRIPTS[3:]
 
 
-def test_a_changed_input_is_noticed(project):
+@pytest.mark.parametrize("shift", [5, -5], ids=["later", "earlier, by a clock set back"])
+def test_a_changed_input_is_noticed(project, shift):
     quickstart(project)
     state = next(project.glob("saved_models*/pts_modelopt_state.pth"))
-    os.utime(state, (state.stat().st_mtime + 5,) * 2)
-    for stamp in project.glob("saved_models*/steps/*.done"):
-        assert stamp.stat().st_mtime < state.stat().st_mtime
+    os.utime(state, (state.stat().st_mtime + shift,) * 2)
     _, calls = quickstart(project)
     assert "hf_pts.py" not in scripts(calls)
     assert scripts(calls)[0] == "finetune.py"
+
+
+def test_inputs_from_the_future_repeat_no_step_and_cost_no_checkpoint(project):
+    """As after a clock was set back, or from a machine whose clock is ahead."""
+    (project / "fail").write_text("finetune.py")
+    quickstart(project)
+    for path in [*project.rglob("*.jsonl"), *project.glob("*.sh"), *project.rglob("*.pth")]:
+        os.utime(path, (path.stat().st_mtime + 3600,) * 2)
+    quickstart(project)
+    checkpoint = next(project.glob("saved_models*")) / "finetuned" / "checkpoints" / "checkpoint-40"
+    checkpoint.mkdir(parents=True)
+    _, calls = quickstart(project)
+    assert scripts(calls) == ["finetune.py"] and checkpoint.is_dir()
+    (project / "fail").unlink()
+    quickstart(project)
+    _, calls = quickstart(project)
+    assert scripts(calls) == ["report.py"]
 
 
 def test_full_has_a_folder_of_its_own(project):
