@@ -9,6 +9,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -212,6 +213,8 @@ def _close_bars() -> None:
 def _is_failed_write(error: Exception) -> bool:
     """Whether a library's error, of a class of its own, says that a file could not be written."""
     text = str(error)
+    if re.search(rf"os error ({'|'.join(map(str, FAILED_WRITES))})\b", text):  # libraries in Rust
+        return True
     if type(error).__name__ == "SafetensorError":
         return "I/O error" in text or "IoError" in text  # the second up to safetensors 0.5
     signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")

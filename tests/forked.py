@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -88,3 +91,50 @@ def dies_replacing(name: str) -> Callable[[], None]:
 def small_files(size: int) -> Callable[[], None]:
     """A setup under which no file can grow beyond `size` bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def without_locks(code: int) -> Callable[[], None]:
+    """A setup under which no file can be locked, as on some network file systems; `code` is the system's errno."""
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    return lambda: setattr(fcntl, "flock", flock)
+
+
+def jumping_clock() -> None:
+    """A setup under which the system's clock jumps by days, forwards and backwards, each time it is read."""
+    import tqdm.std
+
+    real, jumps = time.time, itertools.cycle((0.0, 3e5, -3e5, 1e6, -2e6))
+    time.time = lambda: real() + next(jumps)
+    tqdm.std.time = time.time  # which has it by a name of its own
+
+
+def lacks_memory_in(owner: object, name: str, after: int = 0) -> Callable[[], None]:
+    """A setup under which the function `owner.name` asks for more memory than there is, once called `after` times."""
+
+    def setup() -> None:
+        import torch
+
+        real, calls = getattr(owner, name), itertools.count()
+
+        def greedy(*args, **options):
+            if next(calls) >= after:
+                torch.empty(2**46)
+            return real(*args, **options)
+
+        setattr(owner, name, greedy)
+
+    return setup
+
+
+def little_memory(extra: int) -> Callable[[], None]:
+    """A setup under which the process can grow by `extra` bytes of address space."""
+
+    def setup() -> None:
+        with open("/proc/self/statm") as stream:
+            size = int(stream.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + extra, size + extra))
+
+    return setup

@@ -7,18 +7,32 @@ Inputs that are merely wrong are in test_errors.py.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import pytest
+import safetensors.torch
 import torch
 from conftest import TEXTS, assert_clear_error, tiny_llama
-from forked import dies_replacing, run_forked, small_files
+from forked import (
+    dies_replacing,
+    jumping_clock,
+    lacks_memory_in,
+    little_memory,
+    run_forked,
+    small_files,
+    without_locks,
+)
 
 from sparsity.states import load_state, sparse_masks
 
@@ -32,7 +46,12 @@ def files(tmp_path_factory, model_dir, state_path, data_dir):
     (root / "texts.json").write_text(json.dumps(TEXTS * 3))
     rows = [{"article": f"{text} {i}", "summary": text[:20]} for i, text in enumerate(TEXTS)]
     (root / "table.json").write_text(json.dumps(rows))
+    (root / "results").mkdir()
+    (root / "results" / "ppl.json").write_text(json.dumps({"perplexity": 18.2, "protocol": "protocol: 8 windows"}))
+    (root / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3 / n}) + "\n" for n in (1, 2)))
     return {
+        "results": root / "results",
+        "log": root / "log.jsonl",
         "model": model_dir,
         "state": state_path,
         "data": data_dir,
@@ -46,15 +65,17 @@ COMMANDS = {
     "PTS": "hf_pts.py --model_name_or_path {model} --device cpu --dtype fp32 --model_max_length 32 --calib_size 4 "
     "--calib_data {texts} --output_dir {out}",
     "SAT": "finetune.py --model {model} --restore_path {state} --data_path {data} --max_length 200 --max_steps 2 "
-    "--train_bs 1 --save_steps 1 --output_dir {out} --resume",
+    "--train_bs 1 --save_steps 1 --output_dir {out} --cache_dir {out}/cache --resume",
     "eval": "eval.py --model_dir {model} --modelopt_restore_path {state} --data_path {records} --beam_size 1 "
     "--model_max_length 200 --max_new_tokens 4 --min_new_tokens 1 --device cpu --output_json {out}/rouge.json "
     "--predictions {out}/predictions.jsonl",
     "perplexity": "eval_ppl.py --model_dir {model} --modelopt_restore_path {state} --text {texts} --context 32 "
     "--device cpu --output_json {out}/ppl.json",
-    "export": "export_hf.py --model_dir {model} --modelopt_restore_path {state} --output_dir {out}/exported",
+    "export": "export_hf.py --model_dir {model} --modelopt_restore_path {state} --output_dir {out}/exported "
+    "--overwrite",
     "verify": "verify_sparsity.py {state} --output_json {out}/table.json",
     "data": "data_prep.py --source {table} --save_path {out}",
+    "report": "report.py --run dense={results} --train_log {log} --output_dir {out}",
 }
 RESULTS = {
     "PTS": "pts_modelopt_state.pth",
@@ -64,6 +85,7 @@ RESULTS = {
     "export": "exported/model.safetensors",
     "verify": "table.json",
     "data": "cnn_train.json",
+    "report": "report.html",
 }
 
 
@@ -87,16 +109,24 @@ def assert_loads(path: Path) -> None:
     if path.suffix == ".pth":
         assert load_state(path)["model_state_dict"]
     elif path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        assert load_file(path)
+        assert safetensors.torch.load_file(path)
+    elif path.suffix == ".html":
+        assert path.read_text().rstrip().endswith("</html>")
     else:
         assert json.loads(path.read_text())
 
 
 def litter(folder: Path) -> list[str]:
-    """Temporary files that a run which was not killed should have removed."""
-    return [path.name for path in folder.rglob("*.tmp")]
+    """Temporary files and folders that a run which was not killed should have removed."""
+    return [path.name for pattern in ("*.tmp", "*.unfinished", "*.part-*") for path in folder.rglob(pattern)]
+
+
+def write_earlier(folder: Path, name: str) -> Path:
+    """Put a file in the place of a script's result."""
+    path = folder / RESULTS[name]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("earlier")
+    return path
 
 
 # ------------------------------------------------------------------------------------------------- kills
@@ -110,6 +140,8 @@ KILLS = [
     ("perplexity", "ppl.json"),
     ("data", "cnn_train.json"),
     ("verify", "table.json"),
+    ("export", "exported"),
+    ("report", "report.html"),
 ]
 
 
@@ -121,18 +153,39 @@ def test_kill_9_harms_nothing_and_the_same_command_ends_well(run, name, target):
     again = run(name)
     assert again.returncode == 0, again.stderr
     assert_loads(run.out / RESULTS[name])
+    assert not litter(run.out)
     # And with an earlier result in place, a kill leaves that result as it is.
     before = (run.out / RESULTS[name]).read_bytes()
     if name != "SAT":  # a finished training run is not repeated
-        run(name, setup=dies_replacing(RESULTS[name]))
+        run(name, setup=dies_replacing(RESULTS[name].split("/")[0]))
         assert (run.out / RESULTS[name]).read_bytes() == before
+
+
+def test_tokenized_data_that_a_kill_leaves_half_written_is_removed(run):
+    def dies(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run("SAT", setup=lambda: setattr(datasets.Dataset, "save_to_disk", dies))
+    assert litter(run.out / "cache")
+    assert run("SAT").returncode == 0
+    assert not litter(run.out / "cache")
 
 
 # ------------------------------------------------------------------------------------------- full disks
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("PTS", 50_000), ("SAT", 100_000), ("export", 30_000), ("data", 100), ("perplexity", 10)]
+    ("name", "size"),
+    [
+        ("PTS", 50_000),
+        ("SAT", 100_000),
+        ("eval", 10),
+        ("perplexity", 10),
+        ("export", 30_000),
+        ("verify", 100),
+        ("data", 100),
+        ("report", 100),
+    ],
 )
 def test_no_room_for_a_file(run, name, size):
     """A limit on the size of files, as quotas set it, stands for the disk that runs full."""
@@ -141,18 +194,16 @@ def test_no_room_for_a_file(run, name, size):
     assert not litter(run.out)
     assert run(name).returncode == 0
     before = (run.out / RESULTS[name]).read_bytes()
-    if name == "export":
-        assert run(name, "--overwrite", setup=small_files(size)).returncode == 1
-    elif name != "SAT":
+    if name != "SAT":
         assert_clear_error(run(name, setup=small_files(size)))
     assert (run.out / RESULTS[name]).read_bytes() == before
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, options: str):
-    """A small file system at `folder`; skips the test where the system does not allow it."""
+def mounted(folder: Path, *options: str | Path):
+    """A file system at `folder`, as `mount` takes its options; skips the test where the system does not allow it."""
     folder.mkdir(exist_ok=True)
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]).returncode:
+    if os.getuid() or subprocess.run(["mount", *options, folder]).returncode:
         pytest.skip("this system lets this user mount nothing")
     try:
         yield
@@ -160,37 +211,178 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("name", ["PTS", "data"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_full_disk(run, name, tmp_path):
     small = tmp_path / "small disk"
-    with mounted(small, "size=64k"):
+    with mounted(small, "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
         (small / "filler").write_bytes(b"x" * (60 << 10))
-        (small / RESULTS[name]).write_text("earlier")
+        earlier = write_earlier(small, name)
         assert_clear_error(run(name, out=small))
-        assert (small / RESULTS[name]).read_text() == "earlier"
+        assert earlier.read_text() == "earlier"
+        assert not litter(small)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "options"), [("PTS", "XDG_CACHE_HOME", ["--calib_data", "self"]), ("SAT", "TMPDIR", [])]
+)
+def test_full_disk_elsewhere(run, name, variable, options, tmp_path):
+    """Where the model's own text is kept, and where temporary files are."""
+    small = tmp_path / "small disk"
+    with mounted(small, "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
+        (small / "filler").write_bytes(b"x" * (64 << 10))
+        assert_clear_error(run(name, *options, setup=lambda: os.environ.update({variable: str(small)})))
+        assert not litter(small)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path, original: Path | None = None):
+    """A folder that nobody can write to; for root, whom permissions do not stop, a read-only file system.
+
+    Args:
+        original: whose content the folder has.
+    """
+    if os.getuid():
+        shutil.copytree(original, folder) if original else folder.mkdir()
+        folder.chmod(0o555)
+        yield
+        folder.chmod(0o755)
+        return
+    with mounted(folder, *(("--bind", "-o", "ro", original) if original else ("-t", "tmpfs", "-o", "ro", "tmpfs"))):
+        yield
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "verify"])
 def test_read_only_output(run, name, tmp_path):
-    if os.getuid() == 0:  # permissions do not stop root, a read-only file system does
-        with mounted(tmp_path / "read only", "ro"):
-            assert_clear_error(run(name, out=tmp_path / "read only"), "read only")
-    else:
-        run.out.chmod(0o555)
-        assert_clear_error(run(name), str(run.out))
+    with read_only(tmp_path / "read only"):
+        assert_clear_error(run(name, out=tmp_path / "read only"), "read only")
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if "{model}" in command])
+def test_read_only_model(run, name, tmp_path, model_dir):
+    with read_only(tmp_path / "model", model_dir):
+        result = run(name, model=tmp_path / "model")
+        assert result.returncode == 0, result.stderr
+
+
+# -------------------------------------------------------------------------------------------- too little memory
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("PTS", (torch.nn.Linear, "forward", 10)),
+        ("SAT", (torch.nn.Linear, "forward", 10)),
+        ("eval", (torch.nn.Linear, "forward", 10)),
+        ("perplexity", (torch.nn.Linear, "forward", 10)),
+        ("export", (safetensors.torch, "save_file")),
+        ("verify", (torch, "load")),
+    ],
+)
+def test_memory_that_ends_during_the_work(run, name, where):
+    earlier = write_earlier(run.out, name)
+    assert_clear_error(run(name, setup=lacks_memory_in(*where)), "not enough memory (262144.0 GiB more", "; ")
+    assert earlier.read_text() == "earlier"
+    assert not litter(run.out)
+
+
+@pytest.mark.parametrize("name", ["PTS", "perplexity"])
+def test_memory_limit_below_the_size_of_the_model(run, name, tmp_path, tokenizer):
+    model = save_model(tmp_path / "large", tokenizer, tiny_llama(hidden=1024))
+    result = run(name, model=model, setup=little_memory(32 << 20))
+    assert_clear_error(result, "not enough memory")
+    assert not (run.out / RESULTS[name]).exists()
+
+
+@pytest.mark.parametrize(
+    "where", [(torch.nn.Linear, "forward", 10), (safetensors, "safe_open")], ids=["work", "loading"]
+)
+def test_memory_that_ends_in_one_of_two_processes(run, where):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int):
+        def setup():
+            settings = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+            settings |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in settings.items()})
+            if rank == 1:
+                lacks_memory_in(*where)()
+
+        return run("PTS", setup=setup)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(start, range(2)))
+    assert all(result.returncode == 1 for result in results)
+    both = subprocess.CompletedProcess("", 1, "", "".join(result.stderr for result in results))
+    assert_clear_error(both, "not enough memory (262144.0 GiB more")
 
 
 # ------------------------------------------------------------------------------------- two runs at a time
 
 
-@pytest.mark.parametrize("name", ["PTS", "SAT", "data"])
-def test_second_run_in_the_same_folder_is_refused(run, name):
-    with open(run.out / ".lock", "w+") as held:
-        import fcntl
+LOCKS = {
+    "PTS": ".lock",
+    "SAT": ".lock",
+    "data": ".lock",
+    "eval": "predictions.jsonl.part-0",
+    "export": ".exported.unfinished",
+}
 
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert_clear_error(run(name), "another run", str(run.out))
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_second_run_in_the_same_folder_is_refused(run, name):
+    lock = run.out / LOCKS[name]
+    lock.mkdir() if name == "export" else lock.touch()
+    held = os.open(lock, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert_clear_error(run(name), "another run", str(run.out))
+    os.close(held)
     assert run(name).returncode == 0
+    assert not litter(run.out)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in LOCKS])
+def test_two_runs_at_the_same_time_write_whole_files(run, name):
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run(name), range(2)))
+    assert all(result.returncode == 0 for result in results)
+    assert_loads(run.out / RESULTS[name])
+    assert not litter(run.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("PTS", errno.ENOLCK),
+        ("SAT", errno.ENOTSUP),
+        ("data", errno.ENOSYS),
+        ("eval", errno.EOPNOTSUPP),
+        ("export", errno.ENOLCK),
+    ],
+)
+def test_file_system_without_locks(run, name, code):
+    result = run(name, setup=without_locks(code))
+    assert result.returncode == 0, result.stderr
+    assert_loads(run.out / RESULTS[name])
+    assert result.stderr.count("has no locks") == (name != "export")
+
+
+# ---------------------------------------------------------------------------------------- wrong clocks
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [("PTS", "layer_0001.safetensors"), ("SAT", "finetuned_modelopt_state.pth"), ("eval", "rouge.json")],
+)
+def test_clock_that_jumps(run, name, half):
+    """A run that is killed and resumes, its files from the future and from the past."""
+    run(name, setup=lambda: (jumping_clock(), dies_replacing(half)()))
+    for number, path in enumerate(sorted(run.out.rglob("*"))):
+        os.utime(path, ((-1) ** number * 10**6 + path.stat().st_mtime,) * 2)
+    result = run(name, setup=jumping_clock)
+    assert result.returncode == 0, result.stderr
+    assert_loads(run.out / RESULTS[name])
 
 
 # ------------------------------------------------------------------------------------------ hostile files
