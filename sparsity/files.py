@@ -264,6 +264,11 @@ def path_exists(path: str | Path) -> bool:
         return False
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file of this name; also for what can be no name."""
+    return path_exists(path) and Path(path).is_file()
+
+
 def require_file(path: str | Path, what: str) -> Path:
     """Return `path` if it is a file.
 
@@ -271,7 +276,7 @@ def require_file(path: str | Path, what: str) -> Path:
         UserError: it is not; the message names `what` the file should have been.
     """
     path = Path(path)
-    if not (path_exists(path) and path.is_file()):
+    if not is_file(path):
         raise UserError(f"{what} not found: {path}")
     return path
 
@@ -376,7 +381,11 @@ def append_jsonl(values: Iterable[Any], path: str | Path) -> None:
 
 
 def safetensors_files(path: Path) -> list[Path]:
-    """The shards of a model folder, all of those its index names; or the single file `path`."""
+    """The shards of a model folder, all of those its index names; or the single file `path`.
+
+    Raises:
+        UserError: there are none, the index is malformed, or a shard is missing.
+    """
     if path.is_file():
         return [path]
     index = path / "model.safetensors.index.json"
@@ -390,7 +399,11 @@ def safetensors_files(path: Path) -> list[Path]:
         names = sorted(set(content["weight_map"].values()))
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"weight index {index} has no weight_map") from error
+    if not names:
+        raise UserError(f"weight index {index} names no shards")
     for name in names:
-        if not (path / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"weight index {index} names the shard {name!r}, which is no file of its folder")
+        if not is_file(path / name):
             raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
     return [path / name for name in names]

@@ -17,6 +17,10 @@ from sparsity.states import load_state, require_masks, weight_name
 DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
 
 
+# Types in safetensors whose elements share bytes; quantizers store packed integers as U8.
+PACKED = ("U8", "F4", "F6_E2M3", "F6_E3M2")
+
+
 @dataclasses.dataclass(frozen=True)
 class MatrixReport:
     """What one weight matrix [rows, columns] looks like; `columns` is the input dimension, along which 2:4 runs."""
@@ -109,12 +113,14 @@ def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[M
 
 def _inspect_state(path: Path) -> Iterator[MatrixReport]:
     tensors = load_state(path)["model_state_dict"]
-    for mask in require_masks(tensors, path):
+    masks = [mask for mask in require_masks(tensors, path) if tensors[mask].dim() == 2 and tensors[mask].numel()]
+    if not masks:
+        raise UserError(f"state {path} holds no masked matrices to inspect")
+    for mask in masks:
         name = weight_name(mask)
-        if name not in tensors or tensors[name].shape != tensors[mask].shape:
-            raise UserError(f"state {path} is damaged: mask '{mask}' has no weight of its shape")
-        if tensors[name].dim() == 2:
-            yield inspect_matrix(name, tensors[name], tensors[mask])
+        if name not in tensors:
+            raise UserError(f"state {path} is damaged: mask '{mask}' has no weight")
+        yield inspect_matrix(name, tensors[name], tensors[mask])
 
 
 def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixReport]:
@@ -126,8 +132,9 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                     is_weight = name.endswith("weight") and not exclude.search(name)
-                    if is_weight and len(tensors.get_slice(name).get_shape()) == 2:
-                        if tensors.get_slice(name).get_dtype() == "U8":
+                    shape = tensors.get_slice(name).get_shape() if is_weight else []
+                    if len(shape) == 2 and all(shape):
+                        if tensors.get_slice(name).get_dtype() in PACKED:
                             raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
                         found = True
                         yield inspect_matrix(name, tensors.get_tensor(name))

@@ -77,8 +77,17 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
         name = f"{layer}.weight"
         if name not in tensors or "weight_scale" not in found:
             raise UserError(f"{folder} is incomplete: the layer {layer} lacks its weight or its weight_scale")
-        tensors[name] = dequantize(tensors[name], found["weight_scale"])
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales
+        weight, scale = tensors[name], found["weight_scale"]
+        if weight.dim() != 2 or scale.shape not in ((), (1,), weight.shape[:1]):
+            raise UserError(
+                f"{folder} is damaged: a weight_scale {list(scale.shape)} of the layer {layer} does not belong to a "
+                f"weight {list(weight.shape)}"
+            )
+        tensors[name] = dequantize(weight, scale)
+    try:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales
+    except RuntimeError as error:  # a type that torch cannot convert, such as packed 4-bit numbers
+        raise UserError(f"{folder} cannot be read as {dtype}: {first_line(error)}") from error
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:

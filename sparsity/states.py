@@ -47,7 +47,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
         {"modelopt_state": …, "model_state_dict": name → tensor}, as `modelopt.torch.opt.save` writes it.
 
     Raises:
-        UserError: missing, truncated or not such a file.
+        UserError: missing, truncated or not such a file, or one whose tensors or masks cannot be used.
     """
     path = require_file(path, "modelopt state")
     try:
@@ -60,7 +60,29 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a modelopt state: it lacks modelopt_state and model_state_dict; make it with hf_pts.py"
         )
+    _check_tensors(state["model_state_dict"], path)
     return state
+
+
+def _check_tensors(tensors: Any, path: Path) -> None:
+    """Check that a state dict that was read from `path` holds plain tensors, and masks that suit their weights.
+
+    A mask without a weight is left to `check_state_fits`, which knows what the model has.
+    """
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise UserError(f"state {path} is damaged: model_state_dict holds no tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(f"state {path} is damaged: '{name}' is no plain tensor")
+        if not is_mask(name):
+            continue
+        if tensor.dtype != torch.bool:
+            raise UserError(f"state {path} is damaged: mask '{name}' is {tensor.dtype}, not torch.bool")
+        weight = tensors.get(weight_name(name), tensor)
+        if not isinstance(weight, torch.Tensor) or weight.shape != tensor.shape:
+            raise UserError(f"state {path} is damaged: mask '{name}' has no weight of its shape")
+        if weight is not tensor and not weight.is_floating_point():
+            raise UserError(f"state {path} is damaged: the weight of mask '{name}' is {weight.dtype}, no float")
 
 
 def require_masks(state_dict: dict[str, torch.Tensor], path: str | Path) -> list[str]:
@@ -123,6 +145,9 @@ def check_state_fits(state_dict: dict[str, torch.Tensor], model: PreTrainedModel
     """
     fit_vocabulary(state_dict, model, path)
     _compare_shapes({name: tensor for name, tensor in state_dict.items() if not is_mask(name)}, model, path)
+    for name in state_dict:
+        if is_mask(name) and weight_name(name) not in state_dict:
+            raise UserError(f"state {path} is damaged: mask '{name}' has no weight")
 
 
 def _compare_shapes(tensors: dict[str, torch.Tensor], model: PreTrainedModel, path: str | Path) -> None:
@@ -193,7 +218,7 @@ def restore_layers(model: PreTrainedModel, state: dict[str, Any], path: str | Pa
     check_state_fits(state["model_state_dict"], model, path)
     try:
         model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # modelopt takes the file's settings for its own and fails in many ways on others
         raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
     _compare_shapes(state["model_state_dict"], model, path)
     return model
