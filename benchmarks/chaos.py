@@ -66,6 +66,7 @@ class Outcome:
 TRAIN = (
     "--model {inputs}/model --restore_path {inputs}/pts_modelopt_state.pth --data_path {inputs}/data --max_length 200 "
 )
+TRAIN += "--text_path {inputs}/texts.json=0.5,self=0.5 --text_ratio 0.5 --self_tokens 1600 --distill --distill_kl 0.5 "
 TRAIN += "--max_steps 6 --save_steps 2 --eval_steps 3 --logging_steps 1 --train_bs 1 --workers 1 --mixed_precision no "
 TRAIN += "--output_dir {out} --resume"
 JOBS = {
@@ -74,7 +75,7 @@ JOBS = {
     ),
     "PTS": Job(
         "{python} hf_pts.py --model_name_or_path {inputs}/model --device cpu --dtype fp32 --model_max_length 64 "
-        "--calib_size 8 --calib_data {inputs}/texts.json --output_dir {out}",
+        "--calib_size 8 --calib_data {inputs}/texts.json=0.5,self=0.5 --output_dir {out}",
         ("pts_modelopt_state.pth", "pts_layers.jsonl"),
     ),
     "SAT": Job("bash launch_finetune.sh " + TRAIN, ("finetuned_modelopt_state.pth", "train_log.jsonl"), 1e-5),
@@ -105,6 +106,7 @@ def start(job: Job, out: Path, inputs: Path) -> tuple[subprocess.Popen, str]:
     words = [word.format(python=sys.executable, out=out, inputs=inputs) for word in job.command.split()]
     tag = f"{out}-{random.getrandbits(64):x}"
     environment = {**os.environ, TAG: tag, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["XDG_CACHE_HOME"] = str(out / "cache")  # of the text that the model writes, compared like all files
     with open(out.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
     return process, tag
