@@ -25,13 +25,13 @@ eval_batch=16      # prompts generated together
 windows=32         # perplexity windows of each text
 name=quickstart
 # The steps in order, and their seconds on two cores of an Intel Xeon with AMX; tools/pace.py adapts them to the machine.
-plan="model 12 data 12 PTS 110 SAT 200 evaluate-dense 40 evaluate-PTS 40 evaluate-SAT 40"
+plan="model 22 data 4 PTS 105 SAT 345 evaluate-dense 40 evaluate-PTS 40 evaluate-SAT 40"
 case ${1:-} in
   "") ;;
   --full)
     calib_size=128 quality=balanced max_steps=500 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
     self_tokens=131072
-    plan="model 12 data 12 PTS 330 SAT 1250 evaluate-dense 330 evaluate-PTS 330 evaluate-SAT 330"
+    plan="model 22 data 4 PTS 330 SAT 2050 evaluate-dense 330 evaluate-PTS 330 evaluate-SAT 330"
     ;;
   -h | --help)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"

@@ -82,7 +82,6 @@ def load(rank: int, args: argparse.Namespace, arm: str, environment: dict[str, s
     trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     steps.wait()
     trainer.accelerator.end_training()
-    torch.distributed.destroy_process_group()
 
 
 def proportional_bytes(processes: list[int]) -> int:
