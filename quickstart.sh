@@ -18,14 +18,14 @@ length=512         # tokens of a calibration sample, a training row, a prompt an
 max_steps=80       # optimizer steps of SAT, of two rows each
 save_steps=40      # steps between checkpoints, from which an interrupted run resumes
 learning_rate=4e-4 # so small a model and so few steps need more than the 2e-5 of large models
-self_tokens=16384  # text that the dense model writes for SAT to read
+self_tokens=32768  # text that the dense model writes for SAT to read
 examples=16        # test papers to summarize for ROUGE
 beams=2            # beam search width
 eval_batch=16      # prompts generated together
 windows=32         # perplexity windows of each text
 name=quickstart
 # The steps in order, and their seconds on two cores of an Intel Xeon with AMX; tools/pace.py adapts them to the machine.
-plan="model 22 data 4 PTS 105 SAT 345 evaluate-dense 40 evaluate-PTS 40 evaluate-SAT 40"
+plan="model 22 data 4 PTS 105 SAT 375 evaluate-dense 40 evaluate-PTS 40 evaluate-SAT 40"
 case ${1:-} in
   "") ;;
   --full)
@@ -107,7 +107,7 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"
   --output_dir "$out/finetuned" --text_path "$data/calib.jsonl=0.4,self=0.6" --self_tokens "$self_tokens"
-  --text_ratio 0.7 --distill --distill_kl 0.5 --distill_kl_answers 0 --packing --max_length "$length"
+  --text_ratio 0.8 --distill --distill_kl 0.5 --distill_kl_answers 0 --packing --max_length "$length"
   --train_bs 2 --lr "$learning_rate" --adam_beta2 0.95 --weight_decay 0 --max_steps "$max_steps"
   --logging_steps 5 --max_eval_samples 8
   --eval_steps "$save_steps" --save_steps "$save_steps" --save_total_limit 1 --resume)
