@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.figures import INTERVALS, ROUGE_TYPES
-from sparsity.files import atomic_path
+from sparsity.files import atomic_path, is_number
 from sparsity.reporting.results import Run, text_names
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def new_figure(ratios: tuple[float, ...], height: float = 3.4) -> tuple[Figure, 
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
+    plt.rcParams["text.parse_math"] = False  # names from files may hold dollar signs
     figure, axes = plt.subplots(
         1, len(ratios), figsize=(10.4, height), width_ratios=ratios, layout="constrained", squeeze=False
     )
@@ -91,7 +92,7 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
     kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for order, layer in enumerate(layers):
         name = layer["name"].removesuffix(".weight")
-        depth = re.search(r"\.(\d+)\.", name)
+        depth = re.search(r"\.([0-9]{1,9})\.", name)
         kinds.setdefault(name.rsplit(".", 1)[-1], []).append((int(depth.group(1)) if depth else order, layer))
     for number, (kind, members) in enumerate(kinds.items()):
         members.sort(key=lambda member: member[0])
@@ -124,7 +125,7 @@ def plot_loss(curve: list[dict[str, Any]], path: Path) -> Path:
         ("loss", "training", COLOURS[3], None),
         ("eval_loss", "evaluation", COLOURS[1], "o"),
     ):
-        points = [(row["step"], row[key]) for row in curve if isinstance(row.get(key), int | float)]
+        points = [(row["step"], row[key]) for row in curve if is_number(row["step"]) and is_number(row.get(key))]
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, linewidth=1.5)
     axis.set_xlabel("optimizer step")
