@@ -260,6 +260,29 @@ def test_checkpoints_of_earlier_releases_resume(finished, run_here, monkeypatch,
     assert_same_weights(finished[0], folder, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("file", "part", "other", "named"),
+    [
+        ("trainer_state.json", b'"global_step": 12,', b'"global_step": 13,', "trainer_state.json has no valid 'glob"),
+        ("training_state.json", b'"betas"', b'"bet_s"', "training_state.json has no valid 'betas'"),
+        ("scheduler.pt", b"last_epoch", b"lost_epoch", "scheduler.pt has no valid 'last_epoch'"),
+        ("rng_state.pth", b"python", b"pithon", "cannot read .*checkpoint-12"),
+    ],
+)
+def test_a_checkpoint_of_damaged_content_is_refused(finished, run_here, tmp_path, file, part, other, named):
+    """Of the right size, so that it counts as complete."""
+    folder = forget_the_end(finished[0], tmp_path / "copy")
+    path = folder / "checkpoints" / "checkpoint-12" / file
+    content = path.read_bytes()
+    assert part in content
+    path.write_bytes(content.replace(part, other))
+    with pytest.raises(UserError, match=named):
+        run_here(*TRAINING, "--train_bs", 2, "--resume", output_dir=folder)
+    assert path.read_bytes() == content.replace(part, other)
+    path.write_bytes(content)
+    assert checkpoints.last_complete(folder / "checkpoints") == path.parent
+
+
 # ---------------------------------------------------------------------------------------- several processes
 
 
