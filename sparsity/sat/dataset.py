@@ -221,8 +221,9 @@ def check_digests(folder: Path) -> None:
     if not (folder / DIGESTS).exists():
         return
     digests = read_json(folder / DIGESTS, "list of files")
-    if not isinstance(digests, dict) or not digests:
-        raise UserError(f"{DIGESTS} lists no files")
+    data = {path.name for path in folder.iterdir() if path.suffix in (".json", ".arrow")} - {DIGESTS}
+    if not isinstance(digests, dict) or not digests.keys() >= data:
+        raise UserError(f"{DIGESTS} does not list all files")
     for name, digest in digests.items():
         if file_digest(folder / name, DIGEST_SAMPLES) != digest:
             raise UserError(f"{name} has changed")

@@ -95,7 +95,8 @@ def _is_flag(value: Any) -> bool:
 def _is_alike(found: Any, now: Any) -> bool:
     """Whether a value from a file can replace `now`; texts are names, which must be the same."""
     if isinstance(now, torch.Tensor):
-        return is_number(found)
+        limits = torch.finfo(now.dtype) if now.is_floating_point() else torch.iinfo(now.dtype)
+        return is_number(found) and limits.min <= found <= limits.max
     if _is_flag(now):
         return _is_flag(found)
     if isinstance(now, dict):

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from sparsity.errors import UserError
 from sparsity.files import is_number
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog
@@ -306,6 +307,35 @@ def test_settings_of_the_optimizer(folder, data):
     if found is not REFUSED:
         check_loaded(root, found)
     assert (root / training_state.VALUES).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda values: values["state"]["weight"].update(step=1e308), "step"),  # more than its tensor can hold
+        (lambda values: values["state"].pop("weight"), "step"),
+        (lambda values: values.update(state=[]), "state"),
+        (lambda values: values.update(param_groups=[]), "param_groups"),
+        (lambda values: values["param_groups"][0].update(lr="0.25"), "lr"),
+        (lambda values: values["param_groups"][0].pop("betas"), "betas"),
+        (lambda values: values["param_groups"][0]["params"].pop(), "params"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(folder, change, named):
+    values = json.loads(checkpoint_files()[training_state.VALUES])
+    change(values)
+    write(folder / "optimizer", {**checkpoint_files(), training_state.VALUES: json.dumps(values).encode()})
+    with pytest.raises(UserError, match=f"has no valid '{named}'"):
+        load(folder / "optimizer")
+
+
+@pytest.mark.parametrize("release", ["older", "newer"])
+def test_flags_differ_between_releases(folder, release):
+    values = json.loads(checkpoint_files()[training_state.VALUES])
+    for group in values["param_groups"]:
+        group.pop("maximize") if release == "older" else group.update(unknown=True)
+    write(folder / "optimizer", {**checkpoint_files(), training_state.VALUES: json.dumps(values).encode()})
+    assert load(folder / "optimizer")[1].param_groups[0]["maximize"] is False
 
 
 @st.composite

@@ -34,7 +34,7 @@ from sparsity.files import is_number, is_whole_number, release_locks
 from sparsity.reporting.page import html_samples, protocol_notes, write_report
 from sparsity.reporting.results import markdown, read_lines, read_run, table_rows
 from sparsity.sat.callbacks import read_log
-from sparsity.sat.dataset import cached, text_dataset
+from sparsity.sat.dataset import DIGESTS, cached, text_dataset
 from sparsity.text import valid_unicode
 
 CURVE = [{"step": step, "loss": 3.0 - step / 10, "lr": 1e-4, "sparsity": 0.5} for step in (1, 2)]
@@ -248,20 +248,35 @@ def test_text_of_the_model(folder, text_cache, tokenizer, data):
 BLOCKS = [[index, index + 1] for index in range(5)]
 
 
+@pytest.fixture(scope="module")
+def tokenized(folder) -> dict[str, bytes]:
+    """The files of tokenized data, by their paths within the cache."""
+    cached(folder / "whole", ["key"], lambda: text_dataset(BLOCKS))
+    files = [path for path in (folder / "whole").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder / "whole")): path.read_bytes() for path in sorted(files)}
+
+
 @settings(fuzz, max_examples=150)
 @given(st.data())
-def test_tokenized_data(folder, data):
+def test_tokenized_data(folder, tokenized, data):
     root, mark = folder / "tokenized", folder / "code has run"
-    rows = cached(root, ["key"], lambda: text_dataset(BLOCKS))[:]
-    (whole,) = root.iterdir()
-    file = data.draw(st.sampled_from(sorted(whole.iterdir())))
-    content = file.read_bytes()
+    shutil.rmtree(root, ignore_errors=True)
+    name = data.draw(st.sampled_from(sorted(tokenized)))
+    content = tokenized[name]
     kind = data.draw(st.sampled_from(["bytes", "json", "missing", "planted"]))
-    if kind == "missing" and file.name != "digests.json":
-        file.unlink()
-    elif kind == "json" and file.suffix == ".json":
-        file.write_bytes(data.draw(json_files(json.loads(content))))
+    if kind == "json" and name.endswith(".json"):
+        content = data.draw(json_files(json.loads(content)))
+    elif kind == "planted":
+        content = data.draw(planted_pickles(mark))
+    elif kind != "missing":
+        content = data.draw(damaged(content))
+    for path, whole in tokenized.items():
+        written(root / path, whole)
+    if kind == "missing" and not name.endswith(DIGESTS):
+        (root / name).unlink()
     else:
-        file.write_bytes(data.draw(planted_pickles(mark) if kind == "planted" else damaged(content)))
-    assert cached(root, ["key"], lambda: text_dataset(BLOCKS))[:] == rows
-    assert list(root.iterdir()) == [whole] and not mark.exists()
+        (root / name).write_bytes(content)
+    expected = text_dataset(BLOCKS)[:]
+    for _ in range(2):
+        assert cached(root, ["key"], lambda: text_dataset(BLOCKS))[:] == expected
+    assert len(list(root.iterdir())) == 1 and not mark.exists()
