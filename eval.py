@@ -146,7 +146,7 @@ def main() -> None:
     # Phase 3: generation. One process looks for finished work, so that all share out the same list of batches.
     from accelerate.utils import broadcast_object_list, gather_object
 
-    done = broadcast_object_list([log.load() if log and process.is_main_process else {}])[0]
+    done = broadcast_object_list([log.load(len(records)) if log and process.is_main_process else {}])[0]
     batches = [b for b in length_sorted_batches(prompts, args.batch_size) if not all(index in done for index in b)]
     if done and process.is_main_process:
         print(f"resuming: {len(done)} of {len(records)} predictions are already in {args.predictions}")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from sparsity.errors import UserError
 
@@ -306,6 +306,16 @@ def file_digest(path: str | Path, samples: int | None = None) -> str:
 NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: also for numbers of thousands of digits, deep nesting
 
 
+def is_whole_number(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is an integer; `true` and `false`, which Python counts among them, are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number that a float can hold: JSON's integers have no limit. NaN and infinity are."""
+    return isinstance(value, float) or (is_whole_number(value) and abs(value) <= sys.float_info.max)
+
+
 def read_json(path: str | Path, what: str) -> Any:
     """Parse a JSON file, or one value per line if it is named .jsonl.
 
@@ -327,19 +337,20 @@ def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Itera
     """Yield the values of a file with one JSON value per line.
 
     Args:
-        skip_damaged: pass over lines that are not JSON, such as one that a killed process left half written.
+        skip_damaged: pass over lines that are not JSON in UTF-8, such as one that a killed process left half written.
 
     Raises:
         UserError: a line is malformed (unless `skip_damaged`); the message calls the file `what`.
     """
     number = 0
     try:
-        with open(path, encoding="utf-8-sig", errors="replace" if skip_damaged else "strict") as stream:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape" if skip_damaged else "strict") as stream:
             for line in stream:
                 number += 1
                 if not line.strip():
                     continue
                 try:
+                    line.encode()  # fails where the file is not UTF-8
                     value = json.loads(line)
                 except NOT_JSON:
                     if skip_damaged:

@@ -105,8 +105,11 @@ def self_text(
     first, step = part
     numbers = range(first, len(sizes), step)
     files = {number: kept / f"batch_{number:04d}.safetensors" for number in numbers}
+    size = token_count(model, len(tokenizer))
     found = {
-        number: tokens for number, file in files.items() if (tokens := _load(file, sizes[number], length)) is not None
+        number: tokens
+        for number, file in files.items()
+        if (tokens := _load(file, sizes[number], length, prompt, size)) is not None
     }
     missing = [number for number in numbers if number not in found]
     try:
@@ -173,7 +176,7 @@ def write_batch(
     Raises:
         UserError: probabilities are not finite.
     """
-    size = min(vocabulary, model.get_output_embeddings().weight.shape[0])
+    size = token_count(model, vocabulary)
     tokens = torch.empty(count, length, dtype=torch.long)
     if prompt:
         tokens[:, : len(prompt)] = torch.tensor(prompt)
@@ -192,6 +195,11 @@ def write_batch(
     if bar is not None:
         bar.update(known - done)
     return tokens
+
+
+def token_count(model: PreTrainedModel, vocabulary: int) -> int:
+    """How many token ids may be drawn: a tokenizer's vocabulary and a model's output can each be the larger one."""
+    return min(vocabulary, model.get_output_embeddings().weight.shape[0])
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -253,10 +261,14 @@ def _key(model: PreTrainedModel, settings: list, dtype: torch.dtype) -> str:
     return digest.hexdigest()[:32]
 
 
-def _load(path: Path, count: int, length: int) -> Tensor | None:
-    """A finished batch, or None where there is none that is whole."""
+def _load(path: Path, count: int, length: int, prompt: Sequence[int], size: int) -> Tensor | None:
+    """A finished batch of `write_batch`, or None where there is none that is whole."""
     try:
         tokens = load_file(path)["input_ids"]
     except (SafetensorError, OSError, KeyError):
         return None
-    return tokens if tokens.shape == (count, length) and tokens.dtype == torch.long else None
+    if tokens.shape != (count, length) or tokens.dtype != torch.long:
+        return None
+    begins = (tokens[:, : len(prompt)] == torch.tensor(prompt, dtype=torch.long)).all()
+    drawn = tokens[:, len(prompt) :]
+    return tokens if begins and ((drawn >= 0) & (drawn < size)).all() else None

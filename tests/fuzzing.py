@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,9 +144,23 @@ def parsed(content: bytes) -> Any:
 
 def parsed_lines(content: bytes) -> list[Any]:
     """What the plain `json` module reads from the lines that are whole; damaged ones are left out."""
-    text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    values = [parsed(line.encode("utf-8", "replace")) for line in text.split("\n") if line.strip()]
+    values = [parsed(line) for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
     return [value for value in values if value is not REFUSED]
+
+
+# -------------------------------------------------------------------------------------------------------- safetensors
+
+
+def tensors_file(header: object, data: bytes, length: int | None = None) -> bytes:
+    """A file in the format of safetensors, with any header; `length` is what it says of the header's size."""
+    text = spelled(header)
+    return struct.pack("<Q", len(text) if length is None else length % 2**64) + text + data
+
+
+def tensors_parts(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a whole file of safetensors."""
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8:start]), content[start:]
 
 
 # ------------------------------------------------------------------------------------------------------------- pickle

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity.errors import UserError
-from sparsity.files import append_jsonl, hold_until_exit, prepare_output_dir, read_jsonl, remove_leftovers, save_jsonl
+from sparsity.files import (
+    append_jsonl,
+    hold_until_exit,
+    is_whole_number,
+    prepare_output_dir,
+    read_jsonl,
+    remove_leftovers,
+    save_jsonl,
+)
 from sparsity.processes import is_main_process
-from sparsity.text import PromptTemplate
+from sparsity.text import PromptTemplate, valid_unicode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -88,12 +96,16 @@ class PredictionLog:
             hold_until_exit(self._part(0), self.path)
             remove_leftovers(self.path.parent, self.path.name)
 
-    def load(self) -> dict[int, str]:
-        """Predictions of this very run that are already on disk, by example index."""
+    def load(self, examples: int) -> dict[int, str]:
+        """Predictions of this very run that are already on disk, by example index.
+
+        Args:
+            examples: how many the run has; a line of any other is damaged.
+        """
         found = {}
         for path in (self.path, *self._parts()):
             found.update({line["index"]: line["prediction"] for line in _prediction_lines(path, self.key)})
-        return found
+        return {index: text for index, text in found.items() if index < examples}
 
     def append(self, rank: int, lines: Iterable[dict[str, Any]]) -> None:
         """Add finished examples; they are on disk when this returns."""
@@ -116,6 +128,8 @@ class PredictionLog:
 def _prediction_lines(path: Path, key: str | None = None) -> Iterator[dict[str, Any]]:
     """Whole, well-formed lines of a predictions file (all keys for None); half-written ones are skipped."""
     for line in read_jsonl(path, "predictions", skip_damaged=True) if path.is_file() else ():
-        whole = isinstance(line, dict) and isinstance(line.get("index"), int) and "prediction" in line
-        if whole and (key is None or line.get("run") == key):
+        if not isinstance(line, dict) or (key is not None and line.get("run") != key):
+            continue
+        index, text = line.get("index"), line.get("prediction")
+        if is_whole_number(index) and index >= 0 and isinstance(text, str) and valid_unicode(text) == text:
             yield line

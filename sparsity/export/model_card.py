@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity.errors import UserError
 from sparsity.figures import INTERVALS, ROUGE_TYPES, read_figures
 from sparsity.matrices import MatrixReport, zero_totals
+from sparsity.text import valid_unicode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,7 +79,7 @@ runtime with 2:4 kernels compresses it.
 
 The licence of {name} applies to these weights, which derive from it.
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(valid_unicode(text), encoding="utf-8")
 
 
 def _quantized_text(quantization: dict[str, Any] | None) -> str:
@@ -107,7 +108,7 @@ def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:
     if not figures:
         return "No figures were given when this model was exported.\n"
     perplexities = [(label, content) for label, content in figures if "perplexity" in content]
-    rouges = [(label, content) for label, content in figures if "rouge1" in content]
+    rouges = [(label, content) for label, content in figures if set(ROUGE_TYPES) <= content.keys()]
     text = ""
     if perplexities:
         text += "| model | perplexity | dtype | protocol |\n|---|---|---|---|\n"

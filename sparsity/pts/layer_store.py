@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsity.files import atomic_path, save_json
+from sparsity.errors import UserError
+from sparsity.files import NOT_JSON, atomic_path, is_number, save_json
 from sparsity.models import few_values
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
@@ -52,6 +54,9 @@ class LayerStore:
     Args:
         folder: None keeps nothing.
         writer: False in all but one of several processes; the others only read.
+
+    Raises:
+        UserError: what an earlier run left there cannot be removed.
     """
 
     def __init__(self, folder: Path | None, key: str, writer: bool = True):
@@ -59,11 +64,13 @@ class LayerStore:
         if folder is None or not writer:
             return
         try:
-            known = json.loads((folder / "fingerprint.json").read_text())
-        except (OSError, ValueError):
+            known = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
+        except (OSError, *NOT_JSON):
             known = None
         if known != key:
             shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                raise UserError(f"cannot remove {folder}, which another run has left; remove it by hand")
             folder.mkdir(parents=True)
             save_json(key, folder / "fingerprint.json")
 
@@ -81,16 +88,29 @@ class LayerStore:
             save_file(tensors, temporary, metadata={"rows": json.dumps([asdict(row) for row in rows])})
         return self.load(index, layer)[0]
 
-    def has(self, index: int) -> bool:
-        """Whether the layer's file exists and is complete: its header agrees with its length."""
-        if self.folder is None or not self._path(index).is_file():
+    def has(self, index: int, layer: nn.Module, linears: dict[str, nn.Linear]) -> bool:
+        """Whether the layer's file is whole and fits the model.
+
+        Args:
+            layer: the layer of the model.
+            linears: those of its linear layers that are pruned, by name within the model.
+        """
+        if self.folder is None:
             return False
         try:
-            with safe_open(self._path(index), framework="pt") as file:
-                json.loads(file.metadata()["rows"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            weights, masks, rows = self._read(index)
+        except (SafetensorError, OSError, KeyError, TypeError, *NOT_JSON):
             return False
-        return True
+        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
+        shapes = {name: linear.weight.shape for name, linear in linears.items()}
+        return (
+            {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()} == expected
+            and {name: (mask.shape, mask.dtype) for name, mask in masks.items()}
+            == {name: (shape, torch.bool) for name, shape in shapes.items()}
+            and len(rows) == len(shapes)
+            and all([name, list(shape)] in [[row.name, row.shape] for row in rows] for name, shape in shapes.items())
+            and all(_is_measured(row) for row in rows)
+        )
 
     def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[MatrixLog]]:
         """Map the weights of a layer that the store has into `layer` (on the CPU).
@@ -98,12 +118,17 @@ class LayerStore:
         Returns:
             masks by name, log rows.
         """
+        weights, masks, rows = self._read(index)
+        layer.load_state_dict(weights, assign=True)
+        return masks, rows
+
+    def _read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[MatrixLog]]:
+        """Weights and masks, mapped from the layer's file, and the log rows."""
         tensors = load_file(self._path(index))
         with safe_open(self._path(index), framework="pt") as file:
             rows = [MatrixLog(**row) for row in json.loads(file.metadata()["rows"])]
         weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-        layer.load_state_dict(weights, assign=True)
-        return {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows
+        return weights, {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows
 
     def remove(self) -> None:
         """Forget everything: the run is finished and saved."""
@@ -113,3 +138,10 @@ class LayerStore:
     def _path(self, index: int) -> Path:
         assert self.folder is not None  # callers ask before
         return self.folder / f"layer_{index:04d}.safetensors"
+
+
+def _is_measured(row: MatrixLog) -> bool:
+    """Whether a row from a file holds numbers where it must."""
+    measured = [row.relative_error, row.percdamp]
+    always = [row.sparsity, row.seconds, row.layer_seconds, row.peak_memory_mib]
+    return all(map(is_number, always)) and all(value is None or is_number(value) for value in measured)

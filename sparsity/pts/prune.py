@@ -307,7 +307,7 @@ def prune_model(
     bar = tqdm(layers, desc="pruning", unit="layer", disable=hide_bar())
     for index, layer in enumerate(bar):
         groups = [{name: modules[name] for name in names} for names in plan[index]]
-        if store.has(index):
+        if store.has(index, layer, {name: linear for group in groups for name, linear in group.items()}):
             layer_masks, layer_rows = repeat_layer(states, layer, index, store, prefetcher)
         else:
             started = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsity.files import atomic_path
 from sparsity.reporting.plots import COLOURS, plot_layers, plot_loss, plot_scores
 from sparsity.reporting.results import Run, text_names
+from sparsity.text import valid_unicode
 
 if TYPE_CHECKING:
     pass
@@ -129,5 +130,5 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     with atomic_path(output / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(valid_unicode(page), encoding="utf-8")
     return output / "report.html"

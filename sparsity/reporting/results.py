@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.figures import PERPLEXITIES, ROUGE_TYPES, read_figures
-from sparsity.files import read_json
+from sparsity.files import is_number, is_whole_number, read_json
 from sparsity.matrices import inspect_path, zero_totals
+
+# What the fields of a line must be.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "index": is_whole_number,
+    "prediction": lambda value: isinstance(value, str),
+    "reference": lambda value: isinstance(value, str),
+    "name": lambda value: isinstance(value, str) and value.isprintable(),
+    "relative_error": lambda value: value is None or is_number(value),
+    "sparsity": lambda value: is_number(value) and 0 <= value <= 1,
+    "step": is_number,
+}
 
 
 @dataclass
@@ -43,16 +55,26 @@ def read_fields(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """A file of figures that has numbers under `keys`; ROUGE is in percent."""
     value = read_figures(path, what)
     for key in keys:
-        if not isinstance(value, dict) or not isinstance(value.get(key), int | float):
+        if not isinstance(value, dict) or key not in value:
             raise UserError(f"{what} {path} has no number '{key}'; is it the --output_json of our evaluation scripts?")
     return value
 
 
 def read_lines(path: str | Path, what: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that have all of `keys`; there must be some."""
-    rows = [row for row in read_json(path, what) if isinstance(row, dict) and all(key in row for key in keys)]
+    """The objects of a JSONL file that have all of `keys`, names in `KINDS`.
+
+    Raises:
+        UserError: there are none, or a field is of another kind.
+    """
+    content = read_json(path, what)
+    rows = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
+    rows = [row for row in rows if all(key in row for key in keys)]
     if not rows:
         raise UserError(f"{what} {path} has no line with the fields {', '.join(keys)}")
+    for row in rows:
+        for key in keys:
+            if not KINDS[key](row[key]):
+                raise UserError(f"{what} {path} is damaged: a line has {key} = {str(row[key])[:100]!r}")
     return rows
 
 
@@ -80,7 +102,7 @@ def read_run(name: str, folder: Path) -> Run:
         run.perplexities[text] = read_fields(path, "perplexity result", ("perplexity",))
     if (folder / "rouge.json").is_file():
         run.rouge = read_fields(folder / "rouge.json", "ROUGE result", ROUGE_TYPES)
-        run.perplexities |= _named_perplexities(folder / "rouge.json", run.rouge)
+        run.perplexities |= run.rouge.get(PERPLEXITIES, {})  # which eval.py measured beside it, by the name of the text
     if (folder / "predictions.jsonl").is_file():
         keys = ("index", "prediction", "reference")
         lines = read_lines(folder / "predictions.jsonl", "predictions", keys)
@@ -88,17 +110,6 @@ def read_run(name: str, folder: Path) -> Run:
     if not run.perplexities and run.rouge is None and not run.predictions:
         raise UserError(f"run folder {folder} has none of ppl.json, rouge.json and predictions.jsonl")
     return run
-
-
-def _named_perplexities(path: Path, scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The perplexities that eval.py measured beside ROUGE, by the name of the text."""
-    named = scores.get(PERPLEXITIES, {})
-    found = named.values() if isinstance(named, dict) else [None]
-    if not all(isinstance(item, dict) and isinstance(item.get("perplexity"), int | float) for item in found):
-        raise UserError(
-            f"ROUGE result {path} has '{PERPLEXITIES}' without numbers; is it the --output_json of eval.py?"
-        )
-    return named
 
 
 def text_names(runs: list[Run]) -> list[str]:

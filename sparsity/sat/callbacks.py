@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from sparsity.files import append_jsonl, read_jsonl, save_jsonl
+from sparsity.files import append_jsonl, is_whole_number, read_jsonl, save_jsonl
 from sparsity.processes import any_process, sum_over_processes
 from sparsity.sat.batching import EpochSampler
 from sparsity.sat.mask_schedule import MaskSchedule
@@ -173,5 +173,6 @@ class Progress(TrainerCallback):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log; a line that a kill cut short is skipped."""
-    return list(read_jsonl(path, "training log", skip_damaged=True)) if path.is_file() else []
+    """The lines of a training log; a line that a kill cut short, or that names no step, is skipped."""
+    lines = read_jsonl(path, "training log", skip_damaged=True) if path.is_file() else ()
+    return [line for line in lines if isinstance(line, dict) and is_whole_number(line.get("step"))]

@@ -6,21 +6,28 @@ A checkpoint folder becomes valid by its last file, complete.json, which lists e
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
-from sparsity.files import save_json
+from sparsity.files import NOT_JSON, save_json
 
 MARKER = "complete.json"
+NAME = re.compile("checkpoint-[0-9]+")
 
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
+def is_of_step(folder: Path, step: int) -> bool:
+    """Whether a checkpoint may be of this step; one that was renamed may be of any."""
+    return step > 0 and (not NAME.fullmatch(folder.name) or step_of(folder) == step)
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
     """All folders root/checkpoint-N, complete or not, by step."""
-    folders = [path for path in root.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    folders = [path for path in root.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=step_of)
 
 
@@ -31,10 +38,11 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
+    """Whether all files are there that the marker lists; it lists some."""
     try:
         sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, AttributeError, *NOT_JSON):
         return False
 
 

@@ -22,8 +22,10 @@ from sparsity.errors import UserError, first_line
 from sparsity.files import (
     file_digest,
     prepare_output_dir,
+    read_json,
     remove_scratch_folders,
     require_file,
+    save_json,
     scratch_folder,
 )
 from sparsity.processes import warn
@@ -42,6 +44,8 @@ BUILDING = ".building."  # how the folders of data begin that is being tokenized
 FORMAT = 4  # raise it when the layout of samples changes, so that older caches are not read
 
 
+DIGESTS = "digests.json"  # of the other files in a folder of tokenized data, by name; earlier releases wrote none
+DIGEST_SAMPLES = 64  # pieces of a file that are hashed
 Sample = dict[str, list[int]]
 
 
@@ -176,10 +180,11 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
     if cache_dir.is_dir():
         remove_scratch_folders(cache_dir, BUILDING)
     damaged = False
-    if (folder / "state.json").is_file():
+    if folder.is_dir():
         try:
+            check_digests(folder)
             return load_from_disk(str(folder))
-        except Exception as error:  # datasets and Arrow have no common class for damaged files
+        except Exception as error:  # datasets and Arrow have no common class for files of another release
             print(f"the cached data in {folder} is damaged ({first_line(error)}); tokenizing again")
             damaged = True
     prepare_output_dir(cache_dir)
@@ -190,6 +195,7 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
             dataset.save_to_disk(str(scratch / name))
         finally:
             enable_progress_bars()
+        save_digests(scratch / name)
         if damaged:
             with contextlib.suppress(OSError):
                 folder.rename(scratch / "damaged")
@@ -199,6 +205,28 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise  # those two say that another run was faster
     return load_from_disk(str(folder))
+
+
+def save_digests(folder: Path) -> None:
+    """Record the content of the files in a folder, so that `check_digests` can tell whether it has changed."""
+    save_json({path.name: file_digest(path, DIGEST_SAMPLES) for path in folder.iterdir()}, folder / DIGESTS)
+
+
+def check_digests(folder: Path) -> None:
+    """Check the files of a folder: from an Arrow file that was cut short, fewer rows are read without an error.
+
+    Raises:
+        UserError, OSError: a file is missing or has changed.
+    """
+    if not (folder / DIGESTS).exists():
+        return
+    digests = read_json(folder / DIGESTS, "list of files")
+    data = {path.name for path in folder.iterdir() if path.suffix in (".json", ".arrow")} - {DIGESTS}
+    if not isinstance(digests, dict) or not digests.keys() >= data:
+        raise UserError(f"{DIGESTS} does not list all files")
+    for name, digest in digests.items():
+        if file_digest(folder / name, DIGEST_SAMPLES) != digest:
+            raise UserError(f"{name} has changed")
 
 
 def load_records(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.files import file_digest, read_json, save_json
+from sparsity.files import file_digest, is_whole_number, read_json, save_json
 from sparsity.sat import checkpoints, training_state
 from sparsity.sat.arguments import MASK_OPTIONS, SatArguments, option_values
 from sparsity.sources import content_key, parse_sources
@@ -64,6 +64,7 @@ EARLIER = {
 }
 # What decides the batches: it may change as long as every optimizer step sees the same samples.
 BATCH_KEYS = ("train_bs", "num_processes", "gradient_accumulation_steps", "order_batch")
+LARGEST_BATCH = 2**31  # more samples or processes are no sensible record
 DIGEST_SAMPLES, DIGEST_LENGTH = 64, 16  # of the files named in the record: pieces that are hashed, digits that are kept
 
 
@@ -92,14 +93,14 @@ def order_batch(args: SatArguments, samples: int) -> int:
         samples: training samples in all.
 
     Raises:
-        UserError: the run to resume has other optimizer steps.
+        UserError: the run to resume has other optimizer steps, or its record is damaged.
     """
     training = args.training
     now = training.per_device_train_batch_size * training.processes
     record, checkpoint = training.result_dir / RUN_RECORD, checkpoint_to_resume(args)
     if checkpoint is None or not record.is_file():
         return now
-    before = read_json(record, "run record")
+    before: Any = read_record(record)
     size, processes, accumulated = (
         before.get(name, value)
         for name, value in (
@@ -163,11 +164,28 @@ def open_run(args: SatArguments, template: PromptTemplate, is_main: bool) -> Pat
             "the folder, or choose another --output_dir"
         )
     if checkpoint and record.is_file():
-        check_same_run(read_json(record, "run record"), settings, root)
+        check_same_run(read_record(record), settings, root)
     if is_main:
         checkpoints.remove_partial(root)
         save_json(settings, record)
     return checkpoint
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The settings of the run that is to be resumed.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    content = read_json(path, "run record")
+    if not isinstance(content, dict):
+        raise UserError(f"run record {path} holds no settings by name; was it changed by hand?")
+    for name in BATCH_KEYS:
+        value = content.get(name, 1)
+        unknown = value is None and name == "order_batch"  # before the data is read, and of earlier releases
+        if not unknown and not (is_whole_number(value) and 0 < value < LARGEST_BATCH):
+            raise UserError(f"run record {path} has {name} = {value!r}, which is no count; was it changed by hand?")
+    return content
 
 
 def check_same_run(before: dict[str, Any], settings: dict[str, Any], root: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.processes import any_process, report_on_main, sum_over_processes
-from sparsity.sat import checkpoints, training_state
+from sparsity.sat import checkpoints, saved_values, training_state
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sparsity.sat.model import Student
 
 
-SCHEDULER = "scheduler.pt"  # transformers' own name
+SCHEDULER, SCALER = "scheduler.pt", "scaler.pt"  # transformers' own names
 Batch = dict[str, torch.Tensor]  # as Collator makes it
 
 
@@ -96,9 +96,11 @@ class SparseTrainer(Trainer):
     def _train_batch_size(self, value: int) -> None:
         """Nothing: transformers 4 would set the batch of a run that is resumed on another number of processes."""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            saved_values.check_progress(Path(resume_from_checkpoint))
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
             self._use_averages()
             return result
         except AlreadyFinished:
@@ -248,14 +250,26 @@ class SparseTrainer(Trainer):
             model = self.model if model is None else model
             training_state.load_weights(Path(resume_from_checkpoint), model, self.trained_only)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with saved_values.reading(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint and training_state.is_saved_in(Path(checkpoint)):
             training_state.load_optimizer(Path(checkpoint), self.model, self.optimizer)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            saved_values.load_values(Path(checkpoint) / SCHEDULER, self.lr_scheduler)
+        elif checkpoint:
+            with saved_values.reading(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)  # only of training in float16
+        if checkpoint and scaler and (Path(checkpoint) / SCALER).is_file():
+            saved_values.load_values(Path(checkpoint) / SCALER, scaler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            with saved_values.reading(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import read_json, save_json
+from sparsity.files import is_file, read_json, save_json
 from sparsity.processes import is_main_process
+from sparsity.sat.saved_values import damaged, taken_over
 from sparsity.sat.sharding import plain_name
 
 TENSORS, VALUES = "training_state", "training_state.json"  # in the folder of a checkpoint
@@ -27,7 +28,7 @@ FILE_BYTES = 1 << 30  # per process, about: one file at a time is put together i
 
 def is_saved_in(folder: Path) -> bool:
     """Whether a checkpoint is of this format; earlier releases wrote those of transformers' Trainer."""
-    return (folder / VALUES).is_file()
+    return is_file(folder / VALUES)
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trained_only: bool = False) -> None:
@@ -94,14 +95,25 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             if isinstance(value, torch.Tensor) and value.size():
                 named[f"optimizer.{weight}.{name}"] = value
     _read(folder, named)
-    other = read_json(folder / VALUES, "checkpoint")
-    for weight, saved in other["state"].items():
-        for name, value in saved.items():
-            now = state["state"][weight].get(name)
-            state["state"][weight][name] = torch.full_like(now, value) if torch.is_tensor(now) else value
-    state["param_groups"] = other["param_groups"]
+    _read_values(folder / VALUES, state)
     with _quiet():
         set_optimizer_state_dict(model, _unwrapped(optimizer), state)
+
+
+def _read_values(path: Path, state: dict[str, Any]) -> None:
+    """Read what an optimizer has besides tensors into `state`, the state of an optimizer of the same kind."""
+    found = read_json(path, "checkpoint")
+    if not isinstance(found, dict) or not isinstance(found.get("state"), dict):
+        raise damaged(path, "valid 'state'")
+    for weight, values in state["state"].items():
+        single = {n: v for n, v in values.items() if not (isinstance(v, torch.Tensor) and v.size())}
+        for name, value in taken_over(found["state"].get(weight, {}), single, path).items():
+            now = single[name]
+            values[name] = torch.full_like(now, value) if isinstance(now, torch.Tensor) else value
+    groups, own = found.get("param_groups"), state["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own):
+        raise damaged(path, "valid 'param_groups'")
+    state["param_groups"] = [taken_over(group, now, path) for group, now in zip(groups, own, strict=True)]
 
 
 def _named_weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
@@ -148,9 +160,38 @@ def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     import torch.distributed.checkpoint as dcp
 
+    class Planner(dcp.DefaultLoadPlanner):
+        def create_local_plan(self) -> dcp.LoadPlan:
+            assert self.metadata is not None  # a checkpoint's headers, which have been read
+            for name, tensor in self.state_dict.items():
+                _check_whole(name, tensor, self.metadata.state_dict_metadata.get(name))
+            return super().create_local_plan()
+
     reader = dcp.HuggingFaceStorageReader(path=str(folder / TENSORS))
     with _quiet(), _plain_errors(f"cannot read {folder}"):
-        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        dcp.load(tensors, storage_reader=reader, planner=Planner(), no_dist=not torch.distributed.is_initialized())
+
+
+def _check_whole(name: str, tensor: torch.Tensor, saved: Any) -> None:
+    """Refuse what torch would read in part or convert: a tensor that lacks a piece, or is of another shape or dtype.
+
+    Args:
+        saved: torch's TensorStorageMetadata; its pieces are rows, as all kinds of FSDP cut them.
+    """
+    if saved is None:
+        raise ValueError(f"it has no '{name}'")
+    if saved.size != tensor.size() or saved.properties.dtype != tensor.dtype:
+        raise ValueError(
+            f"'{name}' is {saved.properties.dtype} {list(saved.size)} and should be {tensor.dtype} "
+            f"{list(tensor.size())}"
+        )
+    end, pieces = 0, [piece for piece in saved.chunks if saved.size and piece.sizes.numel()]
+    for piece in sorted(pieces, key=lambda piece: piece.offsets[0]):
+        if piece.offsets[0] != end or any(piece.offsets[1:]) or piece.sizes[1:] != saved.size[1:]:
+            raise ValueError(f"the pieces of '{name}' do not fit together")
+        end += piece.sizes[0]
+    if pieces and end != saved.size[0]:
+        raise ValueError(f"'{name}' lacks a piece")
 
 
 @contextmanager

@@ -18,11 +18,11 @@ def test_log_joins_the_parts_of_all_processes_and_knows_its_own_run(tmp_path):
     log.append(0, lines(0, 2))
     log.append(1, lines(1))
     other.append(0, lines(3))
-    assert log.load() == {index: f"text {index}" for index in range(3)}
+    assert log.load(3) == {index: f"text {index}" for index in range(3)}
     log.finish(lines(0, 1, 2))
     assert [item.name for item in tmp_path.iterdir()] == ["p.jsonl"]
-    assert log.load() == {index: f"text {index}" for index in range(3)}
-    assert other.load() == {}
+    assert log.load(3) == {index: f"text {index}" for index in range(3)}
+    assert other.load(4) == {}
 
 
 def test_key_follows_every_setting():

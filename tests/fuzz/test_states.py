@@ -6,14 +6,25 @@ import copy
 import functools
 import io
 import json
-import struct
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import sparse_matrix
-from fuzzing import REFUSED, Planted, attempt, changed, damaged, fuzz, odd_values, planted_pickles, spelled
+from fuzzing import (
+    REFUSED,
+    Planted,
+    attempt,
+    changed,
+    damaged,
+    fuzz,
+    odd_values,
+    planted_pickles,
+    spelled,
+    tensors_file,
+    tensors_parts,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -221,11 +232,6 @@ def test_states_that_modelopt_restores(folder, data):
 # -------------------------------------------------------------------------------------------------------- safetensors
 
 
-def tensors_file(header: object, data: bytes, length: int | None = None) -> bytes:
-    text = spelled(header)
-    return struct.pack("<Q", len(text) if length is None else length % 2**64) + text + data
-
-
 HEADER = {
     "__metadata__": {"format": "pt"},
     f"{LAYER}.weight": {"dtype": "F32", "shape": [4, 8], "data_offsets": [0, 128]},
@@ -266,7 +272,7 @@ def test_safetensors_files(folder, content):
     path.write_bytes(content)
     found = attempt(lambda: list(inspect_path(path)), path)
     if found is not REFUSED:
-        header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+        header = tensors_parts(content)[0]
         assert found and all(list(report.shape) == header[report.name]["shape"] for report in found)
         assert table_rows([Run("a", path, sparsity=count_zeros(path))])
     attempt(lambda: read_dequantized(path, torch.float32), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,18 @@ import torch
 from conftest import tiny_llama
 from pruning import calibration
 
+from sparsity.errors import UserError
 from sparsity.pts.layer_store import LayerStore, calibration_key
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import QUALITY
 
 NAME = "model.layers.0.mlp.up_proj"
 ROW = MatrixLog(NAME, [64, 32], 0.25, 0.5, 0.1, 1.5, 2.5, 100.0)
+
+
+def pruned(model):
+    """The pruned linear layers of the first decoder layer, by name."""
+    return {NAME: model.model.layers[0].mlp.up_proj}
 
 
 @pytest.fixture
@@ -30,8 +37,8 @@ def saved(tmp_path):
 def test_layer_comes_back_with_its_masks_and_rows(saved):
     store, model, mask = saved
     again = LayerStore(store.folder, "key")
-    assert again.has(0) and not again.has(1)
     other = tiny_llama(seed=1).model.layers[0]
+    assert again.has(0, other, pruned(model)) and not again.has(1, other, pruned(model))
     masks, rows = again.load(0, other)
     assert torch.equal(masks[NAME], mask) and rows == [ROW]
     expected = dict(model.model.layers[0].named_parameters())
@@ -39,12 +46,28 @@ def test_layer_comes_back_with_its_masks_and_rows(saved):
 
 
 def test_other_settings_and_damaged_files_are_not_used(saved):
-    store, _, _ = saved
+    store, model, _ = saved
+    layer = model.model.layers[0]
     file = next(store.folder.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
-    assert not store.has(0)
-    assert not LayerStore(store.folder, "another key").has(0)
+    assert not store.has(0, layer, pruned(model))
+    assert not LayerStore(store.folder, "another key").has(0, layer, pruned(model))
     assert not list(store.folder.glob("*.safetensors"))
+
+
+def test_a_layer_of_another_model_is_not_used(saved):
+    store, model, _ = saved
+    layer = model.model.layers[0]
+    assert store.has(0, layer, pruned(model))
+    assert not store.has(0, layer, {"model.layers.0.mlp.gate_proj": layer.mlp.gate_proj})
+    assert not store.has(0, copy.deepcopy(layer).half(), pruned(model))
+    assert not store.has(0, layer.mlp, pruned(model))
+
+
+def test_what_cannot_be_removed_is_one_line(tmp_path):
+    (tmp_path / "pts_resume").write_text("a file")
+    with pytest.raises(UserError, match="cannot remove .*pts_resume"):
+        LayerStore(tmp_path / "pts_resume", "key")
 
 
 def test_a_finished_run_leaves_nothing(saved):
@@ -53,9 +76,10 @@ def test_a_finished_run_leaves_nothing(saved):
 
 
 def test_store_without_a_folder_keeps_nothing():
-    store, layer = LayerStore(None, "key"), tiny_llama().model.layers[0]
+    store, model = LayerStore(None, "key"), tiny_llama()
+    layer = model.model.layers[0]
     masks = {NAME: torch.ones(64, 32).bool()}
-    assert store.save(0, layer, masks, [ROW]) is masks and not store.has(0)
+    assert store.save(0, layer, masks, [ROW]) is masks and not store.has(0, layer, pruned(model))
     store.remove()
 
 

@@ -142,3 +142,25 @@ def test_a_damaged_cache_is_replaced(tokenizer, tmp_path):
         file.write_bytes(b"")
     assert sat_dataset.load_texts(tokenizer, Source(str(texts)), 16, cache, None, 0)[:] == first
     assert list(cache.iterdir()) == [folder]
+
+
+def test_a_cache_of_an_earlier_release_is_used(tmp_path):
+    blocks = [[0, 1], [2, 3]]
+    first = sat_dataset.cached(tmp_path, ["key"], lambda: sat_dataset.text_dataset(blocks))[:]
+    (folder,) = tmp_path.iterdir()
+    (folder / sat_dataset.DIGESTS).unlink()
+    assert sat_dataset.cached(tmp_path, ["key"], lambda: pytest.fail("tokenized again"))[:] == first
+
+
+def test_missing_rows_of_a_cache_are_noticed(tmp_path):
+    """An Arrow file that ends behind a batch of rows opens without an error."""
+    import pyarrow
+
+    blocks = [[index, index] for index in range(4)]
+    sat_dataset.cached(tmp_path, ["key"], lambda: sat_dataset.text_dataset(blocks))
+    (file,) = tmp_path.glob("*/*.arrow")
+    with pyarrow.memory_map(str(file)) as source:
+        table = pyarrow.ipc.open_stream(source).read_all().slice(0, 2)
+    with pyarrow.OSFile(str(file), "wb") as target, pyarrow.ipc.new_stream(target, table.schema) as stream:
+        stream.write_table(table)
+    assert len(sat_dataset.cached(tmp_path, ["key"], lambda: sat_dataset.text_dataset(blocks))) == 4

@@ -260,6 +260,29 @@ def test_checkpoints_of_earlier_releases_resume(finished, run_here, monkeypatch,
     assert_same_weights(finished[0], folder, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("file", "part", "other", "named"),
+    [
+        ("trainer_state.json", b'"global_step": 12,', b'"global_step": 13,', "trainer_state.json has no valid 'glob"),
+        ("training_state.json", b'"betas"', b'"bet_s"', "training_state.json has no valid 'betas'"),
+        ("scheduler.pt", b"last_epoch", b"lost_epoch", "scheduler.pt has no valid 'last_epoch'"),
+        ("rng_state.pth", b"python", b"pylhon", "cannot read .*checkpoint-12"),
+    ],
+)
+def test_a_checkpoint_of_damaged_content_is_refused(finished, run_here, tmp_path, file, part, other, named):
+    """Of the right size, so that it counts as complete."""
+    folder = forget_the_end(finished[0], tmp_path / "copy")
+    path = folder / "checkpoints" / "checkpoint-12" / file
+    content = path.read_bytes()
+    assert part in content
+    path.write_bytes(content.replace(part, other))
+    with pytest.raises(UserError, match=named):
+        run_here(*TRAINING, "--train_bs", 2, "--resume", output_dir=folder)
+    assert path.read_bytes() == content.replace(part, other)
+    path.write_bytes(content)
+    assert checkpoints.last_complete(folder / "checkpoints") == path.parent
+
+
 # ---------------------------------------------------------------------------------------- several processes
 
 
@@ -327,16 +350,26 @@ def test_two_processes_resume_what_one_wrote(finished, model_dir, state_path, da
     assert_same_weights(finished[0], folder, 2e-3)
 
 
+def holds_files(pid: int) -> bool:
+    """Whether a killed process has not closed its files yet, and with them its locks."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def kill_all_that_name(folder: Path) -> None:
     """Kill the launcher, which starts its workers in sessions of their own, and the workers, and wait for their end."""
+    killed: set[int] = set()
     while True:
         found = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 if str(folder).encode() in entry.read_bytes():  # nothing is left of the command of one that has ended
                     found.append(int(entry.parent.name))
-        if not found:
+        if not found and not any(map(holds_files, killed)):
             return
+        killed.update(found)
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

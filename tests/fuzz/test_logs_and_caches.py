@@ -1,0 +1,282 @@
+"""Logs that grow line by line, result files of reports and model cards, and caches that are made anew if damaged."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from fuzzing import (
+    REFUSED,
+    attempt,
+    damaged,
+    fuzz,
+    json_files,
+    jsonl_files,
+    parsed,
+    parsed_lines,
+    planted_pickles,
+    tensors_file,
+    tensors_parts,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from sparsity import self_text as self_text_module
+from sparsity.evaluation.predictions import PredictionLog, prediction_line
+from sparsity.export.model_card import _figures_text, load_figures
+from sparsity.files import is_number, is_whole_number, release_locks
+from sparsity.reporting.page import html_samples, protocol_notes, write_report
+from sparsity.reporting.results import markdown, read_lines, read_run, table_rows
+from sparsity.sat.callbacks import read_log
+from sparsity.sat.dataset import DIGESTS, cached, text_dataset
+from sparsity.text import valid_unicode
+
+CURVE = [{"step": step, "loss": 3.0 - step / 10, "lr": 1e-4, "sparsity": 0.5} for step in (1, 2)]
+CURVE += [{"step": 2, "eval_loss": 2.75}]
+LAYERS = [
+    {"name": f"model.layers.{index}.up_proj", "relative_error": error, "sparsity": 0.5, "shape": [4, 8]}
+    for index, error in enumerate([0.25, None])
+]
+ROUGE = {"rouge1": 25.5, "rouge2": 12.5, "rougeL": 20.0, "rougeLsum": 21.0, "examples": 2}
+ROUGE |= {"confidence_intervals_95": {"rouge1": [24.0, 26.0]}, "unit": "percent"}
+ROUGE |= {"perplexities": {"papers": {"perplexity": 30.25, "protocol": "windows of 8 tokens"}}}
+PERPLEXITY = {"perplexity": 12.5, "protocol": "windows of 8 tokens", "dtype": "fp32"}
+RECORDS = [{"output": "It rose."}, {"output": "Ships left, “slowly”."}, {"output": "é"}]
+KEY = "0123456789abcdef"
+LINES = [{**prediction_line(index, f"“Text” {index}", RECORDS), "run": KEY} for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- logs
+
+
+@fuzz
+@given(jsonl_files(CURVE))
+@example(b'5\n{"loss": 1}\n{"step": "2"}\n{"step": 1, "loss": 2.5}\n')
+def test_training_log(folder, content):
+    path = written(folder / "train_log.jsonl", content)
+    lines = [line for line in parsed_lines(content) if isinstance(line, dict) and is_whole_number(line.get("step"))]
+    assert repr(read_log(path)) == repr(lines)
+    assert path.read_bytes() == content
+
+
+def whole_predictions(content: bytes) -> dict[int, str]:
+    """What a run of `RECORDS` can use of a file."""
+    found = {}
+    for line in parsed_lines(content):
+        if isinstance(line, dict) and line.get("run") == KEY and is_whole_number(line.get("index")):
+            text = line.get("prediction")
+            if 0 <= line["index"] < len(RECORDS) and isinstance(text, str) and valid_unicode(text) == text:
+                found[line["index"]] = text
+    return found
+
+
+@fuzz
+@given(jsonl_files(LINES))
+@example(json.dumps({**LINES[0], "index": 7}).encode())
+@example(json.dumps({**LINES[0], "index": True}).encode())
+@example(json.dumps({**LINES[0], "prediction": "half a pair \ud800"}).encode())
+@example(json.dumps(LINES[0], ensure_ascii=False).encode().replace("“".encode(), b"\xe2\x80"))
+def test_predictions(folder, content):
+    path = folder / "own" / "predictions.jsonl"
+    log = PredictionLog(path, KEY)
+    part = written(path.with_name(f"{path.name}.part-0"), content)
+    found = log.load(len(RECORDS))
+    assert found == whole_predictions(content) and part.read_bytes() == content
+    log.append(0, [prediction_line(index, f"new {index}", RECORDS) for index in range(3) if index not in found])
+    completed = log.load(len(RECORDS))
+    assert completed == {**{index: f"new {index}" for index in range(3)}, **found}
+
+
+@settings(fuzz, max_examples=100)
+@given(jsonl_files(LINES))
+def test_only_predictions_are_written_over(folder, content):
+    path = written(folder / "checked" / "predictions.jsonl", content)
+    try:
+        refused = attempt(PredictionLog(path, KEY).check, path) is REFUSED
+    finally:
+        release_locks()
+    usable = any(isinstance(line, dict) and "prediction" in line for line in parsed_lines(content))
+    assert usable or refused or not content
+    assert path.read_bytes() == content
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def report(folder: Path) -> object:
+    """All that a report says in text of a run."""
+    run = read_run("a", folder)
+    return run, markdown(table_rows([run])), protocol_notes([run]), html_samples([run], 4)
+
+
+@fuzz
+@given(st.sampled_from(["rouge.json", "ppl.json", "ppl_other.json", "predictions.jsonl"]), st.data())
+@example("rouge.json", None).via("intervals that are no pairs")
+def test_results_of_a_run(folder, name, data):
+    root = folder / "run"
+    shutil.rmtree(root, ignore_errors=True)
+    if data is None:
+        content = json.dumps({**ROUGE, "confidence_intervals_95": {"rouge1": [1]}}).encode()
+    elif name == "rouge.json":
+        content = data.draw(json_files(ROUGE))
+    else:
+        content = data.draw(jsonl_files(LINES) if name == "predictions.jsonl" else json_files(PERPLEXITY))
+    path = written(root / name, content)
+    found = attempt(lambda: report(root), root)
+    if found is not REFUSED:
+        run, table, *_ = found
+        assert all(is_number(item["perplexity"]) for item in run.perplexities.values())
+        lines = table.split("\n")
+        assert len(lines) == 3 and all(line.isprintable() for line in lines)
+        if name == "rouge.json" and run.rouge["unit"] == parsed(content).get("unit"):
+            assert repr(run.rouge) == repr(parsed(content))
+        if name == "predictions.jsonl":
+            assert repr(run.predictions) == repr({line["index"]: line for line in lines_of(content)})
+    assert path.read_bytes() == content
+
+
+def lines_of(content: bytes) -> list[dict]:
+    keys = {"index", "prediction", "reference"}
+    return [line for line in parsed_lines(content) if isinstance(line, dict) and keys <= line.keys()]
+
+
+@fuzz
+@given(st.one_of(json_files(ROUGE), json_files(PERPLEXITY), json_files({**ROUGE, "unit": "fraction"})))
+@example(json.dumps({"perplexity": 3, "rouge1": 2}).encode())
+@example(json.dumps({**ROUGE, "confidence_intervals_95": {"rouge1": "ab"}}).encode())
+@example(json.dumps({**ROUGE, "rouge2": 10**400}).encode())
+def test_figures_of_a_model_card(folder, content):
+    path = written(folder / "figures.json", content)
+    found = attempt(lambda: _figures_text(load_figures([f"sparse={path}"])), path)
+    assert found is REFUSED or "| sparse |" in found
+
+
+@fuzz
+@given(st.booleans(), st.data())
+def test_lines_of_a_report(folder, is_curve, data):
+    content = data.draw(jsonl_files(CURVE if is_curve else LAYERS))
+    path = written(folder / "lines.jsonl", content)
+    keys = ("step",) if is_curve else ("name", "relative_error", "sparsity")
+    found = attempt(lambda: read_lines(path, "log", keys), path)
+    if found is not REFUSED:
+        rows = [row for row in parsed_lines(content) if isinstance(row, dict) and all(key in row for key in keys)]
+        assert repr(found) == repr(rows) and rows
+
+
+# Each draws several plots.
+@settings(fuzz, max_examples=25)
+@given(json_files(ROUGE), json_files(PERPLEXITY), jsonl_files(LINES), jsonl_files(LAYERS), jsonl_files(CURVE))
+def test_whole_report(folder, rouge, perplexity, predictions, layers, curve):
+    root, output = folder / "reported", folder / "report"
+    output.mkdir(exist_ok=True)
+    runs = []
+    for name, content in {"rouge.json": rouge, "ppl_b.json": perplexity, "predictions.jsonl": predictions}.items():
+        path = written(root / name / name, content)
+        runs.append(attempt(functools.partial(read_run, name, path.parent), root))
+    logs = []
+    for content, keys in ((layers, ("name", "relative_error", "sparsity")), (curve, ("step",))):
+        path = written(root / "lines.jsonl", content)
+        logs.append(attempt(functools.partial(read_lines, path, "log", keys), path))
+    runs, logs = [run for run in runs if run is not REFUSED], [None if log is REFUSED else log for log in logs]
+    page = write_report(output, "title", table_rows(runs), runs, *logs, 3)
+    assert page.read_text(encoding="utf-8").endswith("</html>\n")
+
+
+# -------------------------------------------------------------------------------------------------------------- caches
+
+
+@functools.cache
+def writer():
+    return tiny_llama(hidden=8, layers=1)
+
+
+@pytest.fixture(scope="module")
+def text_cache(folder, tokenizer, model_dir):
+    """Calls for a text of the tiny model from its cache, the file of its only batch, and that file's content."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_text_module, "FEW_AT_ONCE", 2)
+        patch.setattr(self_text_module, "load_model", lambda *args: writer())
+        cache = folder / "self_text"
+
+        def read():
+            options = (2, 5, torch.device("cpu"))
+            return self_text_module.self_text(str(model_dir), tokenizer, *options, folder=cache, dense=writer())
+
+        read()
+        (file,) = cache.rglob("*.safetensors")
+        yield read, file, file.read_bytes()
+
+
+@settings(fuzz, max_examples=300)
+@given(st.data())
+def test_text_of_the_model(folder, text_cache, tokenizer, data):
+    read, file, whole = text_cache
+    mark = folder / "code has run"
+    header, values = tensors_parts(whole)
+    kind = data.draw(st.sampled_from(["bytes", "header", "tokens", "planted"]))
+    if kind == "header":
+        header = data.draw(json_files(header))
+        content = len(header).to_bytes(8, "little") + header + values
+    elif kind == "tokens":
+        content = tensors_file(header, values[:8] + data.draw(st.binary(min_size=8, max_size=8)) + values[16:])
+    else:
+        content = data.draw(damaged(whole) if kind == "bytes" else planted_pickles(mark))
+    file.write_bytes(content)
+    found = read()
+    assert torch.equal(found, load_file(file)["input_ids"])
+    assert found.shape == (2, 5) and found.min() >= 0 and found.max() < len(tokenizer)
+    assert file.read_bytes() in (content, whole) and not mark.exists()
+
+
+BLOCKS = [[index, index + 1] for index in range(5)]
+
+
+@pytest.fixture(scope="module")
+def tokenized(folder) -> dict[str, bytes]:
+    """The files of tokenized data, by their paths within the cache."""
+    cached(folder / "whole", ["key"], lambda: text_dataset(BLOCKS))
+    files = [path for path in (folder / "whole").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder / "whole")): path.read_bytes() for path in sorted(files)}
+
+
+@settings(fuzz, max_examples=150)
+@given(st.data())
+def test_tokenized_data(folder, tokenized, data):
+    root, mark = folder / "tokenized", folder / "code has run"
+    shutil.rmtree(root, ignore_errors=True)
+    name = data.draw(st.sampled_from(sorted(tokenized)))
+    content = tokenized[name]
+    kind = data.draw(st.sampled_from(["bytes", "json", "missing", "planted"]))
+    if kind == "json" and name.endswith(".json"):
+        content = data.draw(json_files(json.loads(content)))
+    elif kind == "planted":
+        content = data.draw(planted_pickles(mark))
+    elif kind != "missing":
+        content = data.draw(damaged(content))
+    for path, whole in tokenized.items():
+        written(root / path, whole)
+    if kind == "missing" and not name.endswith(DIGESTS):
+        (root / name).unlink()
+    else:
+        (root / name).write_bytes(content)
+    expected = text_dataset(BLOCKS)[:]
+    for _ in range(2):
+        assert cached(root, ["key"], lambda: text_dataset(BLOCKS))[:] == expected
+    assert len(list(root.iterdir())) == 1 and not mark.exists()
