@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,10 +290,13 @@ def run_job(name: str, job: Job, kills: int, work: Path, inputs: Path, rng: rand
     return outcome
 
 
-def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) -> dict[str, Outcome]:
-    """Kill every named job `kills` times; jobs that need a state get the one of an uninterrupted pruning run."""
+def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) -> Iterator[tuple[str, Outcome]]:
+    """Kill every named job `kills` times; jobs that need a state get the one of an uninterrupted pruning run.
+
+    Yields:
+        The name of a job and what became of its runs, as soon as it is finished.
+    """
     rng = random.Random(seed)
-    outcomes = {}
     with tempfile.TemporaryDirectory(prefix="chaos ") as folder:
         inputs = Path(folder) / "inputs"
         inputs.mkdir()
@@ -304,8 +308,15 @@ def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) ->
         for number, name in enumerate(names):
             work = Path(folder) / f"job {number}"
             work.mkdir()
-            outcomes[name] = run_job(name, JOBS[name], kills, work, inputs, rng)
-    return outcomes
+            yield name, run_job(name, JOBS[name], kills, work, inputs, rng)
+
+
+def print_outcome(name: str, outcome: Outcome) -> None:
+    counts = f"{outcome.kills:>4} kills in {outcome.runs:>3} runs"
+    found = f"{len(outcome.lost)} lost, {len(outcome.different)} different, {len(outcome.left_over)} left over"
+    print(f"{name:<20} {counts}: {found}", flush=True)
+    for line in (outcome.lost + outcome.different + outcome.left_over)[:5]:
+        print(f"    {line}", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -321,16 +332,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_at_least(args, 1, "kills")
-    outcomes = run_chaos(args.kills, args.jobs, args.model_dir, args.seed)
-    for name, outcome in outcomes.items():
-        counts = f"{outcome.kills:>4} kills in {outcome.runs:>3} runs"
-        print(f"{name:<20} {counts}: {len(outcome.lost)} lost, ", end="")
-        print(f"{len(outcome.different)} different, {len(outcome.left_over)} left over")
-        for line in (outcome.lost + outcome.different + outcome.left_over)[:5]:
-            print(f"    {line}")
-    if args.output:
-        found = {name: asdict(outcome) for name, outcome in outcomes.items()}
-        save_json({"machine": describe_machine(resolve_device("auto")), "jobs": found}, args.output)
+    outcomes = {}
+    for name, outcome in run_chaos(args.kills, args.jobs, args.model_dir, args.seed):
+        outcomes[name] = outcome
+        print_outcome(name, outcome)
+        if args.output:
+            found = {name: asdict(outcome) for name, outcome in outcomes.items()}
+            save_json({"machine": describe_machine(resolve_device("auto")), "jobs": found}, args.output)
     if any(outcome.lost or outcome.different or outcome.left_over for outcome in outcomes.values()):
         raise UserError("not every run survived; see above")
 
