@@ -25,6 +25,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from accelerate import PartialState
 from conftest import TEXTS, assert_clear_error, tiny_llama
 from forked import (
     dies_replacing,
@@ -316,6 +317,7 @@ def test_memory_that_ends_in_one_of_two_processes(run, where):
             settings = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
             settings |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
             os.environ.update({key: str(value) for key, value in settings.items()})
+            PartialState._reset_state()  # which an earlier test may have left in this process
             if rank == 1:
                 lacks_memory_in(*where)()
 
