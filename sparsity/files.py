@@ -82,7 +82,7 @@ def held_folder(path: Path, target: str | Path) -> Iterator[Path]:
             break
         os.close(handle)
         if held:
-            raise UserError(f"another run is writing to {target}; wait for it, or choose another folder")
+            raise _held_by_another(target)
     try:
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -234,8 +234,7 @@ def hold_until_exit(lock: Path, target: str | Path) -> BinaryIO | None:
         handle.seek(0)
         pid = handle.read(20).decode(errors="replace").strip()
         handle.close()
-        owner = f" (process {pid})" if pid.isdigit() else ""
-        raise UserError(f"another run{owner} is writing to {target}; wait for it, or choose another folder")
+        raise _held_by_another(target, f" (process {pid})" if pid.isdigit() else "")
     _held_locks.enter_context(handle)
     _held_locks.callback(_remove_if_empty, lock)
     if taken is None:
@@ -243,6 +242,10 @@ def hold_until_exit(lock: Path, target: str | Path) -> BinaryIO | None:
         print(note, file=sys.stderr, flush=True)
         return None
     return handle
+
+
+def _held_by_another(target: str | Path, owner: str = "") -> UserError:
+    return UserError(f"another run{owner} is writing to {target}; wait for it, or choose another folder")
 
 
 def _remove_if_empty(path: Path) -> None:

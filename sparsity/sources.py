@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import file_digest, path_exists, read_json, read_jsonl
+from sparsity.files import file_digest, is_file, path_exists, read_json, read_jsonl
 from sparsity.text import DEFAULT_INSTRUCTION, TEXT_FIELDS, read_texts, sample_blocks, valid_unicode
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def read_source(
     if source.spec == SELF:
         return own_texts(wanted_tokens, seed)
     path = Path(source.spec)
-    if path_exists(source.spec) and path.is_file() and path.suffix.lower() in (".txt", ".json", ".jsonl"):
+    if is_file(source.spec) and path.suffix.lower() in (".txt", ".json", ".jsonl"):
         return read_texts(path)
     texts = list(_dataset_texts(source.spec, wanted_tokens, seed, split, column))
     if not texts:
