@@ -47,8 +47,7 @@ class Statistics:
 
     Attributes:
         hessian: X Xᵀ [cols, cols] float32; until `finish`, bfloat16 inputs leave the part below the diagonal open.
-        cross: E Xᵀ [rows, cols] float32, for what is missing from the linear's outputs, E [rows, tokens]; None if
-            `rows` is 0.
+        cross: Y Xᵀ [rows, cols] float32, for the outputs Y [rows, tokens] that are wanted; None if `rows` is 0.
     """
 
     def __init__(self, cols: int, scratch: Scratch, rows: int = 0):
@@ -62,12 +61,12 @@ class Statistics:
     def add(
         self,
         inputs: Tensor,
-        missing: Tensor | None = None,
+        wanted: Tensor | None = None,
         *,
         token_weight: float = 1.0,
         token_scales: Tensor | None = None,
     ) -> None:
-        """Take in inputs [tokens, cols] and, with a cross product, missing outputs [tokens, rows].
+        """Take in inputs [tokens, cols] and, with a cross product, wanted outputs [tokens, rows].
 
         A token counts by `token_weight` and by the square of its entry in `token_scales` [tokens] (mean square 1).
 
@@ -83,14 +82,14 @@ class Statistics:
             if not self._half:
                 part = self._scratch.take("inputs", TOKENS_AT_ONCE, inputs.shape[1])[: len(part)].copy_(part)
             self._add_square(part, token_weight)
-            if missing is not None:
+            if wanted is not None:
                 assert self.cross is not None
-                lacking = missing[start : start + TOKENS_AT_ONCE]
-                lacking = (lacking if token_scales is None else lacking * scales).to(part.dtype)
+                outputs = wanted[start : start + TOKENS_AT_ONCE]
+                outputs = (outputs if token_scales is None else outputs * scales).to(part.dtype)
                 if self._half:
-                    self.cross.add_(lacking.t() @ part, alpha=token_weight)
+                    self.cross.add_(outputs.t() @ part, alpha=token_weight)
                 else:
-                    self.cross.addmm_(lacking.t(), part, alpha=token_weight)
+                    self.cross.addmm_(outputs.t(), part, alpha=token_weight)
         self.tokens += token_weight * len(inputs)
 
     def _add_square(self, part: Tensor, token_weight: float) -> None:
@@ -134,6 +133,15 @@ class Statistics:
             tensor /= count if count > 0 else 1  # experts may have seen no token
             if not torch.isfinite(tensor).all():
                 raise UserError(f"the input of {name} is NaN or infinite in calibration; try --dtype bf16 or fp32")
+
+    @tf32(False)
+    def subtract_outputs(self, weight: Tensor) -> None:
+        """Turn Y Xᵀ, once finished, into (Y - W X) Xᵀ for a weight W [rows, cols]: what its outputs lack.
+
+        From X Xᵀ, so that no pass over the tokens computes W X.
+        """
+        assert self.cross is not None
+        self.cross.addmm_(weight.float(), self.hessian, alpha=-1)
 
 
 def relative_scales(target: Tensor) -> Tensor:
@@ -295,7 +303,7 @@ def collect_missing(
             inputs in the pruned model, if these are as wide.
 
     Returns:
-        Statistics with `cross`, for E = sum - pruned model's hidden states - W X.
+        Statistics with `cross`, for what W X lacks: Y - W X with Y = sum - pruned model's hidden states.
     """
     assert states.pruned is not None
     found = Statistics(linear.in_features, Scratch(states.device), linear.out_features)
@@ -303,11 +311,8 @@ def collect_missing(
     def hook(batch: int, hidden: Tensor) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
             target = sums[batch].to(states.device, non_blocking=True)
-            missing = (target - hidden.to(states.device, non_blocking=True)).float()
-            missing -= states.linear(linear, args[0]).view_as(missing)
-            inputs, missing, target = states.kept(batch, args[0], missing, target)
-            weight = states.token_weights[batch]
-            found.add(inputs, missing, token_weight=weight, token_scales=relative_scales(target))
+            wanted = target - hidden.to(states.device, non_blocking=True)
+            add_wanted(found, states, batch, linear, args[0], wanted, target)
             if linear.in_features == linear.out_features:
                 states.store(args[0].view_as(sums[batch]), sums[batch])
             raise Stop
@@ -321,7 +326,30 @@ def collect_missing(
                 states.run(layer, index, batch, hidden)
             handle.remove()
     found.finish(name)
+    found.subtract_outputs(linear.weight)
     return found
+
+
+def add_wanted(
+    found: Statistics,
+    states: HiddenStates,
+    batch: int,
+    linear: nn.Linear,
+    inputs: Tensor,
+    wanted: Tensor,
+    target: Tensor,
+) -> None:
+    """Take the outputs that are wanted of a linear, for its inputs in one batch, into its statistics.
+
+    Args:
+        inputs: [batch, length, cols] or [tokens, cols].
+        wanted, target: [batch, length, width], outputs of the linear and the residual stream that they lead to.
+    """
+    if linear.bias is not None:
+        wanted = wanted - linear.bias
+    inputs, wanted, target = states.kept(batch, inputs, wanted, target)
+    weight = states.token_weights[batch]
+    found.add(inputs, wanted, token_weight=weight, token_scales=relative_scales(target))
 
 
 @torch.no_grad()
@@ -337,9 +365,9 @@ def collect_residual(
 ) -> Statistics:
     """Statistics of the layer's last linear, and of all that the layer's output lacks so far.
 
-    The linear's output is added to the residual stream R. What is missing from the layer's target T (the dense model's
-    hidden states, `states.dense`, already moved past the layer) is E = T - R - W X. Fitting it is the asymmetric
-    calibration of GPTAQ (Li et al. 2025), with the residual's own error included.
+    The linear's output is added to the residual stream R. The layer's target T (the dense model's hidden states,
+    `states.dense`, already moved past the layer) lacks T - R - W X. Fitting it is the asymmetric calibration of GPTAQ
+    (Li et al. 2025), with the residual's own error included.
 
     Args:
         inputs_of_last: buffers that receive X per batch.
@@ -359,14 +387,11 @@ def collect_residual(
             with known, _zero_output(states, linear) as seen:
                 residual = states.run(layer, index, batch, hidden)
             target = states.dense[batch].to(states.device, non_blocking=True)
-            missing = target.float() - residual.float()
-            missing -= states.linear(linear, seen[0]).view_as(missing)
             states.store(residual, hidden)
-            inputs, missing, target = states.kept(batch, seen[0], missing, target)
-            weight = states.token_weights[batch]
-            found.add(inputs, missing, token_weight=weight, token_scales=relative_scales(target))
+            add_wanted(found, states, batch, linear, seen[0], target.float() - residual.float(), target)
             states.store(seen[0].reshape(inputs_of_last[batch].shape), inputs_of_last[batch])
     found.finish(name)
+    found.subtract_outputs(linear.weight)
     return found
 
 

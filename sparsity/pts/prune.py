@@ -40,7 +40,7 @@ from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask, wanda_mask
 from sparsity.pts.permutation import permute, reorderable
 from sparsity.pts.recipe import Recipe
-from sparsity.pts.solvers import admm, damp, layer_error, least_squares, refit, sparsegpt
+from sparsity.pts.solvers import admm, damp, half_hessian, layer_error, least_squares, refit, sparsegpt, times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def new_weight(
         damping that was used, None without a Hessian's inverse.
     """
     hessian, percdamp = statistics.hessian, None
-    damping = weight.new_zeros(())
+    damping, error = weight.new_zeros(weight.shape[1]), None
     if recipe.method in ("magnitude", "wanda"):
         by_magnitude = recipe.method == "magnitude"
         mask = magnitude_mask(weight, recipe.pattern) if by_magnitude else wanda_mask(weight, hessian, recipe.pattern)
@@ -89,9 +89,12 @@ def new_weight(
             pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size)
             del inverse_factor
         if recipe.refit_iterations:
-            pruned = refit(weight, hessian, pruned, mask, recipe.refit_iterations)
-    errors = torch.stack([layer_error(delta, hessian, damping) for delta in (pruned - weight, weight)])
-    return pruned, mask, errors, percdamp
+            pruned, error = refit(weight, hessian, pruned, mask, recipe.refit_iterations)
+    change = pruned - weight
+    error = layer_error(change, hessian) if error is None else error
+    energy = (times(weight, half_hessian(hessian)) * weight).sum(1)
+    without_damping = [sums - (delta.square() @ damping) for sums, delta in ((error, change), (energy, weight))]
+    return pruned, mask, torch.stack(without_damping), percdamp
 
 
 def prune_group(

@@ -67,9 +67,20 @@ def damp(
     raise UserError("the Hessian is not positive definite at any damping: the calibration activations are not finite")
 
 
-def layer_error(delta: Tensor, hessian: Tensor, damping: Tensor | float = 0.0) -> Tensor:
-    """tr(Δ (H - D) Δᵀ) per row [rows], for a weight change Δ [rows, cols] and `damping` the diagonal of D [cols]."""
-    return (delta @ hessian).sub_(delta * damping).mul_(delta).sum(1)
+def layer_error(delta: Tensor, hessian: Tensor) -> Tensor:
+    """tr(Δ H Δᵀ) per row [rows], for a weight change Δ [rows, cols]."""
+    return (delta @ hessian).mul_(delta).sum(1)
+
+
+def half_hessian(hessian: Tensor) -> Tensor:
+    """H in bfloat16 where its products are faster so, for those that need no more; else H itself."""
+    half = hessian.device.type == "cpu" and bf16_is_faster(hessian.device) and len(hessian) >= HALF_FROM
+    return hessian.bfloat16() if half else hessian
+
+
+def times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """The product of a matrix [rows, cols] float32 with H as `half_hessian` gave it, [rows, cols] float32."""
+    return (matrix.to(factor.dtype) @ factor).to(matrix.dtype)
 
 
 def group_costs(inverse_factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -199,32 +210,31 @@ def least_squares(weight: Tensor, cross: Tensor, inverse_factor: Tensor) -> Tens
 
 def refit(
     weight: Tensor, hessian: Tensor, start: Tensor, mask: Tensor, iterations: int, tolerance: float = 1e-3
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Least squares on the support: the S with zeros off `mask` that minimizes tr((S - W) H (S - W)ᵀ).
 
     Conjugate gradients with the diagonal of H as preconditioner, all rows at once (each row is a problem of its own
     with its own step sizes). In exact arithmetic the error falls with every iteration. CPUs with instructions for it
-    multiply by H in bfloat16, except for the first residual and the last error.
+    multiply by H in bfloat16, except for the error at the end.
 
     Args:
         weight: target W [rows, cols] float32.  hessian: damped H [cols, cols].  start: S to begin from, zero off mask.
 
     Returns:
-        S [rows, cols]; no row has a larger error than it had in `start`.
+        S [rows, cols]; its error per row [rows], larger than that of `start` in no row but for rounding.
     """
     inverse_diagonal = hessian.diagonal().reciprocal()
-    half = hessian.device.type == "cpu" and bf16_is_faster(hessian.device) and len(hessian) >= HALF_FROM
-    factor = hessian.bfloat16() if half else hessian
+    factor = half_hessian(hessian)
     s = start.clone()
     direction = weight - start  # at first the change of the weights: matrices of this size are what memory goes to
-    residual = direction @ hessian
+    residual = times(direction, factor)
     start_error = (direction * residual).sum(1)
     residual *= mask
     torch.mul(residual, inverse_diagonal, out=direction)
     rz = (residual * direction).sum(1, keepdim=True)
     stop = rz.sum() * tolerance**2
     for _ in range(iterations):
-        curved = (direction.to(factor.dtype) @ factor).to(hessian.dtype).mul_(mask)
+        curved = times(direction, factor).mul_(mask)
         alpha = rz / (direction * curved).sum(1, keepdim=True).clamp(min=1e-30)
         s.addcmul_(alpha, direction)
         residual.addcmul_(alpha, curved, value=-1)
@@ -235,6 +245,7 @@ def refit(
         direction.mul_(rz_next / rz.clamp(min=1e-30)).add_(curved)
         rz = rz_next
     del direction, residual, factor
-    worse = layer_error(s - weight, hessian) > start_error
+    error = layer_error(s - weight, hessian)
+    worse = error > start_error
     s[worse] = start[worse]
-    return s
+    return s, torch.minimum(error, start_error)
