@@ -133,13 +133,12 @@ def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_si
         errors = torch.empty_like(w[start:end])
         for i in range(start, end, m):
             group, form = w[i : i + m], forms[i // m]
-            products = (group[:, None] * group[None]).flatten(0, 1)  # w wᵀ per row: [m·m, rows]
-            best = (form.flatten(1) @ products).argmin(0)  # [rows]
-            multipliers = (form[best] * group.t()[:, None]).sum(-1).t()  # c: [m, rows]
-            error = inverse_factor[i : i + m, i : i + m] @ multipliers
+            multipliers = (form.flatten(0, 1) @ group).view(-1, *group.shape)  # c of each way: [patterns, m, rows]
+            best = (multipliers * group).sum(1).min(0).indices  # [rows]; many times as fast as argmin
+            error = inverse_factor[i : i + m, i : i + m] @ multipliers.gather(0, best.expand(1, m, -1))[0]
             w[i:end].addmm_(inverse_factor[i : i + m, i:end].t(), error, alpha=-1)
             errors[i - start : i - start + m] = error
-            mask[i : i + m] = kept[best].t()
+            mask[i : i + m] = kept.index_select(0, best).t()
         w[end:].addmm_(inverse_factor[start:end, end:].t(), errors, alpha=-1)
     mask = mask.t().contiguous()
     return w.t().contiguous().masked_fill_(~mask, 0.0), mask
