@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparsity.attention import grouped_queries
+from sparsity.attention import fast_attention
 from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEQUENCES_AT_ONCE = 32  # each step reads all weights once, for however many sequences
-FEW_AT_ONCE = 16  # in the first two batches, so that less is written where little is asked for
 MOST_CACHE_BYTES = 2**30  # of keys and values
 TOKENS_IN_A_SUM = 256  # of probabilities, when a token is drawn
 
@@ -102,15 +101,14 @@ def self_text(
     settings = [length, seed, most, len(tokenizer), prompt, device.type, str(dtype)]
     kept = prepare_output_dir((folder or cache_folder()) / _key(model, settings, dtype))
     remove_leftovers(kept)
-    sizes = batch_sizes(sequences, most)
     first, step = part
-    numbers = range(first, len(sizes), step)
+    numbers = range(first, batch_count(sequences, most), step)
     files = {number: kept / f"batch_{number:04d}.safetensors" for number in numbers}
     size = token_count(model, len(tokenizer))
     found = {
         number: tokens
         for number, file in files.items()
-        if (tokens := _load(file, sizes[number], length, prompt, size)) is not None
+        if (tokens := _load(file, most, length, prompt, size)) is not None
     }
     missing = [number for number in numbers if number not in found]
     try:
@@ -121,7 +119,7 @@ def self_text(
         with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=hide_bar() or not missing) as bar:
             for number in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                found[number] = write_batch(model, sizes[number], length, generator, len(tokenizer), prompt, bar)
+                found[number] = write_batch(model, most, length, generator, len(tokenizer), prompt, bar)
                 with atomic_path(files[number]) as temporary:
                     save_file({"input_ids": found[number]}, temporary)
     except torch.OutOfMemoryError as error:
@@ -134,16 +132,9 @@ def self_text(
     return torch.cat(batches)[:sequences] if batches else torch.empty(0, length, dtype=torch.long)
 
 
-def batch_sizes(sequences: int, most: int) -> list[int]:
-    """Sizes of the batches that hold `sequences` or a few more; those for fewer sequences begin those for more.
-
-    >>> batch_sizes(10, 32), batch_sizes(40, 32)
-    ([16], [16, 16, 32])
-    """
-    sizes: list[int] = []
-    while sum(sizes) < sequences:
-        sizes.append(min(most, FEW_AT_ONCE if len(sizes) < 2 else most))
-    return sizes
+def batch_count(sequences: int, most: int) -> int:
+    """How many batches of `most` sequences hold `sequences` or a few more."""
+    return -(-sequences // most)
 
 
 def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> torch.dtype:
@@ -186,7 +177,7 @@ def write_batch(
     cache: dict[str, Any] = {}
     done, known = 0, max(1, len(prompt))
     while known < length:
-        with grouped_queries():
+        with fast_attention():
             output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
         if not cache:
             cache = {cache_name(output): give_room(output[cache_name(output)], length)}

@@ -18,7 +18,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def write(model_dir, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SEQUENCES_AT_ONCE", 4)
-    monkeypatch.setattr(module, "FEW_AT_ONCE", 2)
     return lambda sequences, length=12, seed=0, dense=None: self_text(
         str(model_dir), tokenizer, sequences, length, CPU, seed, folder=tmp_path / "cache", dense=dense
     )
@@ -58,7 +57,7 @@ def test_text_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_shorter(w
 def test_finished_batches_are_kept_and_damaged_ones_written_again(write, tmp_path, monkeypatch):
     text = write(8)
     files = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    assert [len(load_file(file)["input_ids"]) for file in files] == [2, 2, 4]
+    assert [len(load_file(file)["input_ids"]) for file in files] == [4, 4]
     files[1].write_bytes(files[1].read_bytes()[:40])
     written = []
     original = module.write_batch

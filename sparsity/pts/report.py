@@ -12,7 +12,7 @@ from sparsity.models import decoder_layers
 from sparsity.pts.discovery import choose_linears, shared_inputs
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
-from sparsity.self_text import batch_sizes, sequences_at_once, writing_bytes
+from sparsity.self_text import batch_count, sequences_at_once, writing_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,12 +141,13 @@ def estimate(
 
 def self_text_estimate(model: PreTrainedModel, sequences: int, length: int, kind: str) -> str:
     """A line with the computed time in which the model writes text; each step reads all weights once."""
-    sizes = batch_sizes(sequences, sequences_at_once(model, length, model.dtype))
+    size = sequences_at_once(model, length, model.dtype)
     weights = sum(p.numel() for p in model.parameters())
-    steps = sum(2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * size / (4 * FLOPS[kind]) for size in sizes)
+    step = 2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * size / (4 * FLOPS[kind])
+    seconds = batch_count(sequences, size) * length * step
     return (
-        f"self text: {sequences} sequences of {length} tokens, {max(sizes)} at a time; "
-        f"computed time: about {length * steps:,.0f} s, none where an earlier run has left it in the cache"
+        f"self text: {sequences} sequences of {length} tokens, {size} at a time; "
+        f"computed time: about {seconds:,.0f} s, none where an earlier run has left it in the cache"
     )
 
 

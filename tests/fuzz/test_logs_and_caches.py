@@ -211,7 +211,7 @@ def writer():
 def text_cache(folder, tokenizer, model_dir):
     """Calls for a text of the tiny model from its cache, the file of its only batch, and that file's content."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_text_module, "FEW_AT_ONCE", 2)
+        patch.setattr(self_text_module, "SEQUENCES_AT_ONCE", 2)
         patch.setattr(self_text_module, "load_model", lambda *args: writer())
         cache = folder / "self_text"
 
