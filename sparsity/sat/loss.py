@@ -108,23 +108,29 @@ def forward(
 
 
 def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) -> None:
-    """Run two short samples packed and apart.
+    """Run a short sample packed behind two others in turn, and alone.
 
     Raises:
-        UserError: the packed ones see each other, because this model does not take a mask for each row.
+        UserError: it sees the one before it or takes its place into account, because this model does not take a mask
+            and positions for each row.
     """
-    ids = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(vocabulary, (3, 8), generator=torch.Generator().manual_seed(0)).tolist()
     nothing = [IGNORE] * 8
+
+    def behind(first: list[int]) -> torch.Tensor:
+        row = {"input_ids": [first, ids[2]], "labels": [nothing] * 2, "record": [0, 1], "plain": [False] * 2}
+        return model(**model_inputs(model, collate([row]))).logits[0, 8:16].float()
+
     with torch.no_grad():
-        packed = collate([{"input_ids": ids, "labels": [nothing] * 2, "record": [0, 1], "plain": [False] * 2}])
-        alone = collate([{"input_ids": ids[1], "labels": nothing, "record": 1, "plain": False}])
         try:
-            together = model(**model_inputs(model, packed)).logits[0, 8:16]
+            one, other = behind(ids[0]), behind(ids[1])
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"{type(model).__name__} does not take packed rows ({error}); drop --packing") from error
-        apart = model(**model_inputs(model, alone)).logits[0, :8]
-    tolerance = 1e-2 if model.dtype == torch.float32 else 5e-2  # samples that see each other differ by much more
-    if not torch.allclose(together, apart, atol=tolerance * apart.abs().max().item()):
+        row = {"input_ids": ids[2], "labels": nothing, "record": 1, "plain": False}
+        alone = model(**model_inputs(model, collate([row]))).logits[0, :8].float()
+    # Rows of one shape are rounded alike; of another shape a pruned model in 16 bits is rounded 3% apart.
+    rounding = 1e-2 if model.dtype == torch.float32 else 0.1
+    if (one - other).norm() > 1e-3 * one.norm() or (one - alone).norm() > rounding * alone.norm():
         raise UserError(f"{type(model).__name__} lets packed samples see each other; train without --packing")
 
 
