@@ -10,6 +10,7 @@ no training data; the share of the rise through PTS that each way regains, (PTS 
 test records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their
 longest sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the
 others, so that losses can be compared. Part "trainer" compares our trainer with transformers' own on the dense model.
+Part "memory" compares the peak memory of low-rank training with that of full training.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ import torch
 from benchmarks import texts
 from benchmarks.commands import ROOT, run_command
 from benchmarks.machine import add_output_option, check_output, save_figures
+from benchmarks.process import peak_of_command
 from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.figures import ROUGE_TYPES, read_figures
 from sparsity.files import require_file, save_json
-from sparsity.models import load_model, load_tokenizer
+from sparsity.models import empty_model, load_config, load_model, load_tokenizer
 from sparsity.states import restore_sparse
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 
+RANK, MEMORY_STEPS = 64, 3  # where memory is measured
 TEACHER = ["--distill", "--distill_kl", 0.5, "--distill_kl_answers", 0]
 # Ways to train: options, after those that all share; {text} stands for --text_path.
 RECOVERY: dict[str, list[Any]] = {
@@ -44,7 +47,7 @@ RECOVERY: dict[str, list[Any]] = {
     "KL": ["--text_path", "{text}", *TEACHER],
     "KL, self text": ["--text_path", "{text}=0.4,self=0.6", *TEACHER],
     "KL, self text, moving masks": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--mask_schedule", "saliency"],
-    "KL, self text, rank 64": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--lora_rank", 64, "--lr", 3e-3],
+    "KL, self text, rank 64": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--lora_rank", RANK, "--lr", 3e-3],
 }
 NEVER = 10**6  # steps between evaluations or checkpoints: only at the end
 
@@ -224,7 +227,36 @@ def trainer(args: argparse.Namespace, work: Path) -> dict[str, float]:
     return {"transformers, dense": plain, "ours, with masks": ours, "ratio": ours / plain}
 
 
-PARTS = {"recovery": recovery, "throughput": throughput, "trainer": trainer}
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Peak MiB of training in full and of a low rank on one process, beyond what it holds without any model."""
+    parameters = sum(p.numel() for p in empty_model(load_config(args.model)).parameters())
+    shared = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path, "--packing"]
+    shared += ["--max_length", args.context, "--train_bs", args.train_bs, "--max_steps", MEMORY_STEPS]
+    shared += ["--save_strategy", "no", "--eval_strategy", "no"]
+    arms = {
+        "full": [],
+        f"rank {RANK}": ["--lora_rank", RANK],
+        "full, checkpointing": ["--gradient_checkpointing"],
+        f"rank {RANK}, checkpointing": ["--gradient_checkpointing", "--lora_rank", RANK],
+    }
+    command = ("bash", ROOT / "launch_finetune.sh", *shared)
+    libraries = peak_of_command(*command, "--output_dir", work / "check", "--check_only")
+    results: dict[str, dict[str, float]] = {}
+    for name, options in arms.items():
+        peak = peak_of_command(*command, *options, "--output_dir", work / name.replace(" ", "_")) - libraries
+        weights = parameters * (2 if "--lora_rank" in options else 4) / 2**20
+        results[name] = {"beyond_libraries": peak, "weights": weights, "beyond_weights": peak - weights}
+        if "--lora_rank" in options:
+            full = results[name.replace(f"rank {RANK}", "full")]
+            results[name]["of_full_training"] = (peak - weights) / full["beyond_weights"]
+        print(json.dumps({name: results[name]}), flush=True)
+    return results
+
+
+PARTS = {"recovery": recovery, "throughput": throughput, "trainer": trainer, "memory": memory}
 
 
 def main() -> None:
