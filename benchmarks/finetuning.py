@@ -236,7 +236,7 @@ def memory(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     shared = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path, "--packing"]
     shared += ["--max_length", args.context, "--train_bs", args.train_bs, "--max_steps", MEMORY_STEPS]
     shared += ["--save_strategy", "no", "--eval_strategy", "no"]
-    arms = {
+    arms: dict[str, list[Any]] = {
         "full": [],
         f"rank {RANK}": ["--lora_rank", RANK],
         "full, checkpointing": ["--gradient_checkpointing"],
