@@ -5,7 +5,7 @@ keys. Given as several queries of that head, they are many times as fast: torch'
 long for one query as for two, and keys are read once for all of them.
 
 Whole texts are split into blocks of queries, each of which attends to the keys so far by plain matrix products, which
-without AMX are almost twice as fast as the kernel.
+without AMX take 0.7 of the kernel's time.
 """
 
 from __future__ import annotations
@@ -76,18 +76,20 @@ def _one_position(query: Tensor, key: Tensor, value: Tensor, attention_mask: Ten
     return output[:, :, :group].reshape(batch, 1, heads, -1)
 
 
+@torch.autocast("cpu", enabled=False)
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     (batch, heads, length, width), kept_heads = query.shape, key.shape[1]
     group = heads // kept_heads
-    queries = (query * scale).view(batch, kept_heads, group, length, width)
+    # Scores rounded to bfloat16 would double the error.
+    queries, keys = (query.float() * scale).view(batch, kept_heads, group, length, width), key.float()
     output = query.new_empty(batch, length, kept_heads, group, value.shape[-1])
     for start in range(0, length, QUERIES_AT_ONCE):
         end = min(start + QUERIES_AT_ONCE, length)
-        later = query.new_full((end - start, end - start), float("-inf")).triu(1).repeat(group, 1)
+        later = queries.new_full((end - start, end - start), float("-inf")).triu(1).repeat(group, 1)
         for row in range(batch):
             for head in range(kept_heads):
-                scores = queries[row, head, :, start:end].reshape(-1, width) @ key[row, head, :end].t()
+                scores = queries[row, head, :, start:end].reshape(-1, width) @ keys[row, head, :end].t()
                 scores[:, start:] += later
-                found = scores.softmax(-1) @ value[row, head, :end]
+                found = scores.softmax(-1).to(value.dtype) @ value[row, head, :end]
                 output[row, start:end, head] = found.view(group, end - start, -1).transpose(0, 1)
     return output.flatten(2, 3)

@@ -45,7 +45,7 @@ def test_causal_attention_by_blocks_is_that_of_whole_texts(length, kept_heads, m
         found, _ = attention(module, query, key, value, None)
     rounded, _ = sdpa_attention_forward(module, query, key, value, None)
     assert not torch.equal(found, rounded)
-    assert (found - exact).norm() < 0.01 * exact.norm()
+    assert (found - exact).norm() < 1.5 * (rounded - exact).norm() < 0.01 * exact.norm()
 
 
 def test_transformers_own_attention_returns_after_the_block():
