@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import resource
 import sys
 from collections.abc import Iterator
@@ -55,15 +54,8 @@ def bf16_is_faster(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster: on any GPU, and on a CPU with instructions for them."""
     import torch
 
-    return device.type != "cpu" or has_amx() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether the CPU has tile instructions (AMX), for which torch has kernels of its own in bfloat16."""
-    import torch
-
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def inference_dtype(name: str | None, device: torch.device) -> str | None:

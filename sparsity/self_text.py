@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparsity.attention import fast_attention
+from sparsity.attention import grouped_queries
 from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
@@ -177,7 +177,7 @@ def write_batch(
     cache: dict[str, Any] = {}
     done, known = 0, max(1, len(prompt))
     while known < length:
-        with fast_attention():
+        with grouped_queries():
             output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
         if not cache:
             cache = {cache_name(output): give_room(output[cache_name(output)], length)}

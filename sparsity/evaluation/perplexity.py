@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.attention import fast_attention
 from sparsity.errors import UserError
 from sparsity.processes import hide_bar, sum_over_processes
 from sparsity.sources import Source, check_source, parse_sources, read_source
@@ -44,8 +43,7 @@ def total_loss(
     with torch.inference_mode(), bar:
         for start in range(0, len(blocks), batch_size):
             batch = blocks[start : start + batch_size].to(device)
-            with fast_attention():
-                logits = model(input_ids=batch, use_cache=False).logits
+            logits = model(input_ids=batch, use_cache=False).logits
             for row, (tokens, scores) in enumerate(zip(batch, logits, strict=True), start=start):
                 scored = fresh if row else length - 1
                 total += _sequence_loss(scores[-1 - scored : -1], tokens[-scored:])

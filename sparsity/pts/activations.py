@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.attention import fast_attention
 from sparsity.devices import bf16_is_faster
 from sparsity.pts.discovery import Call, record_calls, returns_tuple
 
@@ -138,7 +137,7 @@ class HiddenStates:
         if len(hidden) < self.shapes[batch][0]:
             args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
         hidden = hidden.to(self.device, non_blocking=True).to(self.dtype)
-        with nullcontext() if exact else self.precision(), fast_attention():
+        with nullcontext() if exact else self.precision():
             output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
