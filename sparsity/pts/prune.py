@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsity.devices import peak_memory_mib, return_freed_memory, tf32
+from sparsity.devices import keep_freed_memory, peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers, head_counts
 from sparsity.processes import hide_bar, is_main_process
@@ -287,6 +287,8 @@ def prune_model(
     Raises:
         UserError: unsupported architecture, non-finite weights or activations.
     """
+    if device.type == "cpu":
+        keep_freed_memory()  # from batch to batch; it is returned after every layer
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     prefix, layers = decoder_layers(model)

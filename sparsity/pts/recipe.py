@@ -35,7 +35,7 @@ class Recipe:
 
 # Shrinkage keeps the refitted weights closer to the dense ones along directions that only the calibration text has:
 # slightly worse on text of its kind, clearly better on other text (docs/measurements.md).
-_FAST = Recipe(percdamp=0.01, shrinkage=0.3, refit_iterations=6, dense_inputs=True, permute=True)
+_FAST = Recipe(percdamp=0.01, shrinkage=0.3, refit_iterations=4, dense_inputs=True, permute=True)
 QUALITY = {
     "fast": _FAST,
     "balanced": replace(_FAST, asymmetric=True),
