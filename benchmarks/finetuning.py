@@ -29,12 +29,11 @@ import torch
 from benchmarks import texts
 from benchmarks.commands import ROOT, run_command
 from benchmarks.machine import add_output_option, check_output, save_figures
-from benchmarks.process import peak_of_command
 from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.figures import ROUGE_TYPES, read_figures
 from sparsity.files import require_file, save_json
-from sparsity.models import empty_model, load_config, load_model, load_tokenizer
+from sparsity.models import load_model, load_tokenizer
 from sparsity.states import restore_sparse
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
@@ -231,28 +230,22 @@ def trainer(args: argparse.Namespace, work: Path) -> dict[str, float]:
 
 
 def memory(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
-    """Peak MiB of training in full and of a low rank on one process, beyond what it holds without any model."""
-    parameters = sum(p.numel() for p in empty_model(load_config(args.model)).parameters())
+    """Peak MiB beyond the weights of training in full and of a low rank, on one process."""
     shared = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path, "--packing"]
     shared += ["--max_length", args.context, "--train_bs", args.train_bs, "--max_steps", MEMORY_STEPS]
     shared += ["--save_strategy", "no", "--eval_strategy", "no"]
-    arms: dict[str, list[Any]] = {
-        "full": [],
-        f"rank {RANK}": ["--lora_rank", RANK],
-        "full, checkpointing": ["--gradient_checkpointing"],
-        f"rank {RANK}, checkpointing": ["--gradient_checkpointing", "--lora_rank", RANK],
-    }
-    command = ("bash", ROOT / "launch_finetune.sh", *shared)
-    libraries = peak_of_command(*command, "--output_dir", work / "check", "--check_only")
     results: dict[str, dict[str, float]] = {}
-    for name, options in arms.items():
-        peak = peak_of_command(*command, *options, "--output_dir", work / name.replace(" ", "_")) - libraries
-        weights = parameters * (2 if "--lora_rank" in options else 4) / 2**20
-        results[name] = {"beyond_libraries": peak, "weights": weights, "beyond_weights": peak - weights}
-        if "--lora_rank" in options:
-            full = results[name.replace(f"rank {RANK}", "full")]
-            results[name]["of_full_training"] = (peak - weights) / full["beyond_weights"]
-        print(json.dumps({name: results[name]}), flush=True)
+    for checkpointing in ([], ["--gradient_checkpointing"]):
+        found = {}
+        for kind, options in (("full", []), (f"rank {RANK}", ["--lora_rank", RANK])):
+            name = ", ".join([kind, *(word.strip("-").replace("_", " ") for word in checkpointing)])
+            command = [sys.executable, "-m", "benchmarks.training_memory", *shared, *checkpointing, *options]
+            output = run_command(*command, "--output_dir", work / name.replace(" ", "_"))
+            found[name] = json.loads(output.strip().splitlines()[-1])
+            print(json.dumps({name: found[name]}), flush=True)
+        full, low = found.values()
+        low["of_full_training"] = low["memory_mib"] / full["memory_mib"]
+        results |= found
     return results
 
 

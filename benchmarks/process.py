@@ -1,45 +1,18 @@
-"""What code takes of its process: time, CPU time, memory. Imports nothing but Python's own modules."""
+"""What a block of code takes of its process: time, CPU time, memory. Imports nothing but Python's own modules."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 PROCESS_STATUS = Path("/proc/self/status")
-INTERVAL = 0.02  # seconds between two looks at another process
 
 
-def memory_kib(field: str, status: Path = PROCESS_STATUS) -> int:
-    """VmRSS (now), RssAnon (of that, what no file backs) or VmHWM (peak) of a process in KiB, from Linux; 0 if dead."""
-    try:
-        lines = status.read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
-
-
-def peak_of_command(*command: Any) -> float:
-    """Run a command to its end; the peak in MiB of its process's memory that no file backs.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    words = [str(word) for word in command]
-    peak = 0
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHON": sys.executable}) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            peak = max(peak, memory_kib("RssAnon", status))
-            time.sleep(INTERVAL)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, words)
-    return peak / 1024
+def memory_kib(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process in KiB, from Linux."""
+    return next(int(line.split()[1]) for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(field))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sparsity.devices import return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import save_torch
 from sparsity.sat.low_rank import trained_only
@@ -18,8 +19,16 @@ from sparsity.states import load_state, sparse_masks
 STATE_NAME = "finetuned_modelopt_state.pth"
 
 
+def free_training_memory(trainer: SparseTrainer) -> None:
+    """Let go of gradients and of what the optimizer keeps, once training has ended: as large as the saved state."""
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizer.state.clear()
+    return_freed_memory()
+
+
 def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> None:
     """Gather the weights, save them with the masks, and check on the saved file that all pruned weights are +0.0."""
+    free_training_memory(trainer)
     with contextlib.nullcontext() if student.merge is None else trained_only(trainer.model):
         weights = full_state(trainer.accelerator, trainer.model, student.dtypes)
     if not trainer.args.should_save:
