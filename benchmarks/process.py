@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PROCESS_STATUS = Path("/proc/self/status")
+INTERVAL = 0.01  # seconds between two looks at the memory
 
 
 def memory_kib(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process in KiB, from Linux."""
+    """VmRSS (now), RssAnon (of that, what no file backs) or VmHWM (peak) of this process in KiB, from Linux."""
     return next(int(line.split()[1]) for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(field))
 
 
@@ -28,3 +30,26 @@ def measured() -> Iterator[dict[str, float]]:
     figures["seconds"] = round(time.perf_counter() - started, 1)
     figures["memory_mib"] = round((memory_kib("VmHWM") - before) / 1024, 1)
     figures["cpu_seconds"] = round(time.process_time() - busy, 1)
+
+
+@contextmanager
+def anonymous_memory() -> Iterator[dict[str, float]]:
+    """Fill the dictionary, once the block has ended, with `memory_mib`: as `measured`, without what a file backs.
+
+    Pages of mapped weights are read again when memory is short, so they are no need of the block's.
+    """
+    figures: dict[str, float] = {}
+    before = peak = memory_kib("RssAnon")
+    ended = threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not ended.wait(INTERVAL):
+            peak = max(peak, memory_kib("RssAnon"))
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    yield figures
+    ended.set()
+    watcher.join()
+    figures["memory_mib"] = round((peak - before) / 1024, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.process import measured
+from benchmarks.process import anonymous_memory
 from sparsity import files, models
 from sparsity.sat.arguments import ARGUMENT_TYPES, SatArguments
 from sparsity.sat.dataset import load_data, training_samples
@@ -32,7 +32,7 @@ def main() -> None:
     student = load_student(args, tokenizer.pad_token_id)
     teacher = load_teacher(args, student.model.get_input_embeddings().weight.shape[0])
     trainer = build_trainer(args, student, teacher, tokenizer, (train, None))
-    with measured() as result:
+    with anonymous_memory() as result:
         trainer.train()
         save_and_verify(trainer, student, args.training.result_dir / STATE_NAME)
     print(json.dumps(result))
