@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         *("--calib_data", "--dataset"),
         metavar="SOURCE",
         help="plain text: a file, a folder, a hub data set NAME:CONFIG:SPLIT, or self (text that the model writes); "
-        f"several with weights: a=0.65,self=0.35 (by default {DEFAULT_SOURCES}; sparse_magnitude needs none)",
+        f"several with weights: a=0.6,self=0.4 (by default {DEFAULT_SOURCES}; sparse_magnitude needs none)",
     )
     group.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences, shared by weight")
     group.add_argument(

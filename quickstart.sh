@@ -102,7 +102,7 @@ steps=$out/steps
 pts=$out/pts_modelopt_state.pth
 step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --model_max_length $length --dtype fp32 \
   --sparsity_fmt sparsegpt --quality $quality --calib_size $calib_size --batch_size 4 \
-  --calib_data "$data/calib.jsonl=0.65,self=0.35" --output_dir "$out"
+  --calib_data "$data/calib.jsonl=0.6,self=0.4" --output_dir "$out"
 
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"

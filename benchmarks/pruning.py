@@ -6,8 +6,8 @@
 
 Arms: modelopt's SparseGPT; llm-compressor's, where it is installed; SparseGPT as in the paper (reference_sparsegpt.py);
 hf_pts.py's three qualities. Each arm runs in a process of its own, with as many calibration sequences. They are papers;
-for hf_pts.py's qualities about a third of them are text that the model wrote itself, as by `--calib_data
-calib.jsonl=0.65,self=0.35`, and `balanced_read` has papers alone. Writing that text is measured apart, since it is done
+for hf_pts.py's qualities two fifths of them are text that the model wrote itself, as by `--calib_data
+calib.jsonl=0.6,self=0.4`, and `balanced_read` has papers alone. Writing that text is measured apart, since it is done
 once for a model.
 
 The first held-out text is of the same kind as the calibration text (papers, but other documents). The others are of
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "best", "reference")
 BASELINES = ("modelopt", "llmcompressor")
-MIXED = "calib.jsonl=0.65,self=0.35"
+MIXED = "calib.jsonl=0.6,self=0.4"
 CPU = torch.device("cpu")
 
 

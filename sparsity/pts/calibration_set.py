@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_SOURCES = f"{CALIBRATION_TEXT}=0.65,{SELF}=0.35"
+DEFAULT_SOURCES = f"{CALIBRATION_TEXT}=0.6,{SELF}=0.4"
 
 
 def load_calibration(

@@ -168,13 +168,21 @@ def observe_dense(
     early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
     chosen = [groups[number] for number in early]
     reordered = reorderable(groups) if recipe.permute and recipe.pattern.m else {}
-    energies = {linear: linear.weight.new_zeros(linear.in_features).float() for linear in reordered.values()}
+    # Statistics from this pass hold the energies of their inputs.
+    energies = {
+        linear: linear.weight.new_zeros(linear.in_features).float()
+        for number, linear in reordered.items()
+        if number not in early
+    }
     found = collect(
         states, layer, index, chosen, states.dense, True, energies=energies, writer=inner, sums=observed.sums
     )
     observed.known = dict(zip(early, found, strict=True))
     if reordered:
-        sums = {number: energies[linear] for number, linear in reordered.items()}
+        sums = {
+            number: observed.known[number].hessian.diagonal() if number in early else energies[linear]
+            for number, linear in reordered.items()
+        }
         orders = permute(states, layer, index, groups, sums, heads, recipe.pattern)
         for number, order in orders.items():
             if number in observed.known:
