@@ -70,6 +70,7 @@ def main() -> None:
 
     from transformers.utils import logging
 
+    from sparsity.devices import keep_freed_memory
     from sparsity.processes import fail_together, start_processes
     from sparsity.reporting.plots import plot_loss
     from sparsity.sat import resume
@@ -107,6 +108,7 @@ def main() -> None:
         teacher = load_teacher(args, student.model.get_input_embeddings().weight.shape[0])
 
     # Phase 4: training.
+    keep_freed_memory()  # activations of the next step take the place of this one's
     trainer = build_trainer(args, student, teacher, tokenizer, (train, data.evaluation))
     with explain_failures(trainer, lambda: memory.advice(memory.model_shapes(config), memory.settings_of(args))):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

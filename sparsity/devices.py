@@ -115,5 +115,6 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        libc.mallopt(mmap_threshold, 2**30)
+        if not libc.mallopt(mmap_threshold, 2**30):
+            libc.mallopt(mmap_threshold, 2**25)  # the most that older releases take
         libc.mallopt(trim_threshold, 2**31 - 1)
