@@ -132,10 +132,17 @@ class HiddenStates:
         return copies
 
     def run(self, layer: nn.Module, index: int, batch: int, hidden: Tensor, exact: bool = False) -> Tensor:
-        """Output [batch, length, width] of decoder layer `index` for the first or all sequences of one batch."""
+        """Output [batch, length, width] of decoder layer `index` for the first or all sequences of one batch.
+
+        Args:
+            hidden: [batch, length, width]; of fewer tokens, only where sequences are longer than any head is wide.
+        """
         args, kwargs = _to_device(self.calls[batch][index], self.device)
         if len(hidden) < self.shapes[batch][0]:
             args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
+        whole, length = self.shapes[batch][1], hidden.shape[1]
+        if length < whole:
+            args, kwargs = _first_tokens((args, kwargs), whole, length)
         hidden = hidden.to(self.device, non_blocking=True).to(self.dtype)
         with nullcontext() if exact else self.precision():
             output = layer(hidden, *args, **kwargs)
@@ -152,9 +159,8 @@ class HiddenStates:
         Where linears run in bfloat16, that is also how they are given: what a linear multiplies.
         """
         keep = self.keep[batch]
-        flat = [tensor.flatten(0, -2) for tensor in activations]
-        flat = [tensor[keep] if keep is not None and len(keep) == len(tensor) else tensor for tensor in flat]
-        return [tensor.bfloat16() for tensor in flat] if self.autocast else flat
+        flat = [(tensor.bfloat16() if self.autocast else tensor).flatten(0, -2) for tensor in activations]
+        return [tensor[keep] if keep is not None and len(keep) == len(tensor) else tensor for tensor in flat]
 
     def precision(self) -> torch.autocast:
         """The autocast context in which layers run."""
@@ -162,14 +168,29 @@ class HiddenStates:
 
     @contextmanager
     def converted_weights(self, layer: nn.Module) -> Iterator[None]:
-        """Within the block, linear layers hold the bfloat16 weights that autocast would convert anew for each batch."""
+        """Within the block, linear layers hold the bfloat16 weights that autocast would convert anew for each batch.
+
+        An input that several of them read is converted once.
+        """
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)] if self.autocast else []
         weights = [linear.weight.data for linear in linears]
+        latest: list[Tensor] = []  # an input, and it in bfloat16
+
+        def convert(module: nn.Module, args: tuple) -> tuple:
+            if not args:
+                return args
+            if not latest or latest[0] is not args[0]:
+                latest[:] = [args[0], args[0].bfloat16()]
+            return (latest[1], *args[1:])
+
         for linear in linears:
             linear.weight.data = linear.weight.data.bfloat16()
+        handles = [linear.register_forward_pre_hook(convert) for linear in linears]
         try:
             yield
         finally:
+            for handle in handles:
+                handle.remove()
             for linear, weight in zip(linears, weights, strict=True):
                 linear.weight.data = weight
 
@@ -220,6 +241,19 @@ def _first_rows(value: Any, rows: int, count: int) -> Any:
         return type(value)(_first_rows(item, rows, count) for item in value)
     if isinstance(value, dict):
         return {key: _first_rows(item, rows, count) for key, item in value.items()}
+    return value
+
+
+def _first_tokens(value: Any, length: int, count: int) -> Any:
+    """The first `count` of sequences of `length`: of masks and positions, in each dimension of that size."""
+    if isinstance(value, Tensor):
+        for dim, size in enumerate(value.shape):
+            value = value.narrow(dim, 0, count) if size == length else value
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first_tokens(item, length, count) for item in value)
+    if isinstance(value, dict):
+        return {key: _first_tokens(item, length, count) for key, item in value.items()}
     return value
 
 

@@ -19,7 +19,7 @@ from sparsity.pts.discovery import Stop, replaced_forward
 
 TOKENS_AT_ONCE = 1024  # copied to float32 and multiplied at a time: enough for full speed, little memory
 HALF_TOKENS_AT_ONCE = 4096  # of bfloat16 inputs, which are not copied
-COLUMNS_AT_ONCE = 256  # in products of which only the upper triangle is wanted
+COLUMNS_AT_ONCE = 128  # in products of which only the upper triangle is wanted
 MAX_TOKEN_WEIGHT = 10.0  # before weights are brought to a mean of 1: of a token whose target is nearly zero
 
 MAX_SEQUENTIAL_GROUPS = 8  # decoder layers have about four; a mixture of experts has many
@@ -174,7 +174,8 @@ def collect(
     Args:
         hidden: the hidden states to run, `states.pruned` or `states.dense`.
         advance: replace them by the layer's outputs. Otherwise the layer is run only as far as needed.
-        energies: linear layers, each with zeros [cols], to which the weighted sums of its inputs' squares are added.
+        energies: linear layers, each with zeros [cols], to which the weighted sums of its inputs' squares are added, of
+            every fourth token.
         writer: a linear layer whose output is added to the layer's input; `sums` then receives that sum per batch.
     """
     scratch = Scratch(states.device)
@@ -190,7 +191,7 @@ def collect(
 
     def energy_hook(batch: int, energy: Tensor) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
-            inputs = states.kept(batch, args[0])[0].float()
+            inputs = states.kept(batch, args[0])[0][::4].float()
             energy.add_(inputs.square_().sum(0), alpha=states.token_weights[batch])
 
         return add

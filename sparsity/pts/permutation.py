@@ -24,6 +24,8 @@ from sparsity.pts.pattern import Pattern
 PASSES, ROWS_IN_A_PASS = 6, 1024
 SALIENCIES_AT_ONCE = 2**16  # of one channel, so that those of all pairs of channels stay in the cache
 SPLITS = [(0, *rest) for rest in itertools.combinations(range(1, 8), 3)]  # of eight channels; the other four follow
+# An order is proven on this many tokens of one sequence, where it has at least so many that heads are not as wide.
+PROVING_TOKENS, FROM_LENGTH = 128, 512
 # Relative differences of outputs that are put down to rounding; a wrong order differs by more than half.
 MIN_TOLERANCE, ROUNDINGS = 1e-4, 8
 
@@ -216,7 +218,7 @@ def permute(
 
 
 def outputs_of(states: HiddenStates, layer: nn.Module, index: int, linears: list[nn.Linear]) -> dict[nn.Linear, Tensor]:
-    """Outputs of linear layers within the decoder layer for one sequence, in the weights' own dtype."""
+    """Outputs of linear layers within the decoder layer for one text, in the weights' own dtype."""
     seen: dict[nn.Linear, Tensor] = {}
 
     def note(module: nn.Linear, args: tuple, output: Tensor) -> None:
@@ -227,8 +229,9 @@ def outputs_of(states: HiddenStates, layer: nn.Module, index: int, linears: list
     handles = [linear.register_forward_hook(note) for linear in linears]
     hidden = states.pruned if states.pruned is not None else states.dense
     assert hidden is not None
+    tokens = PROVING_TOKENS if hidden[0].shape[1] >= FROM_LENGTH else hidden[0].shape[1]
     with suppress(Stop):
-        states.run(layer, index, 0, hidden[0][:1], exact=True)
+        states.run(layer, index, 0, hidden[0][:1, :tokens], exact=True)
     for handle in handles:
         handle.remove()
     return seen
