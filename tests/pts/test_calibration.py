@@ -59,3 +59,7 @@ def test_tokens_count_by_their_weight(dtype):
     torch.testing.assert_close(statistics.hessian, sum(squares) / 2, rtol=rounding, atol=rounding)
     torch.testing.assert_close(statistics.cross, sum(products) / 2, rtol=rounding, atol=rounding)
     assert torch.equal(statistics.hessian, statistics.hessian.t())
+    weight = torch.randn(8, 300, generator=generator)
+    lacking = statistics.cross - weight @ statistics.hessian
+    statistics.subtract_outputs(weight)
+    torch.testing.assert_close(statistics.cross, lacking, rtol=1e-4, atol=1e-4)
