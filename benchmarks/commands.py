@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -35,3 +36,8 @@ def run_command(*command: Any) -> str:
     if result.returncode:
         sys.exit(result.returncode)
     return result.stdout
+
+
+def run_for_figures(*command: Any) -> dict[str, Any]:
+    """As `run_command`; returns the JSON of the command's last line."""
+    return json.loads(run_command(*command).strip().splitlines()[-1])

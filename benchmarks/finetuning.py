@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import texts
-from benchmarks.commands import ROOT, run_command
+from benchmarks.commands import ROOT, run_command, run_for_figures
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
@@ -38,7 +38,8 @@ from sparsity.states import restore_sparse
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 
-RANK, MEMORY_STEPS = 64, 3  # where memory is measured
+RANK = 64  # of low-rank training
+MEMORY_STEPS = 3  # optimizer steps in which memory is measured
 TEACHER = ["--distill", "--distill_kl", 0.5, "--distill_kl_answers", 0]
 # Ways to train: options, after those that all share; {text} stands for --text_path.
 RECOVERY: dict[str, list[Any]] = {
@@ -213,11 +214,8 @@ def trainer(args: argparse.Namespace, work: Path) -> dict[str, float]:
     shared += ["--text_path", args.text_path, "--text_ratio", args.text_ratio, "--max_length", args.context]
     shared += ["--train_bs", args.train_bs, "--lr", args.lr, "--max_steps", args.trainer_steps, "--logging_steps", 1]
     shared += ["--save_strategy", "no", "--eval_strategy", "no"]
-    plain = json.loads(
-        run_command(sys.executable, "-m", "benchmarks.plain_trainer", *shared, "--output_dir", work / "plain")
-        .strip()
-        .splitlines()[-1]
-    )["tokens_per_second"]
+    command = (sys.executable, "-m", "benchmarks.plain_trainer", *shared, "--output_dir", work / "plain")
+    plain = run_for_figures(*command)["tokens_per_second"]
     run_command("bash", ROOT / "launch_finetune.sh", *shared, "--output_dir", work / "ours")
     from sparsity.sat.callbacks import read_log
 
@@ -235,17 +233,14 @@ def memory(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     shared += ["--max_length", args.context, "--train_bs", args.train_bs, "--max_steps", MEMORY_STEPS]
     shared += ["--save_strategy", "no", "--eval_strategy", "no"]
     results: dict[str, dict[str, float]] = {}
-    for checkpointing in ([], ["--gradient_checkpointing"]):
-        found = {}
-        for kind, options in (("full", []), (f"rank {RANK}", ["--lora_rank", RANK])):
-            name = ", ".join([kind, *(word.strip("-").replace("_", " ") for word in checkpointing)])
-            command = [sys.executable, "-m", "benchmarks.training_memory", *shared, *checkpointing, *options]
-            output = run_command(*command, "--output_dir", work / name.replace(" ", "_"))
-            found[name] = json.loads(output.strip().splitlines()[-1])
-            print(json.dumps({name: found[name]}), flush=True)
-        full, low = found.values()
-        low["of_full_training"] = low["memory_mib"] / full["memory_mib"]
-        results |= found
+    command = (sys.executable, "-m", "benchmarks.training_memory", *shared)
+    for suffix, checkpointing in (("", []), (", gradient checkpointing", ["--gradient_checkpointing"])):
+        full, low = f"full{suffix}", f"rank {RANK}{suffix}"
+        for name, options in ((full, []), (low, ["--lora_rank", RANK])):
+            output = ("--output_dir", work / name.replace(" ", "_"))
+            results[name] = run_for_figures(*command, *checkpointing, *options, *output)
+            print(json.dumps({name: results[name]}), flush=True)
+        results[low]["of_full_training"] = results[low]["memory_mib"] / results[full]["memory_mib"]
     return results
 
 

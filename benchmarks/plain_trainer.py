@@ -14,14 +14,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from sparsity import models
-from sparsity.sat.arguments import ARGUMENT_TYPES, SatArguments
+from benchmarks.training_run import read_run
+from sparsity.models import load_model
 from sparsity.sat.batching import Collator
-from sparsity.sat.dataset import load_data, training_samples
 from sparsity.sat.loss import model_inputs
 from sparsity.sat.model import freeze_embeddings
-from sparsity.text import choose_template
-from utils import dataclass_parser, run_cli
+from utils import run_cli
 
 
 class Clock(TrainerCallback):
@@ -38,13 +36,8 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    parser = dataclass_parser(ARGUMENT_TYPES, __doc__, prog="python -m benchmarks.plain_trainer")
-    args = SatArguments(*parser.parse_args_into_dataclasses(look_for_args_file=False))
-    tokenizer = models.load_tokenizer(args.model.model_name_or_path)
-    template = choose_template(args.data.prompt_template, args.data.chat_template, tokenizer)
-    train = training_samples(args, load_data(args, tokenizer, template), None)
-    args.training.schedule(len(train), evaluates=False)
-    model = models.load_model(args.model.model_name_or_path, "float32")
+    args, tokenizer, train = read_run(__doc__, "python -m benchmarks.plain_trainer")
+    model = load_model(args.model.model_name_or_path, "float32")
     if args.training.freeze_embeddings:
         freeze_embeddings(model)
     collate, tokens = Collator(tokenizer.pad_token_id), []

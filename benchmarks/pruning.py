@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import texts
 from benchmarks.arms import prune
-from benchmarks.commands import run_command
+from benchmarks.commands import run_for_figures
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
 from benchmarks.process import PROCESS_STATUS, measured
 from benchmarks.reference_sparsegpt import prune_llama
@@ -156,11 +156,11 @@ def run_llm_compressor(model: PreTrainedModel, args: argparse.Namespace) -> dict
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
         words = (args.llmcompressor_python, "-m", "benchmarks.llm_compressor", args.model, args.tokens)
-        output = run_command(*words, args.batch_size, weights)
+        figures = run_for_figures(*words, args.batch_size, weights)
         missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:  # which is tied
             raise UserError(f"llm-compressor left weights of other names: {sorted([*missing, *unexpected])[:3]}")
-    return json.loads(output.splitlines()[-1])
+    return figures
 
 
 def calibration(args: argparse.Namespace, text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -201,7 +201,7 @@ def measure(arm: str, args: argparse.Namespace, deepen: int = 1) -> dict[str, fl
     names += ["llmcompressor_python"] if arm == "llmcompressor" else []
     options = [word for name in names for word in (f"--{name}", getattr(args, name))]
     command = (sys.executable, "-m", "benchmarks.pruning", "--arm", arm, "--deepen", deepen, *options)
-    result = json.loads(run_command(*command).splitlines()[-1])
+    result = run_for_figures(*command)
     print(f"{arm:<10} x{deepen} {result}", flush=True)
     return result
 

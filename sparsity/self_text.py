@@ -146,6 +146,7 @@ def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> to
 
 
 @torch.inference_mode()
+@grouped_queries()
 def write_batch(
     model: PreTrainedModel,
     count: int,
@@ -177,8 +178,7 @@ def write_batch(
     cache: dict[str, Any] = {}
     done, known = 0, max(1, len(prompt))
     while known < length:
-        with grouped_queries():
-            output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
+        output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
         if not cache:
             cache = {cache_name(output): give_room(output[cache_name(output)], length)}
         tokens[:, known] = draw(output.logits[:, -1, :size], generator).cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -159,8 +159,9 @@ class HiddenStates:
         Where linears run in bfloat16, that is also how they are given: what a linear multiplies.
         """
         keep = self.keep[batch]
-        flat = [(tensor.bfloat16() if self.autocast else tensor).flatten(0, -2) for tensor in activations]
-        return [tensor[keep] if keep is not None and len(keep) == len(tensor) else tensor for tensor in flat]
+        flat = [tensor.flatten(0, -2) for tensor in activations]
+        flat = [tensor[keep] if keep is not None and len(keep) == len(tensor) else tensor for tensor in flat]
+        return [tensor.bfloat16() for tensor in flat] if self.autocast else flat
 
     def precision(self) -> torch.autocast:
         """The autocast context in which layers run."""
@@ -235,33 +236,28 @@ def _with_half_positions(call: Call) -> Call:
 
 def _first_rows(value: Any, rows: int, count: int) -> Any:
     """The first of a batch of `rows`: of masks and positions, where they are given for each row."""
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim > 1 and len(value) == rows else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_first_rows(item, rows, count) for item in value)
-    if isinstance(value, dict):
-        return {key: _first_rows(item, rows, count) for key, item in value.items()}
-    return value
+    return _map_tensors(value, lambda tensor: tensor[:count] if tensor.ndim > 1 and len(tensor) == rows else tensor)
 
 
 def _first_tokens(value: Any, length: int, count: int) -> Any:
     """The first `count` of sequences of `length`: of masks and positions, in each dimension of that size."""
-    if isinstance(value, Tensor):
-        for dim, size in enumerate(value.shape):
-            value = value.narrow(dim, 0, count) if size == length else value
-        return value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_first_tokens(item, length, count) for item in value)
-    if isinstance(value, dict):
-        return {key: _first_tokens(item, length, count) for key, item in value.items()}
-    return value
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[tuple(slice(count) if size == length else slice(None) for size in tensor.shape)]
+
+    return _map_tensors(value, cut)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The arguments of a layer with `change` applied to every tensor in them."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(item, device) for item in value)
+        return type(value)(_map_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: _map_tensors(item, change) for key, item in value.items()}
     return value

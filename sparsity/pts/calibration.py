@@ -314,7 +314,7 @@ def collect_missing(
     def hook(batch: int, hidden: Tensor) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
             target = sums[batch].to(states.device, non_blocking=True)
-            wanted = target - hidden.to(states.device, non_blocking=True)
+            wanted = (target - hidden.to(states.device, non_blocking=True)).float()
             add_wanted(found, states, batch, linear, args[0], wanted, target)
             if linear.in_features == linear.out_features:
                 states.store(args[0].view_as(sums[batch]), sums[batch])

@@ -23,7 +23,10 @@ from sparsity.pts.pattern import Pattern
 # Of the search for exchanges. Twice the passes lose another 1% less; a sample of few rows loses more than few passes.
 PASSES, ROWS_IN_A_PASS = 6, 1024
 SALIENCIES_AT_ONCE = 2**16  # of one channel, so that those of all pairs of channels stay in the cache
-SPLITS = [(0, *rest) for rest in itertools.combinations(range(1, 8), 3)]  # of eight channels; the other four follow
+SPLITS = [  # of eight channels into two groups
+    ((0, *rest), tuple(channel for channel in range(1, 8) if channel not in rest))
+    for rest in itertools.combinations(range(1, 8), 3)
+]
 # An order is proven on this many tokens of one sequence, where it has at least so many that heads are not as wide.
 PROVING_TOKENS, FROM_LENGTH = 128, 512
 # Relative differences of outputs that are put down to rounding; a wrong order differs by more than half.
@@ -61,7 +64,7 @@ def exchanged(order: Tensor, saliency: Tensor, generator: torch.Generator) -> Te
     """
     device, rows = saliency.device, saliency.shape[1]
     groups = order.view(-1, 4).clone()
-    left, right = torch.tensor(SPLITS, device=device), torch.tensor([_others(four) for four in SPLITS], device=device)
+    left, right = torch.tensor(SPLITS, device=device).unbind(1)  # [35, 4]
     for _ in range(PASSES):
         pairs = torch.randperm(len(groups), generator=generator)[: len(groups) // 2 * 2].view(-1, 2).to(device)
         seen = saliency
@@ -77,10 +80,6 @@ def exchanged(order: Tensor, saliency: Tensor, generator: torch.Generator) -> Te
     return groups.flatten()
 
 
-def _others(four: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(channel for channel in range(8) if channel not in four)
-
-
 def _lost_by_split(saliency: Tensor) -> Tensor:
     """What rows lose in all for each of `SPLITS` [35, pairs], by the saliency [8, pairs, rows] of channels in pairs."""
     smaller, both = {}, {}  # of two channels
@@ -93,7 +92,7 @@ def _lost_by_split(saliency: Tensor) -> Tensor:
         torch.minimum(found, both[a, b], out=found)
         return torch.minimum(found, both[c, d], out=found)
 
-    return torch.stack([two_smallest(*four).add_(two_smallest(*_others(four))).sum(-1) for four in SPLITS])
+    return torch.stack([two_smallest(*left).add_(two_smallest(*right)).sum(-1) for left, right in SPLITS])
 
 
 @dataclass

@@ -40,7 +40,7 @@ from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask, wanda_mask
 from sparsity.pts.permutation import permute, reorderable
 from sparsity.pts.recipe import Recipe
-from sparsity.pts.solvers import admm, damp, half_hessian, layer_error, least_squares, refit, sparsegpt, times
+from sparsity.pts.solvers import admm, damp, half_hessian, layer_error, least_squares, refit, sparsegpt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ def new_weight(
             pruned, error = refit(weight, hessian, pruned, mask, recipe.refit_iterations)
     change = pruned - weight
     error = layer_error(change, hessian) if error is None else error
-    energy = (times(weight, half_hessian(hessian)) * weight).sum(1)
+    energy = layer_error(weight, half_hessian(hessian))
     without_damping = [sums - (delta.square() @ damping) for sums, delta in ((error, change), (energy, weight))]
     return pruned, mask, torch.stack(without_damping), percdamp
 

@@ -67,9 +67,9 @@ def damp(
     raise UserError("the Hessian is not positive definite at any damping: the calibration activations are not finite")
 
 
-def layer_error(delta: Tensor, hessian: Tensor) -> Tensor:
-    """tr(Δ H Δᵀ) per row [rows], for a weight change Δ [rows, cols]."""
-    return (delta @ hessian).mul_(delta).sum(1)
+def layer_error(delta: Tensor, factor: Tensor) -> Tensor:
+    """tr(Δ H Δᵀ) per row [rows], for a weight change Δ [rows, cols] and H, itself or as `half_hessian` gave it."""
+    return times(delta, factor).mul_(delta).sum(1)
 
 
 def half_hessian(hessian: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def half_hessian(hessian: Tensor) -> Tensor:
 
 
 def times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """The product of a matrix [rows, cols] float32 with H as `half_hessian` gave it, [rows, cols] float32."""
+    """A matrix [rows, cols] float32 times H, itself or as `half_hessian` gave it; [rows, cols] float32."""
     return (matrix.to(factor.dtype) @ factor).to(matrix.dtype)
 
 
@@ -244,8 +244,7 @@ def refit(
         direction.mul_(rz_next / rz.clamp(min=1e-30)).add_(curved)
         rz = rz_next
     del direction, residual
-    change = s - weight
-    error = times(change, factor).mul_(change).sum(1)
+    error = layer_error(s - weight, factor)
     worse = error > start_error
     s[worse] = start[worse]
     return s, torch.minimum(error, start_error)

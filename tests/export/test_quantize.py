@@ -92,17 +92,19 @@ def test_the_folder_computes_nearly_what_the_sparse_model_does(export, model_dir
     assert 1e-4 < error < 0.1
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_wo", "fp8", "fp8_pc_pt"])  # SmoothQuant's export joins factors
-def test_the_folder_computes_what_modelopt_simulates(export, model_dir, state_path, calibration, tokenizer, name):
+# SmoothQuant's export joins factors. Of fp8_pc_pt an activation at the border of two values may fall to either side.
+@pytest.mark.parametrize(("name", "rounding"), [("int8", 2e-4), ("int8_wo", 2e-4), ("fp8", 2e-4), ("fp8_pc_pt", 5e-4)])
+def test_the_folder_computes_what_modelopt_simulates(
+    export, model_dir, state_path, calibration, tokenizer, name, rounding
+):
     chosen, batches = FORMATS[name], []
     if chosen.calibrated:
         batches = quantize.calibration_batches(tokenizer, parse_sources(str(calibration)), 4, 32, seed=0)
     state = load_state(state_path)["model_state_dict"]
     model = quantize.fold_masks(load_model(str(model_dir)), state, None)
     expected = logits(quantize.quantize(model, chosen, batches, torch.device("cpu")))
-    # An activation at the border of two values of its format may fall to either side.
     found = logits(load_for_inference(str(export(name)), None, None))
-    torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(found, expected, atol=rounding, rtol=0)
 
 
 def test_scripts_evaluate_the_folder_and_refuse_to_prune_it(export, calibration, tmp_path):

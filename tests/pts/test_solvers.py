@@ -127,6 +127,7 @@ def test_refit_never_raises_the_error_of_a_row(iterations):
     pruned, mask = sparsegpt(weight, factor, TWO_FOUR)
     fitted, errors = refit(weight, hessian, pruned, mask, iterations)
     assert bool((fitted[~mask] == 0).all())
+    assert bool((layer_error(fitted - weight, hessian) <= layer_error(pruned - weight, hessian)).all())
     assert bool((errors <= layer_error(pruned - weight, hessian)).all())
     torch.testing.assert_close(errors, layer_error(fitted - weight, hessian))
 
