@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -18,6 +19,7 @@ from sparsity.errors import UserError
 
 PIECE_BYTES = 1 << 16
 TEMPORARY = ".tmp"  # suffix of files that are being written
+LOCK_PATIENCE = 3.0  # seconds: a killed run keeps its locks until the last of its threads has ended
 
 _held_locks = contextlib.ExitStack()
 
@@ -213,7 +215,8 @@ def lock_output_dir(path: str | Path) -> None:
 def hold_until_exit(lock: Path, target: str | Path) -> BinaryIO | None:
     """Lock the file `lock`, made if missing, until `release_locks` is called or the process dies.
 
-    If it is empty then, `release_locks` removes it.
+    If it is empty then, `release_locks` removes it. A lock that another process holds is waited for, for
+    `LOCK_PATIENCE` seconds, so that a run can be started anew as soon as it was killed.
 
     Args:
         target: what this run alone may write, for messages.
@@ -224,12 +227,17 @@ def hold_until_exit(lock: Path, target: str | Path) -> BinaryIO | None:
     Raises:
         UserError: another process holds it.
     """
+    limit = time.monotonic() + LOCK_PATIENCE
     while True:
         handle = open(lock, "ab+", buffering=0)  # noqa: SIM115
         taken = lock_file(handle.fileno())
-        if taken is False or _is_open_as(lock, handle.fileno()):
+        if taken is False:
+            if time.monotonic() > limit:
+                break
+            time.sleep(0.05)
+        elif _is_open_as(lock, handle.fileno()):
             break
-        handle.close()  # its last holder has just removed it
+        handle.close()  # held by another, or its last holder has just removed it
     if taken is False:
         handle.seek(0)
         pid = handle.read(20).decode(errors="replace").strip()

@@ -61,6 +61,25 @@ def test_output_folder_is_held_until_the_run_ends(tmp_path):
     files.release_locks()
 
 
+HOLDER = """
+import sys, time
+from sparsity.files import lock_output_dir
+lock_output_dir(sys.argv[1])
+print("held", flush=True)
+time.sleep(1)
+"""
+
+
+def test_run_that_is_just_ending_is_waited_for(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    try:
+        files.lock_output_dir(tmp_path)
+    finally:
+        files.release_locks()
+        holder.communicate()
+
+
 def test_digest_follows_the_content(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(bytes(range(256)) * 2000)
