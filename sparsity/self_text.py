@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparsity.attention import grouped_queries
+from sparsity.attention import cpu_attention
 from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, return_freed_memory
 from sparsity.errors import UserError
@@ -146,7 +146,7 @@ def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> to
 
 
 @torch.inference_mode()
-@grouped_queries()
+@cpu_attention()
 def write_batch(
     model: PreTrainedModel,
     count: int,

@@ -8,30 +8,90 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsity.attention import attention, grouped_queries
+from sparsity.attention import attention, cpu_attention
+
+LENGTH, HEADS, WIDTH = 100, 6, 8  # more positions than a block has
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("kept_heads", "positions"), [(6, 1), (2, 1), (2, 5)])
-def test_attention_is_transformers_own(kept_heads, positions, masked, dtype):
+def tensors(kept_heads, positions, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    sizes = [(3, 6, positions, 8), (3, kept_heads, 20, 8), (3, kept_heads, 20, 8)]
-    query, key, value = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
-    mask = torch.rand(3, 1, positions, 20, generator=generator) < 0.7 if masked else None
-    if mask is not None:
-        mask[..., 0] = True
+    sizes = [(3, HEADS, positions, WIDTH), (3, kept_heads, LENGTH, WIDTH), (3, kept_heads, LENGTH, WIDTH)]
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+
+
+def layer(kept_heads, causal):
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = 6 // kept_heads, positions > 1
-    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    found, _ = attention(module, query, key, value, mask, scaling=0.3)
-    rounding = 1e-5 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+    module.num_key_value_groups, module.is_causal = HEADS // kept_heads, causal
+    return module
+
+
+def shown(kind, positions):
+    """A mask [3, 1, positions, LENGTH], or None: causal where there is a position for each key."""
+    if kind is None:
+        return None
+    later = torch.arange(LENGTH) > torch.arange(LENGTH - positions, LENGTH)[:, None]
+    mask = (~later).expand(3, 1, positions, LENGTH).clone()
+    if kind == "padded":  # on the left, where a padding token sees itself
+        mask[0, ..., :7] = False
+        mask[0, 0, :, :7] |= torch.eye(LENGTH, dtype=torch.bool)[-positions:, :7]
+    if kind == "packed":
+        sample = torch.arange(LENGTH) // 40
+        mask &= sample[-positions:, None] == sample
+    if kind == "any":
+        mask = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("kind", [None, "padded", "packed", "any"])
+@pytest.mark.parametrize(("kept_heads", "positions"), [(6, 1), (2, 1), (2, 5), (6, LENGTH), (2, LENGTH), (1, LENGTH)])
+def test_attention_and_its_gradients(kept_heads, positions, kind):
+    module, mask = layer(kept_heads, causal=positions == LENGTH), shown(kind, positions)
+    exact, rounded = tensors(kept_heads, positions), tensors(kept_heads, positions, torch.bfloat16)
+    expected, _ = sdpa_attention_forward(module, *exact, mask, scaling=0.4)
+    found, _ = attention(module, *rounded, mask, scaling=0.4)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(expected, exact, slope)
+    gradients = torch.autograd.grad(found, rounded, slope.bfloat16())
+    for ours, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == torch.bfloat16
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_only_bfloat16_is_computed_by_blocks():
+    module, inputs = layer(2, causal=True), tensors(2, LENGTH)
+    expected, _ = sdpa_attention_forward(module, *inputs, None)
+    assert torch.equal(attention(module, *inputs, None)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention(module, *inputs, None)
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_added_mask_is_that_of_hidden_keys():
+    module, inputs = layer(2, causal=False), tensors(2, LENGTH, torch.bfloat16)
+    mask = shown("packed", LENGTH)
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    assert torch.equal(attention(module, *inputs, added)[0], attention(module, *inputs, mask)[0])
+
+
+def test_row_without_keys_is_finite():
+    module, inputs = layer(2, causal=False), tensors(2, LENGTH, torch.bfloat16)
+    mask = shown("padded", LENGTH)
+    mask[0, :, :3] = False
+    assert torch.isfinite(attention(module, *inputs, mask)[0]).all()
+
+
+def test_mask_of_a_longer_cache():
+    module, inputs = layer(2, causal=False), tensors(2, 1, torch.bfloat16)
+    longer = torch.ones(3, 1, 1, LENGTH + 20, dtype=torch.bool)
+    assert torch.equal(attention(module, *inputs, longer)[0], attention(module, *inputs, None)[0])
 
 
 def test_transformers_own_attention_returns_after_the_block():
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(KeyboardInterrupt), grouped_queries():
+    with pytest.raises(KeyboardInterrupt), cpu_attention():
+        with cpu_attention():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
         raise KeyboardInterrupt
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
