@@ -56,7 +56,7 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.device.type != "cpu" or not _is_plain(attention_mask, options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
         attention_mask = attention_mask[..., : key.shape[2]]
     causal = options.get("is_causal")
     causal = attention_mask is None and (getattr(module, "is_causal", True) if causal is None else bool(causal))
@@ -87,9 +87,10 @@ def _of_one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     batch, heads, _, width = query.shape
     keys, values = buffer_of(key), buffer_of(value)
     if query.dtype == torch.bfloat16 and keys is not None and values is not None:
-        added = query.new_zeros(1, 1, 1, key.shape[2]) if mask is None else _added(mask, query.dtype)
-        added = F.pad(added, (0, keys.shape[2] - key.shape[2]), value=torch.finfo(query.dtype).min)
-        return _by_blocks(query, keys, values, added, False, scale)
+        rest = keys.shape[2] - key.shape[2]
+        mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return _by_blocks(query, keys, values, F.pad(mask, (0, rest), value=hidden), False, scale)
     group = heads // key.shape[1]
     queries = query.reshape(batch, key.shape[1], group, width)
     if group == 1:
@@ -99,16 +100,33 @@ def _of_one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    added = None if mask is None else _added(mask, query.dtype)
+    positions, length = query.shape[2], key.shape[2]
+    added, ends = (None, None) if mask is None else _shown(mask, query.dtype)
+    if ends is None or positions == 1:  # a product of some keys of many would copy them
+        ends = [length] * positions
+    if causal:
+        ends = list(range(1, length + 1))
     with torch.autocast("cpu", enabled=False):
-        return BlockedAttention.apply(query, key, value, added, causal, scale)
+        return BlockedAttention.apply(query, key, value, added, ends, causal, scale)
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to scores; the lowest finite value hides, so that a row without keys has no NaN."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+def _shown(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """A mask as what is added to scores, and behind which key each position sees none.
+
+    The lowest finite value hides, so that a row without keys has no NaN. Layers share a mask, so it carries the result.
+    """
+    known: tuple[Tensor, list[int]] | None = getattr(mask, "shown", None)
+    if known is not None and known[0].dtype == dtype:
+        return known
+    added, shown = mask.to(dtype), mask
+    if mask.dtype == torch.bool:
+        added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    else:
+        shown = added > torch.finfo(dtype).min
+    last = shown.any(0)[0] * torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32)
+    known = added, last.amax(1).clamp_min_(1).tolist()
+    setattr(mask, "shown", known)  # noqa: B010
+    return known
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -116,33 +134,46 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        ends: list[int],
+        causal: bool,
+        scale: float,
     ) -> Tensor:
-        """Args: see `attention`; the mask is one that is added. Returns [batch, positions, heads, width]."""
-        blocks = _Blocks(query, key, value, mask, causal, scale)
+        """Return [batch, positions, heads, width].
+
+        Args:
+            query, key, value: see `attention`.  mask, ends: as from `_shown`; without a mask `causal` counts.
+        """
+        blocks = _Blocks(query, key, value, mask, ends, causal, scale)
         output = torch.empty(*blocks.queries.shape[:2], value.shape[-1], dtype=value.dtype)
         for rows, seen in blocks:
-            output[:, rows] = torch.bmm(blocks.weights(rows, seen), blocks.values[:, :seen])
+            output[:, rows] = torch.bmm(torch.softmax(blocks.scores(rows, seen), -1), blocks.values[:, :seen])
         ctx.save_for_backward(query, key, value, mask)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.ends, ctx.causal, ctx.scale = ends, causal, scale
         return blocks.by_position(output)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        blocks = _Blocks(query, key, value, mask, ctx.causal, ctx.scale)
+        blocks = _Blocks(query, key, value, mask, ctx.ends, ctx.causal, ctx.scale)
         slopes = blocks.by_group(outputs[0].transpose(1, 2))
-        query_slopes = torch.empty_like(blocks.queries)
-        key_slopes, value_slopes = (torch.zeros_like(t, dtype=torch.float32) for t in (blocks.keys, blocks.values))
+        of_queries = torch.empty_like(blocks.queries)
+        of_keys, of_values = (torch.zeros_like(t, dtype=torch.float32) for t in (blocks.keys, blocks.values))
         for rows, seen in blocks:
-            weights = blocks.weights(rows, seen)
-            value_slopes[:, :seen] += torch.bmm(weights.transpose(1, 2), slopes[:, rows])
-            score_slopes = torch.bmm(slopes[:, rows], blocks.values[:, :seen].transpose(1, 2))
-            score_slopes = torch._softmax_backward_data(score_slopes, weights, -1, weights.dtype)
-            query_slopes[:, rows] = torch.bmm(score_slopes, blocks.keys[:, :seen])
-            key_slopes[:, :seen] += torch.bmm(score_slopes.transpose(1, 2), blocks.queries[:, rows])
-        of_query = blocks.by_position(query_slopes.mul_(ctx.scale)).transpose(1, 2)
-        return of_query, key_slopes.view_as(key).to(key.dtype), value_slopes.view_as(value).to(value.dtype), *[None] * 3
+            scores = blocks.scores(rows, seen).requires_grad_()
+            with torch.enable_grad():
+                weights = torch.softmax(scores, -1)
+            of_weights = torch.bmm(slopes[:, rows], blocks.values[:, :seen].transpose(1, 2))
+            (of_scores,) = torch.autograd.grad(weights, scores, of_weights)
+            of_values[:, :seen] += torch.bmm(weights.detach().transpose(1, 2), slopes[:, rows])
+            of_keys[:, :seen] += torch.bmm(of_scores.transpose(1, 2), blocks.queries[:, rows])
+            of_queries[:, rows] = torch.bmm(of_scores, blocks.keys[:, :seen])
+        of_query = blocks.by_position(of_queries.mul_(ctx.scale)).transpose(1, 2)
+        return of_query, of_keys.view_as(key).to(key.dtype), of_values.view_as(value).to(value.dtype), *[None] * 4
 
 
 class _Blocks:
@@ -154,14 +185,21 @@ class _Blocks:
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        ends: list[int],
+        causal: bool,
+        scale: float,
     ) -> None:
         self.batch, self.heads, self.positions, _ = query.shape
-        self.kept, self.length = key.shape[1:3]
+        self.kept = key.shape[1]
         self.group = self.heads // self.kept
         self.queries = self.by_group(query * scale)
         self.keys, self.values = key.flatten(0, 1), value.flatten(0, 1)
-        self.mask, self.causal = mask, causal
+        self.mask, self.ends, self.causal = mask, ends, causal
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[batch, heads, positions, width] as [matrices, positions · group, width]."""
@@ -175,20 +213,12 @@ class _Blocks:
     def __iter__(self) -> Iterator[tuple[slice, int]]:
         """Rows of `queries`, and how many keys they see."""
         size = max(1, ROWS // self.group)
-        starts = range(0, self.positions, size)
-        if self.causal:
-            seen = [min(start + size, self.length) for start in starts]
-        elif self.mask is None or self.positions <= size:
-            seen = [self.length] * len(starts)
-        else:
-            shown = (self.mask > torch.finfo(self.mask.dtype).min).any(0)[0]
-            last = (shown * torch.arange(1, self.length + 1, dtype=torch.int32)).amax(1)
-            seen = [max(1, int(part.max())) for part in last.split(size)]
-        for start, keys in zip(starts, seen, strict=True):
-            yield slice(start * self.group, min(start + size, self.positions) * self.group), keys
+        for start in range(0, self.positions, size):
+            end = min(start + size, self.positions)
+            yield slice(start * self.group, end * self.group), max(self.ends[start:end])
 
-    def weights(self, rows: slice, seen: int) -> Tensor:
-        """Attention weights [matrices, rows, seen]."""
+    def scores(self, rows: slice, seen: int) -> Tensor:
+        """What the softmax of [matrices, rows, seen] is taken of."""
         scores = torch.bmm(self.queries[:, rows], self.keys[:, :seen].transpose(1, 2))
         first, end = rows.start // self.group, rows.stop // self.group
         shaped = scores.view(self.batch, self.kept, end - first, self.group, seen)
@@ -198,4 +228,4 @@ class _Blocks:
             size = end - first
             later = torch.full((size, size), torch.finfo(scores.dtype).min, dtype=scores.dtype).triu_(1)
             shaped[..., first:end] += later[:, None]
-        return torch.softmax(scores, -1)
+        return scores

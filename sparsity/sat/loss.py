@@ -168,7 +168,8 @@ class TokenLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # float16 would lose small probabilities before the loss is scaled
             dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-            gradient = torch.zeros_like(flat, dtype=dtype)
+            new = torch.empty_like if len(tokens.ids) == len(flat) else torch.zeros_like
+            gradient = new(flat, dtype=dtype)
         loss = torch.zeros((), device=logits.device)
         rows = max(1, VALUES_AT_ONCE[logits.device.type == "cpu"] // logits.shape[-1])
         for part in tokens.split(rows):
@@ -178,14 +179,13 @@ class TokenLoss(torch.autograd.Function):
             loss += value
             if gradient is not None:
                 gradient[part.rows] = slope.to(gradient.dtype)
-        if gradient is not None:
-            ctx.save_for_backward(gradient.view(logits.shape))
+        ctx.gradient = None if gradient is None else gradient.view(logits.shape)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None
+        gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so it serves once
+        return gradient.mul_(outputs[0].to(gradient.dtype)), None, None, None
 
 
 VALUES_AT_ONCE = (2**25, 2**20)  # logits in one piece, on a GPU and, so that they stay in its cache, on a CPU
