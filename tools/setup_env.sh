@@ -33,8 +33,9 @@ install_once() {
     return
   fi
   echo "installing $name into $ENV_DIR (log: $ENV_DIR/pip.log)"
+  # Python compiles what is imported when it first is; to compile everything takes half of the time of an installation.
   # All of pip's output goes to the log; a terminal shows, in one line, which package is being fetched or installed.
-  if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check "$@" 2>&1 | tee -a "$ENV_DIR/pip.log" |
+  if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check --no-compile "$@" 2>&1 | tee -a "$ENV_DIR/pip.log" |
     awk -v terminal="$terminal" '
       terminal && /^(Collecting|Downloading|Installing collected)/ { printf "\r\033[K  %s", substr($0, 1, 70); fflush() }
       END { if (terminal) printf "\r\033[K" }'; then
