@@ -24,14 +24,14 @@ beams=2            # beam search width
 eval_batch=16      # prompts generated together
 windows=32         # perplexity windows of each text
 name=quickstart
-# The steps in order, and their seconds on two cores of an Intel Xeon with AMX; tools/pace.py adapts them to the machine.
-plan="model 22 data 4 PTS 105 SAT 375 evaluate-dense 40 evaluate-PTS 40 evaluate-SAT 40"
+# The steps in order, and their seconds on two cores of an AMD EPYC; tools/pace.py adapts them to the machine.
+plan="model 22 data 4 PTS 120 SAT 340 evaluate-dense 60 evaluate-PTS 60 evaluate-SAT 60"
 case ${1:-} in
   "") ;;
   --full)
     calib_size=128 quality=balanced max_steps=500 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
     self_tokens=131072
-    plan="model 22 data 4 PTS 330 SAT 2050 evaluate-dense 330 evaluate-PTS 330 evaluate-SAT 330"
+    plan="model 22 data 4 PTS 430 SAT 1850 evaluate-dense 470 evaluate-PTS 470 evaluate-SAT 470"
     ;;
   -h | --help)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -107,7 +107,7 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
 sat=$out/finetuned/finetuned_modelopt_state.pth
 command=(bash launch_finetune.sh --model "$model" --restore_path "$pts" --data_path "$data"
   --output_dir "$out/finetuned" --text_path "$data/calib.jsonl=0.4,self=0.6" --self_tokens "$self_tokens"
-  --text_ratio 0.8 --distill --distill_kl 0.5 --distill_kl_answers 0 --packing --max_length "$length"
+  --text_ratio 0.8 --packing --max_length "$length"
   --train_bs 2 --lr "$learning_rate" --adam_beta2 0.95 --weight_decay 0 --max_steps "$max_steps"
   --logging_steps 5 --max_eval_samples 8
   --eval_steps "$save_steps" --save_steps "$save_steps" --save_total_limit 1 --resume)
