@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sparsity.attention import cpu_attention
 from sparsity.caches import give_room
-from sparsity.devices import bf16_is_faster, return_freed_memory
+from sparsity.devices import bf16_is_faster, keep_freed_memory, return_freed_memory
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir, remove_leftovers
 from sparsity.models import cache_name, few_values, head_counts, load_config, load_model
@@ -92,6 +92,8 @@ def self_text(
     Raises:
         UserError: the model cannot be loaded, has no output head, or gives no finite probabilities; no memory for it.
     """
+    if device.type == "cpu":
+        keep_freed_memory()  # from token to token
     dtype = _dtype(model_name, device, trust_remote_code)
     model = load_model(model_name, dtype, trust_remote_code) if dense is None else dense
     if model.get_output_embeddings() is None:
