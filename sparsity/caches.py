@@ -22,6 +22,7 @@ class RoomyLayer(DynamicLayer):
         self.__dict__.update(layer.__dict__)
         self._shared, self._length = layer.keys.shape[-2], length
         self._buffers = [layer.keys, layer.values]
+        self._grow(self._shared + 1)
         self._show(self._shared)
 
     def _grow(self, needed: int) -> None:
