@@ -33,7 +33,7 @@ install_once() {
     return
   fi
   echo "installing $name into $ENV_DIR (log: $ENV_DIR/pip.log)"
-  # Python compiles what is imported when it first is; to compile everything takes half of the time of an installation.
+  # To compile all modules takes half of the time of an installation; setup_env lets Python keep those that it imports.
   # All of pip's output goes to the log; a terminal shows, in one line, which package is being fetched or installed.
   if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check --no-compile "$@" 2>&1 | tee -a "$ENV_DIR/pip.log" |
     awk -v terminal="$terminal" '
@@ -48,6 +48,7 @@ install_once() {
 
 setup_env() {
   local constraints=$2 base file options python_version text torch
+  unset PYTHONDONTWRITEBYTECODE # which many containers set: every process would compile all that it imports
   ENV_DIR=$1
   ENV_PYTHON=$ENV_DIR/bin/python
   shift 2
