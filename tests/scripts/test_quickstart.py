@@ -218,7 +218,7 @@ def test_environment_is_not_installed_twice(tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
     python.write_text(
-        '#!/bin/bash\n[[ $2 == pip ]] && { echo "$*" >> pips; grep -q broken a.txt && exit 1; }\nexit 0\n'
+        '#!/bin/bash\n[[ $2 != pip ]] && exit 0\necho "$* $PYTHONDONTWRITEBYTECODE" >> pips\n! grep -q broken a.txt\n'
     )
     python.chmod(0o755)
     (tmp_path / "a.txt").write_text("a\n")
@@ -229,8 +229,11 @@ def test_environment_is_not_installed_twice(tmp_path):
 
     def run():
         (tmp_path / "pips").write_text("")
-        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        return result, [call.partition("check ")[2] for call in (tmp_path / "pips").read_text().splitlines()]
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # what pip does not compile would never be kept
+        words = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 60}
+        result = subprocess.run(["bash", "-c", command], **words)
+        calls = (tmp_path / "pips").read_text().splitlines()
+        return result, [call.partition("check --no-compile ")[2].removesuffix(" ") for call in calls]
 
     result, installed = run()
     assert result.returncode == 0 and result.stderr == ""
