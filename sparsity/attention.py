@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,9 @@ def _of_one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     batch, heads, _, width = query.shape
     keys, values = buffer_of(key), buffer_of(value)
     if query.dtype == torch.bfloat16 and keys is not None and values is not None:
-        rest = keys.shape[2] - key.shape[2]
-        mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
-        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return _by_blocks(query, keys, values, F.pad(mask, (0, rest), value=hidden), False, scale)
+        added = query.new_zeros(1, 1, 1, key.shape[2]) if mask is None else _added(mask, query.dtype)
+        added = F.pad(added, (0, keys.shape[2] - key.shape[2]), value=torch.finfo(query.dtype).min)
+        return _apply(query, keys, values, Rule(added, [keys.shape[2]], False, scale))
     group = heads // key.shape[1]
     queries = query.reshape(batch, key.shape[1], group, width)
     if group == 1:
@@ -99,30 +98,46 @@ def _of_one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return output[:, :, :group].reshape(batch, 1, heads, -1)
 
 
+class Rule(NamedTuple):
+    """Which keys a position sees, and the factor of its scores.
+
+    Attributes:
+        mask: added to the scores, [batch or 1, 1, positions, length]; None: all keys, or if `causal` no later one.
+        ends: behind which key each position sees none.
+    """
+
+    mask: Tensor | None
+    ends: list[int]
+    causal: bool
+    scale: float
+
+
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     positions, length = query.shape[2], key.shape[2]
-    added, ends = (None, None) if mask is None else _shown(mask, query.dtype)
-    if ends is None or positions == 1:  # a product of some keys of many would copy them
-        ends = [length] * positions
-    if causal:
-        ends = list(range(1, length + 1))
+    ends = list(range(1, length + 1)) if causal else [length] * positions
+    added, ends = (None, ends) if mask is None else _shown(mask, query.dtype)
+    return _apply(query, key, value, Rule(added, ends, causal, scale))
+
+
+def _apply(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return BlockedAttention.apply(query, key, value, added, ends, causal, scale)
+        return BlockedAttention.apply(query, key, value, rule)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to scores; the lowest finite value hides, so that a row without keys has no NaN."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _shown(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-    """A mask as what is added to scores, and behind which key each position sees none.
-
-    The lowest finite value hides, so that a row without keys has no NaN. Layers share a mask, so it carries the result.
-    """
+    """What `Rule` takes of a mask. Layers share a mask, so it carries the result."""
     known: tuple[Tensor, list[int]] | None = getattr(mask, "shown", None)
     if known is not None and known[0].dtype == dtype:
         return known
-    added, shown = mask.to(dtype), mask
-    if mask.dtype == torch.bool:
-        added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    else:
-        shown = added > torch.finfo(dtype).min
+    added = _added(mask, dtype)
+    shown = mask if mask.dtype == torch.bool else added > torch.finfo(dtype).min
     last = shown.any(0)[0] * torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32)
     known = added, last.amax(1).clamp_min_(1).tolist()
     setattr(mask, "shown", known)  # noqa: B010
@@ -133,33 +148,20 @@ class BlockedAttention(torch.autograd.Function):
     """softmax(scale · query · keyᵀ + mask) · value, a block of positions at a time, for no gradient of the mask."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        ends: list[int],
-        causal: bool,
-        scale: float,
-    ) -> Tensor:
-        """Return [batch, positions, heads, width].
-
-        Args:
-            query, key, value: see `attention`.  mask, ends: as from `_shown`; without a mask `causal` counts.
-        """
-        blocks = _Blocks(query, key, value, mask, ends, causal, scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        """Args: see `attention`. Returns [batch, positions, heads, width]."""
+        blocks = _Blocks(query, key, value, rule)
         output = torch.empty(*blocks.queries.shape[:2], value.shape[-1], dtype=value.dtype)
         for rows, seen in blocks:
             output[:, rows] = torch.bmm(torch.softmax(blocks.scores(rows, seen), -1), blocks.values[:, :seen])
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.ends, ctx.causal, ctx.scale = ends, causal, scale
+        ctx.save_for_backward(query, key, value)
+        ctx.rule = rule
         return blocks.by_position(output)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        blocks = _Blocks(query, key, value, mask, ctx.ends, ctx.causal, ctx.scale)
+        query, key, value = ctx.saved_tensors
+        blocks = _Blocks(query, key, value, ctx.rule)
         slopes = blocks.by_group(outputs[0].transpose(1, 2))
         of_queries = torch.empty_like(blocks.queries)
         of_keys, of_values = (torch.zeros_like(t, dtype=torch.float32) for t in (blocks.keys, blocks.values))
@@ -172,8 +174,8 @@ class BlockedAttention(torch.autograd.Function):
             of_values[:, :seen] += torch.bmm(weights.detach().transpose(1, 2), slopes[:, rows])
             of_keys[:, :seen] += torch.bmm(of_scores.transpose(1, 2), blocks.queries[:, rows])
             of_queries[:, rows] = torch.bmm(of_scores, blocks.keys[:, :seen])
-        of_query = blocks.by_position(of_queries.mul_(ctx.scale)).transpose(1, 2)
-        return of_query, of_keys.view_as(key).to(key.dtype), of_values.view_as(value).to(value.dtype), *[None] * 4
+        of_query = blocks.by_position(of_queries.mul_(ctx.rule.scale)).transpose(1, 2)
+        return of_query, of_keys.view_as(key).to(key.dtype), of_values.view_as(value).to(value.dtype), None
 
 
 class _Blocks:
@@ -184,22 +186,13 @@ class _Blocks:
             those of one position follow each other.  keys, values: [matrices, length, width].
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        ends: list[int],
-        causal: bool,
-        scale: float,
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> None:
         self.batch, self.heads, self.positions, _ = query.shape
         self.kept = key.shape[1]
         self.group = self.heads // self.kept
-        self.queries = self.by_group(query * scale)
+        self.queries = self.by_group(query * rule.scale)
         self.keys, self.values = key.flatten(0, 1), value.flatten(0, 1)
-        self.mask, self.ends, self.causal = mask, ends, causal
+        self.rule = rule
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[batch, heads, positions, width] as [matrices, positions · group, width]."""
@@ -215,16 +208,16 @@ class _Blocks:
         size = max(1, ROWS // self.group)
         for start in range(0, self.positions, size):
             end = min(start + size, self.positions)
-            yield slice(start * self.group, end * self.group), max(self.ends[start:end])
+            yield slice(start * self.group, end * self.group), max(self.rule.ends[start:end])
 
     def scores(self, rows: slice, seen: int) -> Tensor:
         """What the softmax of [matrices, rows, seen] is taken of."""
         scores = torch.bmm(self.queries[:, rows], self.keys[:, :seen].transpose(1, 2))
         first, end = rows.start // self.group, rows.stop // self.group
         shaped = scores.view(self.batch, self.kept, end - first, self.group, seen)
-        if self.mask is not None:
-            shaped += self.mask[:, :, first:end, None, :seen]
-        elif self.causal:
+        if self.rule.mask is not None:
+            shaped += self.rule.mask[:, :, first:end, None, :seen]
+        elif self.rule.causal:
             size = end - first
             later = torch.full((size, size), torch.finfo(scores.dtype).min, dtype=scores.dtype).triu_(1)
             shaped[..., first:end] += later[:, None]
