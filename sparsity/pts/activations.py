@@ -55,6 +55,7 @@ class HiddenStates:
         self.token_weights = list(token_weights or [1.0] * len(batches))
         self.keep: list[Tensor | None] = []
         self.calls: list[list[Call]] = []
+        self._moved: tuple[Call, Call] | None = None  # a layer's arguments, and they on the device
         # On CPUs with bfloat16 instructions the linear layers of float32 models run in bfloat16 during calibration
         # (several times the speed); weights, the residual stream and sums of the statistics stay float32.
         self.autocast = device.type == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
@@ -137,7 +138,7 @@ class HiddenStates:
         Args:
             hidden: [batch, length, width]; of fewer tokens, only where sequences are longer than any head is wide.
         """
-        args, kwargs = _to_device(self.calls[batch][index], self.device)
+        args, kwargs = self._call(batch, index)
         if len(hidden) < self.shapes[batch][0]:
             args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
         whole, length = self.shapes[batch][1], hidden.shape[1]
@@ -147,6 +148,13 @@ class HiddenStates:
         with nullcontext() if exact else self.precision():
             output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def _call(self, batch: int, index: int) -> Call:
+        """The layer's arguments on the device. The latest stay there: mostly those of the next batch are the same."""
+        call = self.calls[batch][index]
+        if self._moved is None or self._moved[0] is not call:
+            self._moved = call, _to_device(call, self.device)
+        return self._moved[1]
 
     def linear(self, linear: nn.Linear, inputs: Tensor) -> Tensor:
         """Output of a linear layer for inputs on the device, bit for bit as in `run`."""

@@ -58,7 +58,6 @@ class Statistics:
         self._scratch = scratch
         self._half = False
 
-    @tf32(False)
     def add(
         self,
         inputs: Tensor,
@@ -71,28 +70,35 @@ class Statistics:
 
         A token counts by `token_weight` and by the square of its entry in `token_scales` [tokens] (mean square 1).
 
-        On a CPU bfloat16 inputs are multiplied as they are, some thousand tokens at a time, and summed in float32: the
-        products are rounded, but several times as fast. GPUs multiply float32.
+        Sums are float32. On a CPU bfloat16 inputs are multiplied as they are, some thousand tokens at a time: the
+        products are rounded, but several times as fast. On a GPU the products of 16-bit inputs are those of TF32, whose
+        mantissa is no shorter than theirs: only what is scaled, or wanted, is rounded to it.
         """
         self._half = inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and bf16_is_faster(inputs.device)
         at_once = HALF_TOKENS_AT_ONCE if self._half else TOKENS_AT_ONCE
-        for start in range(0, len(inputs), at_once):
-            part = inputs[start : start + at_once]
-            if token_scales is not None:
-                scales = token_scales[start : start + at_once, None].to(part.dtype)
-                part = part * scales
-            if not self._half:
-                part = self._scratch.take("inputs", TOKENS_AT_ONCE, inputs.shape[1])[: len(part)].copy_(part)
-            self._add_square(part, token_weight)
-            if wanted is not None:
-                assert self.cross is not None
-                outputs = wanted[start : start + at_once]
-                outputs = (outputs if token_scales is None else outputs * scales).to(part.dtype)
-                if self._half:
-                    self.cross.add_(outputs.t() @ part, alpha=token_weight)
-                else:
-                    self.cross.addmm_(outputs.t(), part, alpha=token_weight)
+        with tf32(inputs.dtype != torch.float32):
+            for start in range(0, len(inputs), at_once):
+                part = inputs[start : start + at_once]
+                scales = None if token_scales is None else token_scales[start : start + at_once, None]
+                outputs = None if wanted is None else wanted[start : start + at_once]
+                self._add_part(part, outputs, scales, token_weight)
         self.tokens += token_weight * len(inputs)
+
+    def _add_part(self, part: Tensor, wanted: Tensor | None, scales: Tensor | None, token_weight: float) -> None:
+        if self._half:
+            part = part if scales is None else part * scales.to(part.dtype)
+        else:
+            memory = self._scratch.take("inputs", TOKENS_AT_ONCE, part.shape[1])[: len(part)]
+            part = memory.copy_(part) if scales is None else torch.mul(part, scales, out=memory)
+        self._add_square(part, token_weight)
+        if wanted is None:
+            return
+        assert self.cross is not None
+        outputs = (wanted if scales is None else wanted * scales.to(part.dtype)).to(part.dtype)
+        if self._half:
+            self.cross.add_(outputs.t() @ part, alpha=token_weight)
+        else:
+            self.cross.addmm_(outputs.t(), part, alpha=token_weight)
 
     def _add_square(self, part: Tensor, token_weight: float) -> None:
         cols = len(self.hessian)

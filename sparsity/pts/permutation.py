@@ -22,7 +22,8 @@ from sparsity.pts.pattern import Pattern
 
 # Of the search for exchanges. Twice the passes lose another 1% less; a sample of few rows loses more than few passes.
 PASSES, ROWS_IN_A_PASS = 6, 1024
-SALIENCIES_AT_ONCE = 2**16  # of one channel, so that those of all pairs of channels stay in the cache
+SALIENCIES_AT_ONCE = 2**16  # of one channel, so that those of all pairs of channels stay in a CPU's cache
+SALIENCIES_ON_GPU = 2**20  # which has to start fewer kernels with them
 SPLITS = [  # of eight channels into two groups
     ((0, *rest), tuple(channel for channel in range(1, 8) if channel not in rest))
     for rest in itertools.combinations(range(1, 8), 3)
@@ -49,35 +50,43 @@ def dealt(importance: Tensor, size: int) -> Tensor:
     return order.unflatten(-1, (size, -1)).transpose(-1, -2).flatten(-2)
 
 
-def exchanged(order: Tensor, saliency: Tensor, generator: torch.Generator) -> Tensor:
-    """An order for 2:4 that loses less saliency: channels exchanged between groups of four.
+def exchanged(orders: Tensor, saliency: Tensor) -> Tensor:
+    """Orders for 2:4 that lose less saliency: channels exchanged between groups of four.
 
-    Each pass joins the groups to random pairs and splits the eight channels of a pair in the best of all 35 ways.
-    A row loses the two smallest saliencies of each group.
+    Each pass joins the groups of a block to random pairs and splits the eight channels of a pair in the best of all 35
+    ways. A row loses the two smallest saliencies of each group.
 
     Args:
-        order: to begin with, int64 [channels].
-        saliency: H_jj W_ij² [channels, rows].
+        orders: to begin with, int64 [blocks, channels].
+        saliency: H_jj W_ij² [blocks, channels, rows].
 
     Returns:
-        int64 [channels].
+        int64 [blocks, channels].
     """
-    device, rows = saliency.device, saliency.shape[1]
-    groups = order.view(-1, 4).clone()
+    blocks, channels, rows = saliency.shape
+    if channels < 8:
+        return orders
+    generator, device = torch.Generator().manual_seed(0), saliency.device
+    flat = saliency.flatten(0, 1)
+    groups = orders + torch.arange(blocks, device=device)[:, None] * channels  # numbers in `flat`
+    groups = groups.reshape(-1, 4)
     left, right = torch.tensor(SPLITS, device=device).unbind(1)  # [35, 4]
     for _ in range(PASSES):
-        pairs = torch.randperm(len(groups), generator=generator)[: len(groups) // 2 * 2].view(-1, 2).to(device)
-        seen = saliency
+        pairs = torch.stack([torch.randperm(channels // 4, generator=generator) for _ in range(blocks)])
+        pairs = (pairs + torch.arange(blocks)[:, None] * (channels // 4))[:, : channels // 8 * 2]
+        pairs = pairs.reshape(-1, 2).to(device)
+        seen = flat
         if rows > ROWS_IN_A_PASS:
-            seen = saliency[:, torch.randperm(rows, generator=generator)[:ROWS_IN_A_PASS].to(device)]
-        channels = groups[pairs].flatten(1)  # [pairs, 8]
+            seen = flat[:, torch.randperm(rows, generator=generator)[:ROWS_IN_A_PASS].to(device)]
+        members = groups[pairs].flatten(1)  # [pairs, 8]
         lost = torch.zeros(len(SPLITS), len(pairs), device=device)
-        for part in seen.split(max(1, SALIENCIES_AT_ONCE // max(1, len(pairs))), dim=1):
-            lost += _lost_by_split(part[channels.t()])
+        at_once = SALIENCIES_AT_ONCE if device.type == "cpu" else SALIENCIES_ON_GPU
+        for part in seen.split(max(1, at_once // len(pairs)), dim=1):
+            lost += _lost_by_split(part[members.t()])
         best = lost.argmin(0)
-        groups[pairs[:, 0]] = channels.gather(1, left[best])
-        groups[pairs[:, 1]] = channels.gather(1, right[best])
-    return groups.flatten()
+        groups[pairs[:, 0]] = members.gather(1, left[best])
+        groups[pairs[:, 1]] = members.gather(1, right[best])
+    return groups.view(blocks, channels) % channels
 
 
 def _lost_by_split(saliency: Tensor) -> Tensor:
@@ -115,10 +124,7 @@ class Channels:
         ]  # [repeats, blocks, channels, rows]
         saliency = saliency.movedim(0, -2).flatten(-2)  # [blocks, channels, repeats · rows]
         orders = dealt(saliency.sum(-1), pattern.m)
-        if (pattern.n, pattern.m) != (2, 4):
-            return orders
-        generator = torch.Generator().manual_seed(0)
-        return torch.stack([exchanged(*block, generator) for block in zip(orders, saliency, strict=True)])
+        return exchanged(orders, saliency) if (pattern.n, pattern.m) == (2, 4) else orders
 
     def reorder(self, order: Tensor) -> None:
         """Place n of each block gets the channel order[block, n].

@@ -12,7 +12,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from sparsity.devices import bf16_is_faster
+from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
 from sparsity.pts.masks import score_mask
 from sparsity.pts.pattern import Pattern
@@ -78,8 +78,9 @@ def half_hessian(hessian: Tensor) -> Tensor:
     return hessian.bfloat16() if half else hessian
 
 
+@tf32(True)
 def times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """A matrix [rows, cols] float32 times H, itself or as `half_hessian` gave it; [rows, cols] float32."""
+    """A matrix [rows, cols] float32 times H, in TF32 on GPUs, or in what `half_hessian` gave; [rows, cols] float32."""
     return (matrix.to(factor.dtype) @ factor).to(matrix.dtype)
 
 

@@ -62,8 +62,14 @@ def lost(saliency: torch.Tensor, order: torch.Tensor) -> float:
 def test_dealt_channels_lose_less_than_in_their_own_order_and_exchanged_ones_less_again():
     generator = torch.Generator().manual_seed(0)
     strength = torch.arange(64, dtype=torch.float32).div(8).exp()[:, None]  # neighbours are alike, as after sorting
-    saliency = torch.randn(64, 50, generator=generator).square() * strength
-    order = dealt(saliency.sum(1)[None], 4)[0]
-    better = exchanged(order, saliency, generator)
-    assert torch.equal(better.sort().values, torch.arange(64))
-    assert lost(saliency, better) < lost(saliency, order) < lost(saliency, torch.arange(64))
+    saliency = torch.randn(3, 64, 50, generator=generator).square() * strength
+    orders = dealt(saliency.sum(-1), 4)
+    better = exchanged(orders, saliency)
+    assert torch.equal(better.sort().values, torch.arange(64).expand(3, -1))
+    for block, dealt_order, exchanged_order in zip(saliency, orders, better, strict=True):
+        assert lost(block, exchanged_order) < lost(block, dealt_order) < lost(block, torch.arange(64))
+
+
+def test_exchange_leaves_channels_that_are_too_few():
+    orders = torch.arange(4).expand(2, -1)
+    assert torch.equal(exchanged(orders, torch.rand(2, 4, 5)), orders)
