@@ -198,7 +198,7 @@ def collect(
     def energy_hook(batch: int, energy: Tensor) -> Callable:
         def add(module: nn.Module, args: tuple) -> None:
             inputs = states.kept(batch, args[0])[0][::4].float()
-            energy.add_(inputs.square_().sum(0), alpha=states.token_weights[batch])
+            energy.add_(inputs.square().sum(0), alpha=states.token_weights[batch])
 
         return add
 

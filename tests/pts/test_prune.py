@@ -90,6 +90,21 @@ def test_hidden_states_behind_a_layer_are_the_pruned_layers_own_output_to_the_bi
     assert all(torch.equal(left, right) for left, right in zip(states.pruned, before, strict=True))
 
 
+@pytest.mark.parametrize("quality", ["fast", "balanced"])
+@pytest.mark.parametrize("half", [True, False])
+def test_observing_the_dense_model_does_not_change_what_it_computes(half, quality, monkeypatch):
+    """Neither where layers run in bfloat16 nor where, as on GPUs, they are given float32 inputs without a copy."""
+    monkeypatch.setattr("sparsity.pts.activations.bf16_is_faster", lambda device: half)
+    model, recipe = tiny_llama(), QUALITY[quality]
+    _, layers = decoder_layers(model)
+    states = HiddenStates(model, layers, calibration(), torch.device("cpu"), needs_dense=recipe.needs_dense)
+    expected = [hidden.clone() for hidden in states.dense]
+    states.advance(layers[0], 0, expected)
+    groups = [{n: model.get_submodule(n) for n in names} for names in shared_inputs(model, linears(model))[0]]
+    observe_dense(states, layers[0], 0, groups, recipe, head_counts(model.config))
+    assert all(torch.equal(left, right) for left, right in zip(states.dense, expected, strict=True))
+
+
 WORKER = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
