@@ -16,6 +16,7 @@ from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
 from sparsity.pts.masks import score_mask
 from sparsity.pts.pattern import Pattern
+from sparsity.pts.replay import replayed
 
 # ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
 # early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.
@@ -131,18 +132,36 @@ def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_si
     block_size = max(m, block_size // m * m)
     for start in range(0, cols, block_size):
         end = min(start + block_size, cols)
-        errors = torch.empty_like(w[start:end])
-        for i in range(start, end, m):
-            group, form = w[i : i + m], forms[i // m]
-            multipliers = (form.flatten(0, 1) @ group).view(-1, *group.shape)  # c of each way: [patterns, m, rows]
-            best = (multipliers * group).sum(1).min(0).indices  # [rows]; many times as fast as argmin
-            error = inverse_factor[i : i + m, i : i + m] @ multipliers.gather(0, best.expand(1, m, -1))[0]
-            w[i:end].addmm_(inverse_factor[i : i + m, i:end].t(), error, alpha=-1)
-            errors[i - start : i - start + m] = error
-            mask[i : i + m] = kept.index_select(0, best).t()
-        w[end:].addmm_(inverse_factor[start:end, end:].t(), errors, alpha=-1)
+        block, groups = slice(start, end), slice(start // m, end // m)
+        w[block], errors, ways = replayed(sweep, w[block], inverse_factor[block, block], forms[groups])
+        mask[block] = kept[ways].movedim(-1, 1).flatten(0, 1)
+        w[end:].addmm_(inverse_factor[block, end:].t(), errors, alpha=-1)
     mask = mask.t().contiguous()
     return w.t().contiguous().masked_fill_(~mask, 0.0), mask
+
+
+def sweep(block: Tensor, inverse_factor: Tensor, forms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loop of `sparsegpt` over the groups of a block of columns.
+
+    Args:
+        block: [columns, rows].  inverse_factor: U of these columns.  forms: of `group_costs`, for these groups.
+
+    Returns:
+        the block with its updates [columns, rows]; the errors that later columns make up for [columns, rows]; which way
+        of pruning each group chose [groups, rows].
+    """
+    block, m = block.clone(), forms.shape[-1]
+    errors = torch.empty_like(block)
+    ways = torch.empty(len(forms), block.shape[1], dtype=torch.int64, device=block.device)
+    for number, form in enumerate(forms):
+        here, rest = slice(number * m, (number + 1) * m), slice(number * m, None)
+        group = block[here]
+        multipliers = (form.flatten(0, 1) @ group).view(-1, *group.shape)  # c of each way: [patterns, m, rows]
+        best = (multipliers * group).sum(1).min(0).indices  # [rows]; many times as fast as argmin
+        torch.mm(inverse_factor[here, here], multipliers.gather(0, best.expand(1, m, -1))[0], out=errors[here])
+        block[rest].addmm_(inverse_factor[here, rest].t(), errors[here], alpha=-1)
+        ways[number] = best
+    return block, errors, ways
 
 
 def sparsegpt_unstructured(

@@ -1,0 +1,71 @@
+"""What runs in another way on a CUDA GPU gives what a CPU gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from pruning import agree, calibration
+
+from sparsity.matrices import is_2_4
+from sparsity.pts.layer_store import LayerStore
+from sparsity.pts.pattern import Pattern
+from sparsity.pts.prune import prune_model
+from sparsity.pts.recipe import QUALITY
+from sparsity.pts.replay import replayed
+from sparsity.pts.solvers import damp, sparsegpt
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_replayed_function_serves_arguments_of_any_shape_and_leaves_them_as_they_are(device):
+    def function(left, right):
+        return left @ right, (left * 2).relu()
+
+    for size in (3, 3, 5, 3):
+        left, right = torch.randn(size, 4, device=device), torch.randn(4, size, device=device)
+        before = left.clone()
+        found = replayed(function, left, right)
+        torch.testing.assert_close(found, function(left, right))
+        assert torch.equal(left, before)
+
+
+@needs_gpu
+@pytest.mark.parametrize("cols", [64, 320])  # the second has a block that is not full
+def test_sparsegpt(cols):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(48, cols, generator=generator), torch.randn(cols, 2 * cols, generator=generator)
+    found = {}
+    for device in ("cpu", "cuda"):
+        _, factor, _ = damp((inputs @ inputs.t() / 2 / cols).to(device), 0.01)
+        pruned, mask = sparsegpt(weight.to(device), factor, Pattern(2, 4))
+        found[device] = pruned.cpu(), mask.cpu()
+    assert is_2_4(found["cuda"][0])
+    assert float((found["cpu"][1] == found["cuda"][1]).float().mean()) > 0.995  # rounding may tip a choice
+    assert float((found["cpu"][0] - found["cuda"][0]).norm() / found["cpu"][0].norm()) < 0.05
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quality", QUALITY)
+def test_pruning(quality, dtype):
+    dense = tiny_llama()
+    masks, errors = {}, {}
+    for device in ("cpu", "cuda"):
+        model, rows = copy.deepcopy(dense).to(torch.float32 if device == "cpu" else dtype), []
+        store = LayerStore(None, "")
+        masks[device] = prune_model(
+            model,
+            calibration(),
+            QUALITY[quality],
+            torch.device(device),
+            store,
+            on_rows=lambda new, rows=rows: rows.extend(new),
+        )
+        errors[device] = sum(row.relative_error for row in rows)
+        assert all(is_2_4(module.weight) for name, module in model.named_modules() if name in masks[device])
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
+    assert agree(masks["cpu"], masks["cuda"]) > (0.97 if dtype == torch.float32 else 0.9)
