@@ -4,7 +4,8 @@ r"""How close pruning, training and evaluation come to what the machine can do.
     python -m benchmarks.roofline
 
 Peaks, measured in the same run: FLOP/s of the matrix product [1024, 576] x [576, 1536] in 32 and 16 bits (it stays in
-the processor's cache), with one thread and with all, and the bytes per second of summing 512 MiB.
+the processor's cache), with one thread and with all, and the bytes per second of summing 512 MiB. On a GPU the product
+is [4096, 4096] x [4096, 4096].
 
 Useful FLOPs, with N the weights of the decoder's linear layers, H those of the output head, L layers of h heads of
 width w, and T tokens in a row:
@@ -49,7 +50,7 @@ from utils import Parser, check_at_least, run_cli
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHAPE = (1024, 576, 1536)  # rows, inner and columns of the product whose speed is the peak
+SHAPES = {"cpu": (1024, 576, 1536), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the product that is the peak
 BEAMS, BATCH = 2, 16
 NEW_TOKENS = 64  # of an answer where generation is compared with the plain loop
 
@@ -91,8 +92,8 @@ def seconds_of(work: Callable[[], Any], device: torch.device, repeat: int = 3) -
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device, products: int = 100) -> float:
-    """FLOP/s of the product of `SHAPE`."""
-    rows, inner, columns = SHAPE
+    """FLOP/s of the product of the device's shape."""
+    rows, inner, columns = SHAPES[device.type]
     inputs, weight = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
 
     def work() -> None:

@@ -21,7 +21,7 @@ from utils import Parser, run_cli
 
 GIB = 2**30
 MODEL_LAYERS = 32  # of Llama-2-7B
-MEMORY_TARGET = 6e9 / GIB  # GiB: at most 6 GB, which is less than 6 GiB
+MEMORY_TARGET = 4e9 / GIB  # GiB: at most 4 GB, which is less than 4 GiB
 TIME_TARGET = 0.5  # at most this share of modelopt's time
 
 
