@@ -24,7 +24,7 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # of text that models write
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPUS", "")  # for test_cuda.py: TEST_GPUS=0
 torch.set_num_threads(1)
 
 TEXTS = [

