@@ -33,8 +33,8 @@ from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.figures import ROUGE_TYPES, read_figures
 from sparsity.files import require_file, save_json
-from sparsity.models import load_model, load_tokenizer
-from sparsity.states import restore_sparse
+from sparsity.models import load_tokenizer
+from sparsity.states import load_for_inference
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 
@@ -111,8 +111,7 @@ def train(args: argparse.Namespace, folder: Path, *more: Any) -> list[dict[str, 
 def perplexities(model_name: str, blocks: dict[str, torch.Tensor], state: Path | None) -> dict[str, float]:
     """Perplexity on blocks [N, T] of every text, of the dense model or, with a state, of the sparse one."""
     device = resolve_device("auto")
-    model = load_model(model_name, torch.float32)
-    model = restore_sparse(model, state, fold=True) if state else model
+    model = load_for_inference(model_name, "fp32", state)
     with torch.autocast(device.type, torch.bfloat16):
         return {kind: perplexity(model.to(device), found, device) for kind, found in blocks.items()}
 

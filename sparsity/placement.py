@@ -20,7 +20,7 @@ from sparsity.files import scratch_folder
 from sparsity.models import empty_model, load_config, load_model
 from sparsity.processes import is_main_process
 from sparsity.quantized import quantization_algorithm
-from sparsity.states import check_state_fits, is_mask, load_for_inference, load_state, sparse_masks
+from sparsity.states import check_state_fits, folded_weights, load_for_inference, load_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -204,19 +204,6 @@ def load_sparse(
         ) from error
     loaded.generation_config = own_generation_config(model) or loaded.generation_config
     return loaded.eval()
-
-
-def folded_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a state without its masks, pruned ones zero."""
-    masked = {name: (weight, mask) for name, weight, mask in sparse_masks(state)}
-    folded = {}
-    for name, tensor in state.items():
-        if is_mask(name):
-            continue
-        if name in masked and (tensor.ne(0) & ~masked[name][1]).any():
-            tensor = tensor.masked_fill(~masked[name][1], 0)
-        folded[name] = tensor
-    return folded
 
 
 def own_generation_config(model: str) -> Any:

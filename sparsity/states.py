@@ -161,47 +161,55 @@ def _compare_shapes(tensors: dict[str, torch.Tensor], model: PreTrainedModel, pa
         )
 
 
+def folded_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a state without its masks, pruned ones zero. A weight that is so already is not copied."""
+    masked = {name: (weight, mask) for name, weight, mask in sparse_masks(state_dict)}
+    folded = {}
+    for name, tensor in state_dict.items():
+        if is_mask(name):
+            continue
+        if name in masked and (tensor.ne(0) & ~masked[name][1]).any():
+            tensor = tensor.masked_fill(~masked[name][1], 0)
+        folded[name] = tensor
+    return folded
+
+
 def load_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
     """Copy the weights of a sparse state, read from `path`, into a freshly loaded dense `model`, which keeps its dtype.
 
-    The layers stay plain ones without masks.
+    Pruned weights are zero, and the layers stay plain ones without masks. They give the outputs of modelopt's masked
+    layers, which multiply weight and mask in every forward pass and so take longer than decoding a token.
 
     Raises:
         UserError: the state belongs to another model.
     """
     check_state_fits(state_dict, model, path)
-    model.load_state_dict({name: tensor for name, tensor in state_dict.items() if not is_mask(name)})
+    model.load_state_dict(folded_weights(state_dict))
 
 
-def restore_sparse(model: PreTrainedModel, path: str | Path, fold: bool = False) -> PreTrainedModel:
+def restore_sparse(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     """Read a modelopt state file and apply it to a freshly loaded dense `model`; see `apply_state`.
 
     Raises:
         UserError: the file is unreadable, or belongs to a model of other layers or sizes.
     """
-    return apply_state(model, load_state(path), path, fold)
+    return apply_state(model, load_state(path), path)
 
 
-def apply_state(model: PreTrainedModel, state: dict[str, Any], path: str | Path, fold: bool = False) -> PreTrainedModel:
+def apply_state(model: PreTrainedModel, state: dict[str, Any], path: str | Path) -> PreTrainedModel:
     """Apply a modelopt state (masks and weights) that was read from `path` to a freshly loaded dense `model`, in place.
-
-    Args:
-        fold: for inference. Multiply the masks into the weights and leave plain layers, which give the same outputs; a
-            masked layer repeats that product in every forward pass, which takes longer than decoding one token.
 
     A state with further tokens, such as one of the reference scripts with [PAD], gives the model their rows.
 
     Raises:
         UserError: the state belongs to a model of other layers or sizes.
     """
-    import modelopt.torch.sparsity
-
     model = restore_layers(model, state, path)
     try:
         model.load_state_dict(state["model_state_dict"])
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
-    return modelopt.torch.sparsity.export(model) if fold else model
+    return model
 
 
 def restore_layers(model: PreTrainedModel, state: dict[str, Any], path: str | Path) -> PreTrainedModel:
@@ -233,10 +241,12 @@ def load_for_inference(
         dtype: a key of DTYPES; None keeps the checkpoint's own.
 
     Raises:
-        UserError: as `load_model` and `restore_sparse`.
+        UserError: as `load_model`, `load_state` and `load_weights`.
     """
     loaded = load_model(model, torch_dtype(dtype) if dtype else "auto", trust_remote_code, quantized=state is None)
-    return restore_sparse(loaded, state, fold=True) if state else loaded
+    if state:
+        load_weights(loaded, load_state(state)["model_state_dict"], state)
+    return loaded
 
 
 def sparse_masks(state_dict: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 
 from sparsity.errors import UserError
 from sparsity.models import load_model
-from sparsity.states import load_state, restore_sparse, sparse_masks
+from sparsity.states import load_for_inference, load_state, load_weights, restore_sparse, sparse_masks
 
 
 def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
@@ -27,7 +27,7 @@ def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, reference(ids).logits)
-    folded = restore_sparse(load_model(str(model_dir)), state_path, fold=True)
+    folded = load_for_inference(str(model_dir), None, state_path)
     assert type(folded.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert folded.state_dict().keys() == reference.state_dict().keys()
     with torch.no_grad():
@@ -37,8 +37,9 @@ def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
 def test_state_of_another_model_is_refused(state_path):
     with pytest.raises(UserError, match="belongs to another model"):
         restore_sparse(tiny_llama(hidden=64), state_path)
-    with pytest.raises(UserError, match="belongs to another model"):
-        restore_sparse(tiny_llama(layers=3), state_path)
+    for load in (restore_sparse, lambda model, path: load_weights(model, load_state(path)["model_state_dict"], path)):
+        with pytest.raises(UserError, match="belongs to another model"):
+            load(tiny_llama(layers=3), state_path)
 
 
 class Malicious:

@@ -20,7 +20,7 @@ from conftest import ROOT, TEXTS, run_inline
 from sparsity.files import read_jsonl
 from sparsity.models import load_model
 from sparsity.sat.callbacks import read_log
-from sparsity.states import load_state, restore_sparse, sparse_masks
+from sparsity.states import load_for_inference, load_state, restore_sparse, sparse_masks
 from sparsity.text import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE
 
 
@@ -228,8 +228,7 @@ def padded_state(tmp_path_factory, model):
 def test_states_with_a_padding_token_restore(model, padded_state, capsys):
     path, rows, reference = padded_state
     ids = torch.arange(2, 22)[None]
-    for fold in (False, True):
-        restored = restore_sparse(load_model(str(model)), path, fold)
+    for restored in (restore_sparse(load_model(str(model)), path), load_for_inference(str(model), None, path)):
         assert restored.get_input_embeddings().weight.shape[0] == rows == restored.config.vocab_size
         with torch.no_grad():
             torch.testing.assert_close(restored(ids).logits, reference(ids).logits)
