@@ -25,13 +25,13 @@ eval_batch=16      # prompts generated together
 windows=32         # perplexity windows of each text
 name=quickstart
 # The steps in order, and their seconds on two cores of an AMD EPYC; tools/pace.py adapts them to the machine.
-plan="model 22 data 4 PTS 120 SAT 340 evaluate-dense 60 evaluate-PTS 60 evaluate-SAT 60"
+plan="model 22 data 4 PTS 120 SAT 330 evaluate 150"
 case ${1:-} in
   "") ;;
   --full)
     calib_size=128 quality=balanced max_steps=500 save_steps=100 examples=100 beams=4 windows=200 name=quickstart_full
     self_tokens=131072
-    plan="model 22 data 4 PTS 430 SAT 1850 evaluate-dense 470 evaluate-PTS 470 evaluate-SAT 470"
+    plan="model 22 data 4 PTS 430 SAT 1850 evaluate 1150"
     ;;
   -h | --help)
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -118,25 +118,44 @@ fi
 step SAT "$sat" "${command[@]}"
 rm -rf "$out/finetuned/checkpoints" # 1.6 GB that only an interrupted run needs
 
-runs=()
-for run in dense PTS SAT; do
-  state=()
-  case $run in
-    PTS) state=(--modelopt_restore_path "$pts") runs+=(--state "PTS=$pts") ;;
-    SAT) state=(--modelopt_restore_path "$sat") runs+=(--state "SAT=$sat") ;;
+# evaluation RUN : sets $results and $command
+evaluation() {
+  local state=()
+  case $1 in
+    PTS) state=(--modelopt_restore_path "$pts") ;;
+    SAT) state=(--modelopt_restore_path "$sat") ;;
   esac
-  results=$out/eval/$run
+  results=$out/eval/$1
+  command=(python eval.py --model_dir "$model" ${state[@]+"${state[@]}"} --dtype fastest
+    --perplexity_data "papers=$data/heldout.jsonl" "manual=$data/manual.txt"
+    --perplexity_context "$length" --perplexity_blocks "$windows"
+    --data_path "$data/cnn_eval.json" --limit "$examples" --batch_size "$eval_batch" --beam_size "$beams"
+    --model_max_length "$length" --predictions "$results/predictions.jsonl" --output_json "$results/rouge.json")
+}
+
+runs=() missing=() commands=()
+for run in dense PTS SAT; do
+  evaluation $run
   runs+=(--run "$run=$results")
-  step "evaluate-$run" "$results/rouge.json" python eval.py --model_dir $model ${state[@]+"${state[@]}"} --dtype fastest \
-    --perplexity_data "papers=$data/heldout.jsonl" "manual=$data/manual.txt" \
-    --perplexity_context $length --perplexity_blocks $windows \
-    --data_path $data/cnn_eval.json --limit $examples --batch_size $eval_batch --beam_size $beams \
-    --model_max_length $length --predictions "$results/predictions.jsonl" --output_json "$results/rouge.json"
+  if current "$steps/evaluate-$run.done" "$results/rouge.json" "${command[@]}"; then
+    echo "evaluate-$run: already done ($results/rouge.json)"
+    continue
+  fi
+  rm -f "$steps/evaluate-$run.done"
+  missing+=("$run")
+  commands+=(::: "evaluate-$run" "${command[@]}")
 done
+if ((${#missing[@]})); then
+  step evaluate "" python tools/side_by_side.py --logs "$steps" "${commands[@]:1}"
+  for run in "${missing[@]}"; do
+    evaluation "$run"
+    described "$results/rouge.json" "${command[@]}" >"$steps/evaluate-$run.done"
+  done
+fi
 
 # ------------------------------------------------------------------------------------------------ report
 echo
-python report.py "${runs[@]}" --model_dir $model --pts_layers "$out/pts_layers.jsonl" \
+python report.py "${runs[@]}" --state "PTS=$pts" --state "SAT=$sat" --model_dir $model --pts_layers "$out/pts_layers.jsonl" \
   --train_log "$out/finetuned/train_log.jsonl" --output_dir "$out/report" \
   --title "SmolLM2-135M-Instruct, 2:4 sparse: before and after"
 cat <<END

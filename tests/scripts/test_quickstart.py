@@ -22,7 +22,7 @@ setup_env() { mkdir -p .venv/bin; cp fake_python .venv/bin/python; }
 """
 PYTHON = (
     f"""#!/usr/bin/env bash
-[[ $1 == tools/run_step.py ]] && exec {sys.executable} "$@"
+[[ $1 == tools/run_step.py || $1 == tools/side_by_side.py ]] && exec {sys.executable} "$@"
 [[ $2 == tools.pace ]] && {{ echo 2.0; exit; }}
 """
     + """
@@ -54,7 +54,8 @@ done
 def project(tmp_path):
     shutil.copy(ROOT / "quickstart.sh", tmp_path)
     (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools" / "run_step.py", tmp_path / "tools")
+    for name in ("run_step.py", "side_by_side.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     (tmp_path / "tools" / "setup_env.sh").write_text(SETUP)
     (tmp_path / "fake_python").write_text(PYTHON)
     (tmp_path / "fake_python").chmod(0o755)
@@ -83,10 +84,10 @@ def test_steps_run_in_order_and_the_second_run_only_reports(project):
     result, calls = quickstart(project)
     assert result.returncode == 0, result.stdout + result.stderr
     assert scripts(calls) == SCRIPTS
-    # Dense without a state, then the pruned, then the fine-tuned one.
+    # Dense without a state, the pruned and the fine-tuned one, side by side.
     states = [call.partition("--modelopt_restore_path ")[2].partition(" ")[0] for call in calls[4:7]]
-    assert [state.rpartition("/")[2] for state in states] == (
-        ["", "pts_modelopt_state.pth", "finetuned_modelopt_state.pth"]
+    assert {state.rpartition("/")[2] for state in states} == (
+        {"", "pts_modelopt_state.pth", "finetuned_modelopt_state.pth"}
     )
     assert "| table |" in result.stdout and "report.html" in result.stdout
     result, calls = quickstart(project)
@@ -155,6 +156,43 @@ def test_failed_step_names_itself_and_the_next_run_resumes_there(project):
     result, calls = quickstart(project)
     assert result.returncode == 0
     assert scripts(calls) == SCRIPTS[3:]
+
+
+def test_a_failed_evaluation_is_repeated_and_no_other(project):
+    quickstart(project)
+    next(project.glob("saved_models*/eval/PTS/rouge.json")).unlink()
+    (project / "fail").write_text("eval.py")
+    result, calls = quickstart(project)
+    assert result.returncode == 1 and "step evaluate failed" in result.stderr and "    the reason" in result.stderr
+    (project / "fail").unlink()
+    result, calls = quickstart(project)
+    assert result.returncode == 0 and scripts(calls) == ["eval.py", "report.py"]
+    assert "pts_modelopt_state.pth" in calls[0]
+    assert "evaluate-SAT: already done" in result.stdout
+
+
+def side_by_side(folder, *commands, **more):
+    words = [word for command in commands for word in (":::", *command)][1:]
+    command = [sys.executable, ROOT / "tools" / "side_by_side.py", "--logs", folder, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
+
+
+def test_commands_run_at_the_same_time_and_share_the_threads(tmp_path):
+    """Each waits for a file of the other's."""
+    meet = "import os, pathlib, time; pathlib.Path('{0}').touch()\nwhile not os.path.exists('{1}'): time.sleep(0.01)\n"
+    meet += "print('warning: {0} with', os.environ['OMP_NUM_THREADS']); print('only in the log')"
+    commands = [(name, sys.executable, "-c", meet.format(name, other)) for name, other in ("ab", "ba")]
+    result = side_by_side(".", *commands, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "8"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(result.stdout.splitlines()) == ["warning: a with 4", "warning: b with 4"]
+    assert "only in the log" in (tmp_path / "a.log").read_text()
+
+
+def test_the_first_failure_stops_the_others_and_is_shown(tmp_path):
+    failing = "import sys, time; time.sleep(0.5); print('error: the reason'); sys.exit(3)"
+    waiting = "import time; time.sleep(100)"
+    result = side_by_side(tmp_path, ("a", sys.executable, "-c", waiting), ("b", sys.executable, "-c", failing))
+    assert result.returncode == 3 and result.stdout == "error: the reason\n"
 
 
 @pytest.mark.parametrize("shift", [5, -5], ids=["later", "earlier, by a clock set back"])
