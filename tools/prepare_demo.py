@@ -10,6 +10,7 @@ weights are dequantized to 32-bit floats.
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from pathlib import Path
 
 from sparsity.errors import UserError
@@ -34,9 +35,13 @@ def find_gguf() -> Path:
 
 def convert(gguf: Path, output_dir: Path) -> None:
     """Dequantize `gguf` and save model and tokenizer into `output_dir`."""
+    import gguf as reading
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Transformers opens the file for each of tokenizer, configuration and weights, and lists names for each module.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(reading, name, lru_cache(getattr(reading, name)))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF gives <|im_start|> as the end-of-text token; the instruct model ends its turns with <|im_end|> (id 2).
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
@@ -47,8 +52,9 @@ def convert(gguf: Path, output_dir: Path) -> None:
         del config.quantization_config
     config.name_or_path = "SmolLM2-135M-Instruct"
     # A model loaded from GGUF refuses save_pretrained; a new model with the same weights does not.
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantized.state_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict(), assign=True)
     model.generation_config = quantized.generation_config
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-# Sustained float32 multiply-adds of hardware in this class, doubled: a laptop's cores, a data-centre GPU.
-FLOPS = {"cpu": 1.5e11, "cuda": 3e13}
+# Sustained multiplications and additions a second, all else included: of a laptop's cores, and of an H100.
+FLOPS = {"cpu": 1.5e11, "cuda": 5e13}
 HALF_GAIN = 1.5  # on a CPU that multiplies bfloat16, where forward passes and statistics are so
 BANDWIDTH = {"cpu": 8e9, "cuda": 1.5e12}  # sustained bytes a second from memory
 

@@ -23,7 +23,7 @@ from sparsity.sat.saved_values import damaged, taken_over
 from sparsity.sat.sharding import plain_name
 
 TENSORS, VALUES = "training_state", "training_state.json"  # in the folder of a checkpoint
-FILE_BYTES = 1 << 30  # per process, about: one file at a time is put together in memory
+FILE_BYTES = 1 << 28  # per process, about: a file is put together in memory, fresh memory for large ones takes long
 
 
 def is_saved_in(folder: Path) -> bool:
