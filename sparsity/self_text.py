@@ -32,7 +32,7 @@ from sparsity.processes import hide_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SEQUENCES_AT_ONCE = 32  # each step reads all weights once, for however many sequences
+SEQUENCES_AT_ONCE = 64  # each step reads all weights once, for however many sequences
 MOST_CACHE_BYTES = 2**30  # of keys and values
 TOKENS_IN_A_SUM = 256  # of probabilities, when a token is drawn
 
