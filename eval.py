@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
 from utils import (
@@ -25,6 +26,11 @@ from utils import (
     check_at_least,
     run_cli,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsity.text import PromptTemplate
 
 PERPLEXITY_BATCH = 4  # blocks at a time
 
@@ -84,20 +90,59 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
+def read_inputs(args: argparse.Namespace) -> tuple[list[dict[str, str]], PreTrainedTokenizerBase, PromptTemplate]:
+    """Records, tokenizer and prompt template, with every check that needs no weights."""
+    from sparsity import files, models, text
+    from sparsity.processes import warn
+
+    records = text.read_records(args.data_path)[: args.limit]
+    config = models.load_config(args.model_dir, args.trust_remote_code)
+    models.check_lengths(config, {"--model_max_length": args.model_max_length, "--max_new_tokens": args.max_new_tokens})
+    if args.perplexity_data:
+        models.check_lengths(config, {"--perplexity_context": args.perplexity_context})
+    if args.modelopt_restore_path:
+        files.require_file(args.modelopt_restore_path, "modelopt state")
+    if args.output_json:
+        files.prepare_output_dir(Path(args.output_json).parent)
+    tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
+    template = text.choose_template(args.prompt_template, args.chat_template, tokenizer)
+    if args.modelopt_restore_path and text.trained_template(args.modelopt_restore_path) not in (None, template):
+        warn(
+            f"{args.modelopt_restore_path} was trained with another prompt template (see {text.RUN_RECORD} beside "
+            "it); give the --prompt_template or --chat_template of its training"
+        )
+    return records, tokenizer, template
+
+
+def report_scores(
+    args: argparse.Namespace, records: list[dict[str, str]], predictions: list[str], facts: dict[str, Any]
+) -> None:
+    """Score the predictions, save the scores with the facts of the run, and print them with some samples."""
+    from sparsity.evaluation.rouge import print_scores, score_predictions
+    from sparsity.figures import save_scores
+
+    references = [record["output"] for record in records]
+    scores = score_predictions(predictions, references)
+    if args.output_json:
+        save_scores({**scores, **facts}, args.output_json)
+    for index in range(min(args.samples, len(records))):
+        print(f"\n--- example {index}\nreference:  {references[index]}\nprediction: {predictions[index]}")
+    print_scores(scores, args.output_json)
+
+
 def main() -> None:
     args = parse_args()
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
-    from sparsity import files, models, text
+    from sparsity import models, text
     from sparsity.devices import inference_dtype, keep_freed_memory, use_tf32
     from sparsity.evaluation import perplexity
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
-    from sparsity.evaluation.rouge import print_scores, score_predictions
-    from sparsity.figures import PERPLEXITIES, save_scores
+    from sparsity.figures import PERPLEXITIES
     from sparsity.placement import choose_placement, input_device, load_placed
-    from sparsity.processes import fail_together, report_on_main, start_processes, warn
+    from sparsity.processes import fail_together, report_on_main, start_processes
 
     placement = choose_placement(args)
     process = start_processes(args.device)
@@ -107,26 +152,10 @@ def main() -> None:
 
     # Phase 1: everything cheap is checked before the model is loaded, and the model before any generation.
     with fail_together(process):
-        records = text.read_records(args.data_path)[: args.limit]
-        config = models.load_config(args.model_dir, args.trust_remote_code)
-        models.check_lengths(
-            config, {"--model_max_length": args.model_max_length, "--max_new_tokens": args.max_new_tokens}
-        )
-        if args.perplexity_data:
-            models.check_lengths(config, {"--perplexity_context": args.perplexity_context})
-        if args.modelopt_restore_path:
-            files.require_file(args.modelopt_restore_path, "modelopt state")
-        if args.output_json:
-            files.prepare_output_dir(Path(args.output_json).parent)
-        tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
-        template = text.choose_template(args.prompt_template, args.chat_template, tokenizer)
-        if args.modelopt_restore_path and text.trained_template(args.modelopt_restore_path) not in (None, template):
-            warn(
-                f"{args.modelopt_restore_path} was trained with another prompt template (see {text.RUN_RECORD} beside "
-                "it); give the --prompt_template or --chat_template of its training"
-            )
+        records, tokenizer, template = read_inputs(args)
         log = None
         if args.predictions:
+            config = models.load_config(args.model_dir, args.trust_remote_code)
             log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
             log.check()
         prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
@@ -163,9 +192,6 @@ def main() -> None:
             assert sorted(predictions) == list(range(len(records)))
             if log:
                 log.finish(prediction_line(index, predictions[index], records) for index in range(len(records)))
-            scores = score_predictions(
-                [predictions[index] for index in range(len(records))], [record["output"] for record in records]
-            )
             generated = sum(map(len, batches))
             facts = {
                 "generated": generated,
@@ -176,12 +202,7 @@ def main() -> None:
                 "arguments": vars(args),
                 **({PERPLEXITIES: perplexities} if perplexities else {}),
             }
-            if args.output_json:
-                save_scores({**scores, **facts}, args.output_json)
-            for index in range(min(args.samples, len(records))):
-                reference = records[index]["output"]
-                print(f"\n--- example {index}\nreference:  {reference}\nprediction: {predictions[index]}")
-            print_scores(scores, args.output_json)
+            report_scores(args, records, [predictions[index] for index in range(len(records))], facts)
     process.destroy_process_group()
 
 

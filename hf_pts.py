@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsity.devices import DTYPES
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from transformers import PreTrainedModel
+
+    from sparsity.pts.recipe import Recipe
 
 
 def parse_args() -> argparse.Namespace:
@@ -106,6 +110,7 @@ def choose_sources(args: argparse.Namespace) -> list[Source]:
     sources = parse_sources(args.calib_data or DEFAULT_SOURCES)
     for source in sources:
         check_source(source)
+    shares(sources, args.calib_size)  # refuses weights that leave a source without a sequence
     return sources
 
 
@@ -141,30 +146,91 @@ def load_calibration_set(
         return loaded if process.is_main_process else load()
 
 
+def load_dense(
+    args: argparse.Namespace, recipe: Recipe, sources: list[Source], process: PartialState
+) -> PreTrainedModel:
+    """The dense model, without memory for its weights if only estimates are wanted; prints what will be pruned."""
+    from sparsity import models
+    from sparsity.devices import torch_dtype
+    from sparsity.pts.report import describe_plan
+
+    config = models.load_config(args.model_name_or_path, args.trust_remote_code)
+    if sources:
+        models.check_lengths(config, {"--model_max_length": args.model_max_length})
+    dtype = torch_dtype(args.dtype)
+    if args.dry_run:
+        model = models.empty_model(config, dtype, args.trust_remote_code)
+    else:
+        model = models.load_model(args.model_name_or_path, dtype, args.trust_remote_code)
+    if process.is_main_process:
+        print(describe_plan(model, recipe, args.ignore), end="")
+    return model
+
+
+def estimate(
+    args: argparse.Namespace, recipe: Recipe, sources: list[Source], model: PreTrainedModel, device: torch.device
+) -> str:
+    """Shapes, time and memory of pruning and of the text that the model would write."""
+    from sparsity.models import empty_model
+    from sparsity.pts import report
+    from sparsity.self_text import writing_dtype
+
+    if not sources:
+        return "pruning by magnitude reads each weight once: no calibration text, no forward pass"
+    counts = shares(sources, args.calib_size)
+    calibration = (sum(counts), args.model_max_length, args.batch_size)
+    written = sum(count for source, count in zip(sources, counts, strict=True) if source.spec == SELF)
+    writer = empty_model(model.config, writing_dtype(device), args.trust_remote_code) if written else None
+    lines = [report.estimate(model, recipe, args.ignore, calibration, device.type, writer)]
+    if writer is not None:
+        lines.append(report.self_text_estimate(writer, written, args.model_max_length, device.type))
+    return "\n".join(lines)
+
+
+def write_state(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    masks: dict[str, torch.Tensor],
+    batches: list[dict[str, torch.Tensor]],
+) -> Path:
+    """Write the state, proven on a freshly loaded model before it replaces an earlier one."""
+    import torch
+
+    from sparsity.devices import torch_dtype
+    from sparsity.models import load_model
+    from sparsity.pts.state import write_verified_state
+
+    path = Path(args.output_dir) / "pts_modelopt_state.pth"
+    if batches:
+        probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
+    else:
+        probe = torch.arange(16)[None] % model.config.get_text_config().vocab_size
+    fresh = partial(load_model, args.model_name_or_path, torch_dtype(args.dtype), args.trust_remote_code)
+    write_verified_state(model, masks, path, recipe, probe, fresh)
+    return path
+
+
 def main() -> None:
     args = parse_args()
     check_args(args)
     recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
     sources = choose_sources(args)
-    counts = shares(sources, args.calib_size)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     import torch
 
-    from sparsity import files, models
-    from sparsity.devices import peak_memory_mib, resolve_device, torch_dtype, use_tf32
+    from sparsity import files
+    from sparsity.devices import peak_memory_mib, resolve_device, use_tf32
     from sparsity.processes import fail_together, report_on_main, start_processes
     from sparsity.pts import report
     from sparsity.pts.layer_store import LayerStore, calibration_key
     from sparsity.pts.log import MatrixLog, save_log
     from sparsity.pts.magnitude import prune_by_magnitude
     from sparsity.pts.prune import prune_model
-    from sparsity.pts.state import write_verified_state
-    from sparsity.self_text import writing_dtype
 
     process = start_processes(args.device)
     device = process.device if process.num_processes > 1 else resolve_device(args.device)
-    dtype = torch_dtype(args.dtype)
     use_tf32(True)
     started = time.perf_counter()
 
@@ -173,29 +239,14 @@ def main() -> None:
         output_dir = files.prepare_output_dir(args.output_dir)
         if args.activations_dir:
             files.prepare_output_dir(args.activations_dir)
-        config = models.load_config(args.model_name_or_path, args.trust_remote_code)
-        if sources:
-            models.check_lengths(config, {"--model_max_length": args.model_max_length})
-        if args.dry_run:
-            model = models.empty_model(config, dtype, args.trust_remote_code)
-        else:
-            model = models.load_model(args.model_name_or_path, dtype, args.trust_remote_code)
-        if process.is_main_process:
-            print(report.describe_plan(model, recipe, args.ignore), end="")
-    if args.dry_run and not sources:
-        process.print("pruning by magnitude reads each weight once: no calibration text, no forward pass")
-        return
+        model = load_dense(args, recipe, sources, process)
     if args.dry_run:
-        calibration = (sum(counts), args.model_max_length, args.batch_size)
-        written = sum(count for source, count in zip(sources, counts, strict=True) if source.spec == SELF)
-        writer = models.empty_model(config, writing_dtype(device), args.trust_remote_code) if written else None
-        process.print(report.estimate(model, recipe, args.ignore, calibration, device.type, writer))
-        if writer is not None:
-            process.print(report.self_text_estimate(writer, written, args.model_max_length, device.type))
+        process.print(estimate(args, recipe, sources, model, device))
         return
     with fail_together(process):
         if process.is_main_process:
             files.lock_output_dir(output_dir)
+    batches: list[dict[str, torch.Tensor]] = []
     if sources:
         batches, token_weights = load_calibration_set(args, sources, device, process, model)
         with fail_together(process):
@@ -225,22 +276,10 @@ def main() -> None:
     if not process.is_main_process:
         return
 
-    # Phase 3: the state, proven on a freshly loaded model before it replaces an earlier one.
+    # Phase 3: the result.
     print(report.error_table(rows))
     print(report.sparsity_line(masks, model))
-    path = output_dir / "pts_modelopt_state.pth"
-    if sources:
-        probe = batches[0]["input_ids"][:1, : min(64, args.model_max_length)]
-    else:
-        probe = torch.arange(16)[None] % config.get_text_config().vocab_size
-    write_verified_state(
-        model,
-        masks,
-        path,
-        recipe,
-        probe,
-        lambda: models.load_model(args.model_name_or_path, dtype, args.trust_remote_code),
-    )
+    path = write_state(args, recipe, model, masks, batches)
     if sources:
         store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 MASK = "_weight_mask"  # modelopt's buffer, beside the weight that it masks
+SPARSE = -1  # modelopt's setting `is_sparse` of a layer that has a mask; 0 of one that has not
 
 
 def mask_name(weight_name: str) -> str:
@@ -61,7 +62,29 @@ def load_state(path: str | Path) -> dict[str, Any]:
             f"{path} is not a modelopt state: it lacks modelopt_state and model_state_dict; make it with hf_pts.py"
         )
     _check_tensors(state["model_state_dict"], path)
+    for layer in _sparse_layers(state["modelopt_state"]):
+        if mask_name(f"{layer}.weight") not in state["model_state_dict"]:
+            raise UserError(f"state {path} is damaged: its settings say that {layer} is sparse, but it has no mask")
     return state
+
+
+def _sparse_layers(settings: Any) -> list[str]:
+    """Names of the layers that modelopt's settings in a state call sparse; none where they are not as expected.
+
+    Settings that modelopt cannot use are refused when it restores them. Once it has folded the masks there are none.
+    """
+    modes = settings.get("modelopt_state_dict") if isinstance(settings, dict) else None
+    modes = [mode for mode in modes if isinstance(mode, tuple) and len(mode) == 2] if isinstance(modes, list) else []
+    names: list[str] = []
+    for mode, content in modes:
+        if mode == "export_sparse":
+            return []
+        metadata = content.get("metadata") if isinstance(content, dict) else None
+        layers = metadata.get("subnet_config") if isinstance(metadata, dict) else None
+        for key, value in layers.items() if isinstance(layers, dict) else ():
+            if isinstance(key, str) and key.endswith(".is_sparse") and isinstance(value, int) and value == SPARSE:
+                names.append(key.removesuffix(".is_sparse"))
+    return names
 
 
 def _check_tensors(tensors: Any, path: Path) -> None:
