@@ -146,7 +146,7 @@ for run in dense PTS SAT; do
   commands+=(::: "evaluate-$run" "${command[@]}")
 done
 if ((${#missing[@]})); then
-  step evaluate "" python tools/side_by_side.py --logs "$steps" "${commands[@]:1}"
+  step evaluate "" python -m tools.side_by_side --logs "$steps" "${commands[@]:1}"
   for run in "${missing[@]}"; do
     evaluation "$run"
     described "$results/rouge.json" "${command[@]}" >"$steps/evaluate-$run.done"

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from typing import BinaryIO
 
 LAST_LINES = 15  # of the log of a step that failed
@@ -142,11 +143,11 @@ def follow(process: subprocess.Popen[bytes], source: int, output: Output, screen
         screen.status(output.bar)
 
 
-def last_lines(path: str) -> list[str]:
-    """The end of a log, without the states of bars that were drawn over."""
+def lines_of(path: str | Path) -> list[str]:
+    """The lines of a log, without empty ones and the states of bars that were drawn over."""
     with open(path, encoding="utf-8", errors="replace", newline="") as log:
         lines = [line.rstrip("\r\n").rpartition("\r")[2].rstrip() for line in log.read().split("\n")]
-    return [line for line in lines if line][-LAST_LINES:]
+    return [line for line in lines if line]
 
 
 def main() -> None:
@@ -164,7 +165,7 @@ def main() -> None:
             sys.exit(130)
     screen.finish(code)
     if code:
-        print("\n".join(f"    {line}" for line in last_lines(args.log)), file=sys.stderr, flush=True)
+        print("\n".join(f"    {line}" for line in lines_of(args.log)[-LAST_LINES:]), file=sys.stderr, flush=True)
     sys.exit(code if code >= 0 else 128 - code)
 
 

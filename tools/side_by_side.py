@@ -1,6 +1,6 @@
 """Run several commands at the same time, with the processor's cores shared out among them.
 
-    python tools/side_by_side.py --logs FOLDER NAME COMMAND… ::: NAME COMMAND…
+    python -m tools.side_by_side --logs FOLDER NAME COMMAND… ::: NAME COMMAND…
 
 Several processes with few threads each keep the cores busier than one after the other with all threads: one computes
 while another loads its libraries, and few threads seldom wait for one another. The output of each goes to
@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+from tools.run_step import LAST_LINES, PASSED_ON, lines_of
+
 SEPARATOR = ":::"
-PASSED_ON = ("error:", "warning:")
-LAST_LINES = 15
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,13 +53,6 @@ def environment(count: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, round(threads / count)))}
-
-
-def lines_of(log: Path) -> list[str]:
-    """The lines of a log, without the states of bars that were drawn over."""
-    with log.open(encoding="utf-8", errors="replace", newline="") as file:
-        lines = [line.rstrip("\r\n").rpartition("\r")[2].rstrip() for line in file.read().split("\n")]
-    return [line for line in lines if line]
 
 
 def wait(running: dict[subprocess.Popen, Path]) -> int:

@@ -22,7 +22,7 @@ setup_env() { mkdir -p .venv/bin; cp fake_python .venv/bin/python; }
 """
 PYTHON = (
     f"""#!/usr/bin/env bash
-[[ $1 == tools/run_step.py || $1 == tools/side_by_side.py ]] && exec {sys.executable} "$@"
+[[ $1 == tools/run_step.py || $2 == tools.side_by_side ]] && exec {sys.executable} "$@"
 [[ $2 == tools.pace ]] && {{ echo 2.0; exit; }}
 """
     + """
@@ -173,16 +173,17 @@ def test_a_failed_evaluation_is_repeated_and_no_other(project):
 
 def side_by_side(folder, *commands, **more):
     words = [word for command in commands for word in (":::", *command)][1:]
-    command = [sys.executable, ROOT / "tools" / "side_by_side.py", "--logs", folder, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
+    command = [sys.executable, "-m", "tools.side_by_side", "--logs", folder, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, **more)
 
 
 def test_commands_run_at_the_same_time_and_share_the_threads(tmp_path):
     """Each waits for a file of the other's."""
-    meet = "import os, pathlib, time; pathlib.Path('{0}').touch()\nwhile not os.path.exists('{1}'): time.sleep(0.01)\n"
+    meet = f"import os, pathlib, time; os.chdir({str(tmp_path)!r}); pathlib.Path('{{0}}').touch()\n"
+    meet += "while not os.path.exists('{1}'): time.sleep(0.01)\n"
     meet += "print('warning: {0} with', os.environ['OMP_NUM_THREADS']); print('only in the log')"
     commands = [(name, sys.executable, "-c", meet.format(name, other)) for name, other in ("ab", "ba")]
-    result = side_by_side(".", *commands, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "8"})
+    result = side_by_side(tmp_path, *commands, env={**os.environ, "OMP_NUM_THREADS": "8"})
     assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(result.stdout.splitlines()) == ["warning: a with 4", "warning: b with 4"]
     assert "only in the log" in (tmp_path / "a.log").read_text()
