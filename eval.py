@@ -28,7 +28,7 @@ from utils import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from sparsity.text import PromptTemplate
 
@@ -90,8 +90,10 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def read_inputs(args: argparse.Namespace) -> tuple[list[dict[str, str]], PreTrainedTokenizerBase, PromptTemplate]:
-    """Records, tokenizer and prompt template, with every check that needs no weights."""
+def read_inputs(
+    args: argparse.Namespace,
+) -> tuple[list[dict[str, str]], PretrainedConfig, PreTrainedTokenizerBase, PromptTemplate]:
+    """Records, the model's configuration, tokenizer and prompt template, with every check that needs no weights."""
     from sparsity import files, models, text
     from sparsity.processes import warn
 
@@ -111,7 +113,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[list[dict[str, str]], PreTrai
             f"{args.modelopt_restore_path} was trained with another prompt template (see {text.RUN_RECORD} beside "
             "it); give the --prompt_template or --chat_template of its training"
         )
-    return records, tokenizer, template
+    return records, config, tokenizer, template
 
 
 def report_scores(
@@ -135,7 +137,7 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
-    from sparsity import models, text
+    from sparsity import text
     from sparsity.devices import inference_dtype, keep_freed_memory, use_tf32
     from sparsity.evaluation import perplexity
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
@@ -152,10 +154,9 @@ def main() -> None:
 
     # Phase 1: everything cheap is checked before the model is loaded, and the model before any generation.
     with fail_together(process):
-        records, tokenizer, template = read_inputs(args)
+        records, config, tokenizer, template = read_inputs(args)
         log = None
         if args.predictions:
-            config = models.load_config(args.model_dir, args.trust_remote_code)
             log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
             log.check()
         prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]

@@ -74,23 +74,29 @@ current() {
   [[ -s $2 && -f $1 && $(<"$1") == "$(described "${@:2}")" ]]
 }
 
+# finished NAME RESULT COMMAND… : whether RESULT is current, and says so; else forgets that it ever was
+finished() {
+  if current "$steps/$1.done" "${@:2}"; then
+    echo "$1: already done ($2)"
+    return
+  fi
+  rm -f "$steps/$1.done"
+  return 1
+}
+
 # step NAME RESULT COMMAND… : run the command, which makes the file RESULT, unless that is current
 pace=""
 step() {
-  local name=$1 result=$2 stamp=$steps/$1.done log=$steps/$1.log
+  local name=$1 result=$2 log=$steps/$1.log
+  finished "$@" && return
   shift 2
-  if current "$stamp" "$result" "$@"; then
-    echo "$name: already done ($result)"
-    return
-  fi
-  rm -f "$stamp"
   [[ -n $pace ]] || pace=$(python -m tools.pace)
   if ! python tools/run_step.py --log "$log" --plan "$plan" --name "$name" --pace "$pace" \
     --elapsed $((SECONDS - begin)) -- "$@"; then
     printf '\nerror: step %s failed; its output is in %s. To resume from here: %s\n' "$name" "$log" "$again" >&2
     exit 1
   fi
-  described "$result" "$@" >"$stamp"
+  described "$result" "$@" >"$steps/$name.done"
 }
 
 # ------------------------------------------------------------------------------------------------- steps
@@ -135,13 +141,9 @@ evaluation() {
 
 runs=() missing=() commands=()
 for run in dense PTS SAT; do
-  evaluation $run
+  evaluation "$run"
   runs+=(--run "$run=$results")
-  if current "$steps/evaluate-$run.done" "$results/rouge.json" "${command[@]}"; then
-    echo "evaluate-$run: already done ($results/rouge.json)"
-    continue
-  fi
-  rm -f "$steps/evaluate-$run.done"
+  finished "evaluate-$run" "$results/rouge.json" "${command[@]}" && continue
   missing+=("$run")
   commands+=(::: "evaluate-$run" "${command[@]}")
 done
@@ -155,8 +157,8 @@ fi
 
 # ------------------------------------------------------------------------------------------------ report
 echo
-python report.py "${runs[@]}" --state "PTS=$pts" --state "SAT=$sat" --model_dir $model --pts_layers "$out/pts_layers.jsonl" \
-  --train_log "$out/finetuned/train_log.jsonl" --output_dir "$out/report" \
+python report.py "${runs[@]}" --state "PTS=$pts" --state "SAT=$sat" --model_dir $model \
+  --pts_layers "$out/pts_layers.jsonl" --train_log "$out/finetuned/train_log.jsonl" --output_dir "$out/report" \
   --title "SmolLM2-135M-Instruct, 2:4 sparse: before and after"
 cat <<END
 

@@ -186,14 +186,10 @@ def _compare_shapes(tensors: dict[str, torch.Tensor], model: PreTrainedModel, pa
 
 def folded_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a state without its masks, pruned ones zero. A weight that is so already is not copied."""
-    masked = {name: (weight, mask) for name, weight, mask in sparse_masks(state_dict)}
-    folded = {}
-    for name, tensor in state_dict.items():
-        if is_mask(name):
-            continue
-        if name in masked and (tensor.ne(0) & ~masked[name][1]).any():
-            tensor = tensor.masked_fill(~masked[name][1], 0)
-        folded[name] = tensor
+    folded = {name: tensor for name, tensor in state_dict.items() if not is_mask(name)}
+    for name, weight, mask in sparse_masks(state_dict):
+        if (weight.ne(0) & ~mask).any():
+            folded[name] = weight.masked_fill(~mask, 0)
     return folded
 
 

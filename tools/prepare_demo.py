@@ -39,6 +39,8 @@ def convert(gguf: Path, output_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sparsity.models import empty_model
+
     # Transformers opens the file for each of tokenizer, configuration and weights, and lists names for each module.
     for name in ("GGUFReader", "get_tensor_name_map"):
         setattr(reading, name, lru_cache(getattr(reading, name)))
@@ -52,8 +54,7 @@ def convert(gguf: Path, output_dir: Path) -> None:
         del config.quantization_config
     config.name_or_path = "SmolLM2-135M-Instruct"
     # A model loaded from GGUF refuses save_pretrained; a new model with the same weights does not.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.generation_config = quantized.generation_config
     model.save_pretrained(output_dir)

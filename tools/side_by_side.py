@@ -79,13 +79,11 @@ def wait(running: dict[subprocess.Popen, Path]) -> int:
 
 def main() -> None:
     args = parse_args()
-    running = {}
+    running, shared = {}, environment(len(args.commands))
     for name, *command in args.commands:
         log = args.logs / f"{name}.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment(len(args.commands))
-            )
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=shared)
         running[process] = log
     try:
         code = wait(running)
