@@ -78,7 +78,10 @@ def held_folder(path: Path, target: str | Path) -> Iterator[Path]:
     """
     while True:
         path.mkdir(exist_ok=True)
-        handle = os.open(path, os.O_RDONLY)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # its last holder has just removed it
+            continue
         held = lock_file(handle) is False
         if not held and _is_open_as(path, handle):
             break
@@ -110,15 +113,20 @@ def remove_scratch_folders(parent: Path, prefix: str) -> None:
 
 
 def _locked_temporary(parent: Path, prefix: str, is_folder: bool) -> tuple[Path, int]:
-    """A new temporary file or folder, with an open handle whose lock shows other processes that this one is alive."""
+    """A new temporary file or folder, with an open handle whose lock shows other processes that this one is alive.
+
+    Until it is locked, another process that cleans up may take it for a leftover and remove it: then another is made.
+    """
     while True:
         if is_folder:
             path = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=parent))
-            handle = os.open(path, os.O_RDONLY)
+            try:
+                handle = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
         else:
             handle, name = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=parent)
             path = Path(name)
-        # Another process that cleans up may have taken it for a leftover before it was locked.
         if lock_file(handle) is not False and _is_open_as(path, handle):
             return path, handle
         os.close(handle)

@@ -46,6 +46,30 @@ def test_prepare_output_dir(tmp_path):
         files.prepare_output_dir(tmp_path / "file")
 
 
+@pytest.mark.parametrize("kind", ["file", "scratch folder", "held folder"])
+@pytest.mark.parametrize("when", ["open", "lock_file"])  # just before the file or folder is opened, or locked
+def test_what_another_process_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch, kind, when):
+    home = files.os if when == "open" else files
+    real, removed = getattr(home, when), []
+
+    def remove_first(*args, **kwargs):
+        for entry in tmp_path.iterdir() if not removed else ():
+            removed.append(entry)
+            entry.rmdir() if entry.is_dir() else entry.unlink()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(home, when, remove_first)
+    if kind == "file":
+        files.save_json([1], tmp_path / "file")
+        assert json.loads((tmp_path / "file").read_text()) == [1]
+    else:
+        name = tmp_path / "held"
+        made = files.scratch_folder(tmp_path) if kind == "scratch folder" else files.held_folder(name, name)
+        with made as folder:
+            (folder / "file").write_text("inside")
+    assert bool(removed) == (kind != "file" or when == "lock_file")  # a file is made open
+
+
 def test_output_folder_is_held_until_the_run_ends(tmp_path):
     def second():
         files.lock_output_dir(tmp_path)
