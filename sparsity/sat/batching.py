@@ -115,14 +115,14 @@ class EpochSampler(torch.utils.data.Sampler):
 
     Args:
         size: items per epoch; those beyond it are left out. By default all.
+
+    Attributes:
+        epoch: of the next iteration. There is no `set_epoch`: accelerate 1.10 would set it to 0 after a resume.
     """
 
     def __init__(self, lengths: list[int], seed: int, group: int = 0, size: int | None = None):
         self.lengths, self.seed, self.group, self.epoch = lengths, seed, group, 0
         self.size = len(lengths) if size is None else size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.size

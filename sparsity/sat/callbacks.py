@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from sparsity.files import append_jsonl, is_whole_number, read_jsonl, save_jsonl
 from sparsity.processes import any_process, sum_over_processes
@@ -145,8 +146,13 @@ class Progress(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # accelerate does not reach the sampler of a resumed, sharded data loader
-        self.sampler.set_epoch(int(round(state.epoch or 0, 6)))
+        self.sampler.epoch = int(round(state.epoch or 0, 6))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Before release 5, transformers does not evaluate after a last step that eval_steps does not divide.
+        ends = state.global_step >= state.max_steps and args.eval_delay <= state.global_step
+        if ends and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
 
     def on_log(
         self,

@@ -55,7 +55,7 @@ def test_sampler_depends_on_seed_and_epoch_alone(group):
     sampler = EpochSampler(lengths, seed=1, group=group)
     first = list(sampler)
     assert sorted(first) == list(range(103)) and list(sampler) == first
-    sampler.set_epoch(1)
+    sampler.epoch = 1
     second = list(sampler)
     assert second != first and sorted(second) == list(range(103))
     if group:

@@ -70,6 +70,10 @@ def assert_same_weights(first: Path, second: Path, tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), atol=tolerance, rtol=0)
+    losses = [
+        [line["loss"] for line in read_log(folder / "train_log.jsonl") if "loss" in line] for folder in (first, second)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3), "steps read the same samples"
 
 
 # ------------------------------------------------------------------------------------------------ the result
