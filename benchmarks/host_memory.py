@@ -3,9 +3,10 @@ r"""Host memory while the models of a sharded training run are loaded, over all 
     python -m benchmarks.host_memory --restore_path PTS_DIR/pts_modelopt_state.pth --processes 2 4
 
 Two arms in one run: `each` loads the whole model in every process and shards it then, `shared` is what finetune.py
-does. Measured is the sum of the processes' proportional memory (PSS: a page that n processes share counts 1/n for
-each), at its peak between the end of the imports and the sharded model. FSDP2 over gloo, on CPU processes. The ratio
-divides by one copy of weights and masks plus the shards, which hold as much again.
+does, for low-rank training with --lora_rank. Measured is the sum of the processes' proportional memory (PSS: a page
+that n processes share counts 1/n for each), at its peak between the end of the imports and the sharded model. FSDP2
+over gloo, on CPU processes. The ratio divides by one copy of weights and masks plus the shards, which hold as much
+again.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--restore_path", type=Path, required=True, help="pts_modelopt_state.pth")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="numbers of processes to measure")
     parser.add_argument("--distill", action="store_true", help="with the dense teacher, as large again")
+    parser.add_argument("--lora_rank", type=int, default=0, help="low-rank training in bfloat16; 0 trains all weights")
     add_output_option(parser, "host_memory")
     args = parser.parse_args()
     if min(args.processes) < 2:
@@ -64,7 +66,12 @@ def load(rank: int, args: argparse.Namespace, arm: str, environment: dict[str, s
         arguments.ModelArguments(args.model, str(args.restore_path)),
         arguments.DataArguments(),
         arguments.DistillationArguments(distill=args.distill),
-        arguments.SparseTrainingArguments(output_dir=environment["OUTPUT"], mixed_precision="no", report_to=[]),
+        arguments.SparseTrainingArguments(
+            output_dir=environment["OUTPUT"],
+            mixed_precision="bf16" if args.lora_rank else "no",
+            report_to=[],
+            lora_rank=args.lora_rank,
+        ),
     )
     tokenizer = load_tokenizer(args.model)
     sample: dict[str, list[Any]] = {"input_ids": [[1, 2]], "labels": [[1, 2]], "record": [0], "length": [2]}
@@ -132,8 +139,11 @@ def measure(args: argparse.Namespace, arm: str, count: int) -> tuple[int, float]
 def main() -> None:
     args = parse_args()
     tensors = load_state(args.restore_path)["model_state_dict"].values()
-    unique = {tensor.data_ptr(): tensor.numel() * (1 if tensor.dtype == torch.bool else 4) for tensor in tensors}
-    copy = sum(unique.values()) * (2 if args.distill else 1)  # a teacher in fp32 has no masks, but about as much
+    weight, mask = (2, 0) if args.lora_rank else (4, 1)  # bytes of a value; weights of low-rank training carry masks
+    unique = {
+        tensor.data_ptr(): tensor.numel() * (mask if tensor.dtype == torch.bool else weight) for tensor in tensors
+    }
+    copy = sum(unique.values()) * (2 if args.distill else 1)  # a teacher has no masks, but about as much
     print(f"one copy of weights and masks: {copy / 2**20:.0f} MiB")
     print("| processes | arm | MiB at the peak | ÷ (one copy + shards) | seconds |\n|---:|---|---:|---:|---:|")
     rows = []

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from sparsity.sat.low_rank import LowRankLinear, mark_pruned
 from sparsity.sat.sharding import local, local_flat_ranges, plain_name, rows_of, shard_mask
-from sparsity.states import MASK
+from sparsity.states import MASK, mask_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,8 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy whole `tensors`, by their names in the unwrapped model, into parameters and buffers, sharded or not.
 
     Of a sharded tensor each process reads only its own part, cast to the parameter's dtype. Masks on the meta device
-    are replaced: by a shard where FSDP2 shards the weight, else by the whole mask.
+    are replaced: by a shard where FSDP2 shards the weight, else by the whole mask. The weights of low-rank layers
+    carry theirs.
     """
     ranges = {(id(module), name): slice(start, end) for module, name, start, end in local_flat_ranges(model)}
     for path, module in model.named_modules():
@@ -58,6 +60,9 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
                 own.data[: len(part)].copy_(part)  # nothing where the range is empty: tied, or on other processes
             else:
                 own.data.copy_(whole)
+        if isinstance(module, LowRankLinear):
+            mask = tensors[mask_name(plain_name(f"{path}.weight"))]
+            mark_pruned(local(module.weight.data), local(shard_mask(mask, module.weight)))
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

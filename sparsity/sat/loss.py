@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sparsity.attention import cpu_attention
 from sparsity.errors import UserError
 from sparsity.sat.batching import IGNORE, Collator
 
@@ -107,8 +108,13 @@ def forward(
     return logits, tuple(output.hidden_states[1:]) if hidden else ()
 
 
-def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) -> None:
+def check_packing(
+    model: PreTrainedModel, collate: Collator, vocabulary: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Run a short sample packed behind two others in turn, and alone.
+
+    Args:
+        dtype: to compute in, where parts of the model are more precise.
 
     Raises:
         UserError: it sees the one before it or takes its place into account, because this model does not take a mask
@@ -121,7 +127,7 @@ def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) ->
         row = {"input_ids": [first, ids[2]], "labels": [nothing] * 2, "record": [0, 1], "plain": [False] * 2}
         return model(**model_inputs(model, collate([row]))).logits[0, 8:16].float()
 
-    with torch.no_grad():
+    with torch.no_grad(), cpu_attention(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         try:
             one, other = behind(ids[0]), behind(ids[1])
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -129,7 +135,7 @@ def check_packing(model: PreTrainedModel, collate: Collator, vocabulary: int) ->
         row = {"input_ids": ids[2], "labels": nothing, "record": 1, "plain": False}
         alone = model(**model_inputs(model, collate([row]))).logits[0, :8].float()
     # Rows of one shape are rounded alike; of another shape a pruned model in 16 bits is rounded 3% apart.
-    rounding = 1e-2 if model.dtype == torch.float32 else 0.1
+    rounding = 1e-2 if dtype == torch.float32 else 0.1
     if (one - other).norm() > 1e-3 * one.norm() or (one - alone).norm() > rounding * alone.norm():
         raise UserError(f"{type(model).__name__} lets packed samples see each other; train without --packing")
 

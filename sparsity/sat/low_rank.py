@@ -88,16 +88,14 @@ class LowRankLinear(nn.Linear):
     """A linear layer with a frozen pruned weight and a trained, masked update of low rank.
 
     Attributes:
-        weight: [out, in], frozen; carries the mask.
+        weight: [out, in], frozen; has to carry its mask, see `mark_pruned`.
         lora_A, lora_B: float32 [rank, in] and [out, rank]. At first B is zero, so that the layer computes with W.
         scale: factor of the update.
     """
 
-    def __init__(self, linear: nn.Linear, mask: torch.Tensor, rank: int, scale: float, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, generator: torch.Generator):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        with torch.no_grad():
-            mark_pruned(self.weight, mask)
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)  # as peft initializes A
@@ -113,7 +111,9 @@ class LowRankLinear(nn.Linear):
 def add_low_rank(
     model: PreTrainedModel, state: dict[str, torch.Tensor], rank: int, scale: float, seed: int, embeddings: bool
 ) -> None:
-    """Freeze a model with the weights of a sparse state, and give its pruned layers trained updates, in place.
+    """Freeze a model and give the layers that a sparse state prunes trained updates, in place.
+
+    The model may be on the meta device; the updates are not. `loading.fill` gives it weights that carry their masks.
 
     Args:
         state: with the masks, by name.
@@ -125,7 +125,7 @@ def add_low_rank(
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight, mask in sparse_masks(state):
+    for name, weight, _ in sparse_masks(state):
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         if not isinstance(layer, nn.Linear):
@@ -133,7 +133,7 @@ def add_low_rank(
         if rank > min(weight.shape):
             sides = " x ".join(map(str, weight.shape))
             raise UserError(f"--lora_rank {rank} exceeds the smaller side of '{name}' ({sides}); choose a lower rank")
-        model.set_submodule(path, LowRankLinear(layer, mask, rank, scale, generator))
+        model.set_submodule(path, LowRankLinear(layer, rank, scale, generator))
     for module in model.modules():
         if train_vectors(module) and not isinstance(module, LowRankLinear):
             module.register_forward_hook(keep_dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from sparsity.models import load_model, model_without_weights
@@ -16,10 +17,9 @@ from sparsity.sat.loading import allocate, fill
 from sparsity.sat.loss import check_packing
 from sparsity.sat.low_rank import add_low_rank, merge
 from sparsity.sat.masking import use_plain_weights
-from sparsity.states import grow_vocabulary, is_mask, load_state, load_weights, require_masks, restore_layers
+from sparsity.states import check_state_fits, grow_vocabulary, is_mask, load_state, require_masks, restore_layers
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from sparsity.sat.arguments import SatArguments
@@ -70,11 +70,7 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     allocate(model)
     if args.training.fsdp_version == 1:  # which refuses buffers without memory, and leaves them whole
         fill(model, {name: tensor for name, tensor in tensors.items() if is_mask(name)})
-    checks_packing = args.data.packing and is_main_process()
-    if checks_packing or not args.training.sharded:
-        fill(model, tensors)
-    if checks_packing:
-        check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
+    fill_where_needed(args, model, tensors, pad_token_id)
     return Student(model, modelopt_state, tensors if args.training.sharded else {}, dtypes)
 
 
@@ -82,14 +78,31 @@ def load_low_rank(
     args: SatArguments, state: dict[str, Any], dtypes: dict[str, torch.dtype], pad_token_id: int
 ) -> Student:
     """The student of --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
-    training, weights = args.training, state["model_state_dict"]
-    model = load_model(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
-    load_weights(model, weights, args.model.modelopt_restore_path)
-    if args.data.packing:
-        check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size)
+    training, tensors = args.training, state["model_state_dict"]
+    model = model_without_weights(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
+    check_state_fits(tensors, model, args.model.modelopt_restore_path)
     scale = training.lora_alpha / training.lora_rank
-    add_low_rank(model, weights, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
-    return Student(model, state["modelopt_state"], {}, dtypes, merge=partial(merge, weights, scale=scale))
+    add_low_rank(model, tensors, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
+    allocate(model)
+    fill_where_needed(args, model, tensors, pad_token_id)
+    whole = dict(tensors) if training.sharded else {}  # the trainer empties it, while `merge` needs the weights
+    return Student(model, state["modelopt_state"], whole, dtypes, merge=partial(merge, tensors, scale=scale))
+
+
+def fill_where_needed(
+    args: SatArguments, model: PreTrainedModel, tensors: dict[str, torch.Tensor], pad_token_id: int
+) -> None:
+    """Give the model its weights before training if it is not sharded, or, on one process, to check packing with them.
+
+    Raises:
+        UserError: the model takes no packed rows.
+    """
+    checks_packing = args.data.packing and is_main_process()
+    if checks_packing or not args.training.sharded:
+        fill(model, tensors)
+    if checks_packing:
+        dtype = args.training.compute_dtype if args.training.lora_rank else torch.float32
+        check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size, dtype)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:

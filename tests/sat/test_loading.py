@@ -15,7 +15,7 @@ from sparsity.sat.loading import allocate, bytes_held, fill
 from sparsity.states import load_state, sparse_masks
 
 
-def student_on(rank: int, port: int, version: int, paths: dict[str, str], results: str) -> None:
+def student_on(rank: int, port: int, version: int, lora_rank: int, paths: dict[str, str], results: str) -> None:
     """One of two processes that load a student and a teacher; saves what it holds."""
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
     os.environ.update(MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
@@ -23,9 +23,10 @@ def student_on(rank: int, port: int, version: int, paths: dict[str, str], result
 
     from sparsity.models import load_tokenizer
     from sparsity.sat import arguments
+    from sparsity.sat.low_rank import LowRankLinear, marked_kept
     from sparsity.sat.masking import mask_weights
     from sparsity.sat.model import load_student, load_teacher
-    from sparsity.sat.sharding import full_state, masked_weights, rows_of
+    from sparsity.sat.sharding import full_state, local, masked_weights, rows_of
     from sparsity.sat.trainer import build_trainer
 
     run = arguments.SatArguments(
@@ -33,7 +34,12 @@ def student_on(rank: int, port: int, version: int, paths: dict[str, str], result
         arguments.DataArguments(),
         arguments.DistillationArguments(distill=version == 2),
         arguments.SparseTrainingArguments(
-            output_dir=results, mixed_precision="no", report_to=[], fsdp_version=version, freeze_embeddings=False
+            output_dir=results,
+            mixed_precision="no",
+            report_to=[],
+            fsdp_version=version,
+            freeze_embeddings=lora_rank > 0,
+            lora_rank=lora_rank,
         ),
     )
     tokenizer = load_tokenizer(paths["model"])
@@ -49,6 +55,9 @@ def student_on(rank: int, port: int, version: int, paths: dict[str, str], result
         model = trainer.accelerator.prepare(trainer.model)
     mask_weights(model)
     masks = {name: mask.clone() for name, _, mask in masked_weights(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            masks[f"{name}.weight"] = marked_kept(local(module.weight.data))
     dense = load_model(paths["model"]).state_dict()
     same = version == 1 or all(
         torch.equal(weight.to_local(), rows_of(dense[name], weight))
@@ -61,21 +70,25 @@ def student_on(rank: int, port: int, version: int, paths: dict[str, str], result
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("version", [2, 1], ids=["FSDP2", "FSDP1"])
-def test_processes_hold_their_part_of_the_state(version, model_dir, state_path, tmp_path):
+@pytest.mark.parametrize(("version", "lora_rank"), [(2, 0), (1, 0), (2, 4)], ids=["FSDP2", "FSDP1", "low rank"])
+def test_processes_hold_their_part_of_the_state(version, lora_rank, model_dir, state_path, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     paths = {"model": str(model_dir), "state": str(state_path)}
-    torch.multiprocessing.spawn(student_on, (port, version, paths, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(student_on, (port, version, lora_rank, paths, str(tmp_path)), nprocs=2)
     facts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     tensors = load_state(state_path)["model_state_dict"]
     masks = {name: mask for name, _, mask in sparse_masks(tensors)}
     weights = sum(tensor.numel() * 4 for tensor in tensors.values() if tensor.dtype != torch.bool)
     pruned = sum(mask.numel() for mask in masks.values())
     other = 2 * 4 * 4 + 1024  # rotary frequencies, and padding of a flat parameter
+    own_masks = pruned if version == 1 else pruned / 2
+    if lora_rank:
+        factors = sum(lora_rank * sum(mask.shape) for mask in masks.values())
+        own_masks = 4 * factors / 2  # in place of masks, which the weights carry
     for fact in facts:
-        assert fact["bytes"] < weights / 2 + (pruned / 2 if version == 2 else pruned) + other
+        assert fact["bytes"] < weights / 2 + own_masks + other
         assert fact["teacher is the dense model"]
         assert len(fact["frequencies"]) >= 1 and fact["frequencies"][0][0] == 1 and fact["frequencies"][0][-1] < 1
     for name, mask in masks.items():
@@ -83,6 +96,8 @@ def test_processes_hold_their_part_of_the_state(version, model_dir, state_path, 
         assert torch.equal(torch.cat(parts), mask.flatten())
     assert not facts[1]["state"], "only the main process gathers the result"
     for name, tensor in tensors.items():
+        if lora_rank and tensor.dtype == torch.bool:
+            continue
         expected = tensor.masked_fill(~masks[name], 0) if name in masks else tensor
         assert torch.equal(facts[0]["state"][name], expected), name
 

@@ -8,6 +8,8 @@ from conftest import sparse_matrix, tiny_llama
 from torch import nn
 
 from sparsity.errors import UserError
+from sparsity.models import model_without_weights
+from sparsity.sat.loading import allocate, fill
 from sparsity.sat.low_rank import (
     LowRankLinear,
     MaskedLowRankProduct,
@@ -30,7 +32,8 @@ def layer():
     mask = weight != 0
     weight[0, mask[0].nonzero()[0]] = 0.0  # a kept weight that happens to be zero
     linear.weight.data, linear.weight.requires_grad = weight, False
-    low_rank = LowRankLinear(linear, mask, 4, SCALE, torch.Generator().manual_seed(0))
+    low_rank = LowRankLinear(linear, 4, SCALE, torch.Generator().manual_seed(0))
+    mark_pruned(low_rank.weight, mask)
     nn.init.normal_(low_rank.lora_B, generator=torch.Generator().manual_seed(1))
     return low_rank, mask
 
@@ -77,12 +80,11 @@ def test_weights_carry_their_masks(dtype):
 
 
 def prepared(model_dir, state_path, dtype, rank=4):
-    from sparsity.models import load_model
-
     state = load_state(state_path)["model_state_dict"]
-    model = load_model(str(model_dir), dtype)
-    load_weights(model, state, state_path)
+    model = model_without_weights(str(model_dir), dtype)
     add_low_rank(model, state, rank, SCALE, seed=0, embeddings=False)
+    allocate(model)
+    fill(model, state)
     return model, state
 
 
