@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsity.caches import buffer_of
+from sparsity.caches import buffer_of, mark_attended, prompt_of
 
 ROWS = 192  # of scores in a block: one for each of its positions and each query head of a key/value head
 
@@ -51,16 +51,25 @@ def attention(
     Returns:
         [batch, positions, heads, width]; None for the weights.
     """
+    if torch.compiler.is_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    plain = _is_plain(attention_mask, options)
+    if plain or prompt_of(key) is not None:
+        mark_attended(key, value)
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if prompt_of(key) is not None:
+        if plain and query.shape[2] == 1:
+            return _of_beams(query, key, value, attention_mask, scale), None
+        key, value = _with_prompt(key, query), _with_prompt(value, query)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(attention_mask, options):
+    if query.device.type != "cpu" or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
         attention_mask = attention_mask[..., : key.shape[2]]
     causal = options.get("is_causal")
     causal = attention_mask is None and (getattr(module, "is_causal", True) if causal is None else bool(causal))
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
     if query.shape[2] == 1:
         return _of_one_position(query, key, value, attention_mask, scale), None
     if query.dtype != torch.bfloat16 or (causal and query.shape[2] != key.shape[2]):
@@ -96,6 +105,45 @@ def _of_one_position(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         queries = queries.expand(-1, -1, 2, -1)  # the second result is not used
     output = F.scaled_dot_product_attention(queries, key, value, mask, scale=scale)
     return output[:, :, :group].reshape(batch, 1, heads, -1)
+
+
+def _of_beams(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of a step of beam search, [batch * beams, 1, heads, width], with keys and values of a `BeamLayer`.
+
+    Those of a prompt are read once for all its beams.
+    """
+    (keys, new_keys), (values, new_values) = ((_prompt_and_buffer(tensor)) for tensor in (key, value))
+    batch, kept, known, width = keys.shape
+    beams, group, room = query.shape[0] // batch, query.shape[1] // kept, new_keys.shape[1]
+    queries = (query.to(keys.dtype) * scale).view(batch, beams, kept, group, width)
+    scores = queries.new_empty(batch, kept, beams, group, known + room)
+    of_prompt = torch.bmm(queries.transpose(1, 2).reshape(batch * kept, beams * group, width), keys.flatten(0, 1).mT)
+    scores[..., :known] = of_prompt.view(batch, kept, beams, group, known)
+    of_new = torch.bmm(queries.reshape(-1, group, width), new_keys.mT)
+    scores[..., known:] = of_new.view(batch, beams, kept, group, room).transpose(1, 2)
+    hidden = torch.finfo(scores.dtype).min
+    scores[..., known + key.shape[2] :] = hidden
+    if mask is not None:
+        added = _added(mask[..., : known + key.shape[2]], scores.dtype)
+        scores[..., : added.shape[-1]] += added.view(-1, 1, beams if len(added) > 1 else 1, 1, added.shape[-1])
+    weights = torch.softmax(scores, -1)
+    output = torch.bmm(weights[..., :known].reshape(batch * kept, beams * group, known), values.flatten(0, 1))
+    of_new = torch.bmm(weights[..., known:].transpose(1, 2).reshape(-1, group, room), new_values)
+    output = output.view(batch, kept, beams, group, -1).transpose(1, 2)
+    return (output + of_new.view_as(output)).reshape(len(query), 1, kept * group, -1)
+
+
+def _prompt_and_buffer(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Of keys or values of a `BeamLayer`: [batch, heads, prompt, width], [batch * beams * heads, room, width]."""
+    prompt, buffer = prompt_of(tensor), buffer_of(tensor)
+    assert prompt is not None and buffer is not None
+    return prompt, buffer.flatten(0, 1)
+
+
+def _with_prompt(tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values of a `BeamLayer` as those of any other layer, [batch * beams, heads, length, width]."""
+    prompt, _ = _prompt_and_buffer(tensor)
+    return torch.cat([prompt.repeat_interleave(len(query) // len(prompt), 0), tensor], 2)
 
 
 class Rule(NamedTuple):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsity.attention import attention, cpu_attention
+from sparsity.caches import give_room, mark_attended, prompt_of
 
 LENGTH, HEADS, WIDTH = 100, 6, 8  # more positions than a block has
 
@@ -56,6 +58,31 @@ def test_attention_and_its_gradients(kept_heads, positions, kind):
     for ours, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
         assert ours.shape == theirs.shape and ours.dtype == torch.bfloat16
         assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [None, "padded", "of each head"])  # the last is left to transformers' attention
+@pytest.mark.parametrize("kept_heads", [6, 2, 1])
+def test_beams_that_share_a_prompt(kept_heads, kind, dtype):
+    module = layer(kept_heads, causal=False)
+    generator = torch.Generator().manual_seed(0)
+    own, ours = DynamicCache(), DynamicCache()
+    for length, beams in ((LENGTH - 3, 1), (1, 4), (1, 4), (1, 4)):
+        states = [torch.randn(3 * beams, kept_heads, length, WIDTH, generator=generator).to(dtype) for _ in range(2)]
+        full, shared = own.update(*states, 0), ours.update(*states, 0)
+        mark_attended(*shared)
+        if beams == 1:
+            own.batch_repeat_interleave(4)
+            ours = give_room(ours, LENGTH, 4)
+    assert prompt_of(shared[0]) is not None
+    query = torch.randn(12, HEADS, 1, WIDTH, generator=generator).to(dtype)
+    mask = None if kind is None else shown("padded", 1).repeat_interleave(4, 0)
+    if kind == "of each head":
+        mask = mask.expand(-1, HEADS, -1, -1)
+    expected, _ = sdpa_attention_forward(module, query.float(), *(t.float() for t in full), mask, scaling=0.4)
+    found, _ = attention(module, query, *shared, mask, scaling=0.4)
+    assert found.shape == expected.shape and found.dtype == dtype
+    assert (found.float() - expected).norm() < {torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype] * expected.norm()
 
 
 def test_only_bfloat16_is_computed_by_blocks():

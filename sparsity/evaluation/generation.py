@@ -109,11 +109,9 @@ def shared_prefill(
         # The decoder without its head: the logits of a prompt are not needed.
         output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
         name = cache_name(output)
-        if beams > 1:
-            output[name].batch_repeat_interleave(beams)
+        return {name: give_room(output[name], input_ids.shape[1] + new_tokens, beams)}
     except (AttributeError, KeyError, TypeError):
         return {}
-    return {name: give_room(output[name], input_ids.shape[1] + new_tokens)}
 
 
 def predict(
