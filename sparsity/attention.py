@@ -1,9 +1,13 @@
-"""Attention on CPUs, where torch's bfloat16 kernel takes twice the time of plain products, or more.
+"""Attention where torch's own kernels do not serve: in bfloat16 on CPUs, and for beams that share their prompt.
 
-Positions are taken a block at a time. A block of queries, with all query heads that share a key/value head, is
-multiplied only with the keys that it can see, and its scores stay in the processor's cache until they are used up. The
-backward pass computes them again, as in FlashAttention (Dao et al. 2022, section 3.1), so that nothing of the size
-positions x positions is kept. Scores are rounded to bfloat16, as in transformers' eager attention.
+On CPUs torch's bfloat16 kernel takes twice the time of plain products, or more. Here positions are taken a block at a
+time. A block of queries, with all query heads that share a key/value head, is multiplied only with the keys that it can
+see, and its scores stay in the processor's cache until they are used up. The backward pass computes them again, as in
+FlashAttention (Dao et al. 2022, section 3.1), so that nothing of the size positions x positions is kept. Scores are
+rounded to bfloat16, as in transformers' eager attention.
+
+In beam search, on any device, all beams of an example are queries of the same keys of their prompt; see
+`sparsity.caches.BeamLayer`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ ROWS = 192  # of scores in a block: one for each of its positions and each query
 
 
 @contextmanager
-def cpu_attention() -> Iterator[None]:
+def own_attention() -> Iterator[None]:
     """Within the block, models whose attention is transformers' `sdpa` compute it by `attention`."""
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparsity.attention import cpu_attention
+from sparsity.attention import own_attention
 from sparsity.caches import give_room
 from sparsity.devices import bf16_is_faster, keep_freed_memory, return_freed_memory
 from sparsity.errors import UserError
@@ -148,7 +148,7 @@ def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> to
 
 
 @torch.inference_mode()
-@cpu_attention()
+@own_attention()
 def write_batch(
     model: PreTrainedModel,
     count: int,

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsity.attention import attention, cpu_attention
+from sparsity.attention import attention, own_attention
 from sparsity.caches import give_room, mark_attended, prompt_of
 
 LENGTH, HEADS, WIDTH = 100, 6, 8  # more positions than a block has
@@ -116,8 +116,8 @@ def test_mask_of_a_longer_cache():
 
 def test_transformers_own_attention_returns_after_the_block():
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(KeyboardInterrupt), cpu_attention():
-        with cpu_attention():
+    with pytest.raises(KeyboardInterrupt), own_attention():
+        with own_attention():
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
         raise KeyboardInterrupt

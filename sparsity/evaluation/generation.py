@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsity.attention import cpu_attention
+from sparsity.attention import own_attention
 from sparsity.caches import give_room
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
@@ -76,7 +76,7 @@ def generate_batch(
         "attention_mask": torch.tensor(mask, device=device),
     }
     try:
-        with torch.inference_mode(), cpu_attention():
+        with torch.inference_mode(), own_attention():
             if longest > 1:
                 inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
             output = model.generate(**inputs, generation_config=config)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.attention import cpu_attention
+from sparsity.attention import own_attention
 from sparsity.errors import UserError
 from sparsity.processes import hide_bar, sum_over_processes
 from sparsity.sources import Source, check_source, parse_sources, read_source
@@ -41,7 +41,7 @@ def total_loss(
     length = blocks.shape[1]
     fresh = length - 1 if stride is None else min(stride, length - 1)
     bar = tqdm(total=len(blocks), desc="perplexity", unit="window", leave=False, disable=hide_bar())
-    with torch.inference_mode(), cpu_attention(), bar:
+    with torch.inference_mode(), own_attention(), bar:
         for start in range(0, len(blocks), batch_size):
             batch = blocks[start : start + batch_size].to(device)
             logits = model(input_ids=batch, use_cache=False).logits

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from sparsity.attention import cpu_attention
+from sparsity.attention import own_attention
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.processes import any_process, report_on_main, sum_over_processes
@@ -97,7 +97,7 @@ class SparseTrainer(Trainer):
     def _train_batch_size(self, value: int) -> None:
         """Nothing: transformers 4 would set the batch of a run that is resumed on another number of processes."""
 
-    @cpu_attention()
+    @own_attention()
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             saved_values.check_progress(Path(resume_from_checkpoint))
