@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # ------------------------------------------------------------------------------------------------- sizes
-calib_size=64      # calibration samples of PTS
+calib_size=48      # calibration samples of PTS
 quality=balanced   # effort of PTS
 length=512         # tokens of a calibration sample, a training row, a prompt and a perplexity window
 max_steps=80       # optimizer steps of SAT, of two rows each
@@ -25,7 +25,7 @@ eval_batch=16      # prompts generated together
 windows=32         # perplexity windows of each text
 name=quickstart
 # The steps in order, and their seconds on two cores of an AMD EPYC; tools/pace.py adapts them to the machine.
-plan="model 14 data 4 PTS 190 SAT 290 evaluate 150"
+plan="model 14 data 4 PTS 165 SAT 300 evaluate 155"
 case ${1:-} in
   "") ;;
   --full)
