@@ -57,11 +57,11 @@ def attention(
     """
     if torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    plain = _is_plain(attention_mask, options)
-    if plain or prompt_of(key) is not None:
+    plain, of_beams = _is_plain(attention_mask, options), prompt_of(key) is not None
+    if plain or of_beams:
         mark_attended(key, value)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    if prompt_of(key) is not None:
+    if of_beams:
         if plain and query.shape[2] == 1:
             return _of_beams(query, key, value, attention_mask, scale), None
         key, value = _with_prompt(key, query), _with_prompt(value, query)
@@ -116,7 +116,7 @@ def _of_beams(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
     Those of a prompt are read once for all its beams.
     """
-    (keys, new_keys), (values, new_values) = ((_prompt_and_buffer(tensor)) for tensor in (key, value))
+    (keys, new_keys), (values, new_values) = map(_prompt_and_buffer, (key, value))
     batch, kept, known, width = keys.shape
     beams, group, room = query.shape[0] // batch, query.shape[1] // kept, new_keys.shape[1]
     queries = (query.to(keys.dtype) * scale).view(batch, beams, kept, group, width)
@@ -125,11 +125,11 @@ def _of_beams(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     scores[..., :known] = of_prompt.view(batch, kept, beams, group, known)
     of_new = torch.bmm(queries.reshape(-1, group, width), new_keys.mT)
     scores[..., known:] = of_new.view(batch, beams, kept, group, room).transpose(1, 2)
-    hidden = torch.finfo(scores.dtype).min
-    scores[..., known + key.shape[2] :] = hidden
+    length = known + key.shape[2]
+    scores[..., length:] = torch.finfo(scores.dtype).min
     if mask is not None:
-        added = _added(mask[..., : known + key.shape[2]], scores.dtype)
-        scores[..., : added.shape[-1]] += added.view(-1, 1, beams if len(added) > 1 else 1, 1, added.shape[-1])
+        added = _added(mask[..., :length], scores.dtype)
+        scores[..., :length] += added.view(-1, 1, beams if len(added) > 1 else 1, 1, length)
     weights = torch.softmax(scores, -1)
     output = torch.bmm(weights[..., :known].reshape(batch * kept, beams * group, known), values.flatten(0, 1))
     of_new = torch.bmm(weights[..., known:].transpose(1, 2).reshape(-1, group, room), new_values)
@@ -146,7 +146,8 @@ def _prompt_and_buffer(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_prompt(tensor: Tensor, query: Tensor) -> Tensor:
     """Keys or values of a `BeamLayer` as those of any other layer, [batch * beams, heads, length, width]."""
-    prompt, _ = _prompt_and_buffer(tensor)
+    prompt = prompt_of(tensor)
+    assert prompt is not None
     return torch.cat([prompt.repeat_interleave(len(query) // len(prompt), 0), tensor], 2)
 
 
