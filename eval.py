@@ -95,7 +95,7 @@ def read_inputs(
 ) -> tuple[list[dict[str, str]], PretrainedConfig, PreTrainedTokenizerBase, PromptTemplate]:
     """Records, the model's configuration, tokenizer and prompt template, with every check that needs no weights."""
     from sparsity import files, models, text
-    from sparsity.processes import warn
+    from sparsity.distributed import warn
 
     records = text.read_records(args.data_path)[: args.limit]
     config = models.load_config(args.model_dir, args.trust_remote_code)
@@ -121,7 +121,7 @@ def report_scores(
 ) -> None:
     """Score the predictions, save the scores with the facts of the run, and print them with some samples."""
     from sparsity.evaluation.rouge import print_scores, score_predictions
-    from sparsity.figures import save_scores
+    from sparsity.metrics import save_scores
 
     references = [record["output"] for record in records]
     scores = score_predictions(predictions, references)
@@ -142,9 +142,9 @@ def main() -> None:
     from sparsity.evaluation import perplexity
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
-    from sparsity.figures import PERPLEXITIES
+    from sparsity.metrics import PERPLEXITIES
     from sparsity.placement import choose_placement, input_device, load_placed
-    from sparsity.processes import fail_together, report_on_main, start_processes
+    from sparsity.distributed import fail_together, report_on_main, start_processes
 
     placement = choose_placement(args)
     process = start_processes(args.device)

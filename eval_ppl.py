@@ -64,7 +64,7 @@ def main() -> None:
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     from sparsity.placement import choose_placement
-    from sparsity.processes import report_on_main, start_processes
+    from sparsity.distributed import report_on_main, start_processes
 
     placement = choose_placement(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not placement.tensor_parallel:
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, placement: Placement) -> None:
     from sparsity.devices import inference_dtype, keep_freed_memory, resolve_device, use_tf32
     from sparsity.evaluation import perplexity
     from sparsity.placement import input_device, load_placed
-    from sparsity.processes import is_main_process
+    from sparsity.distributed import is_main_process
 
     # Phase 1: cheap checks, and the windows of text.
     device = resolve_device(args.device)

@@ -84,12 +84,12 @@ def main() -> None:
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     import torch
 
-    from sparsity import models, states
+    from sparsity import models, modelopt_state
     from sparsity.devices import resolve_device, torch_dtype
     from sparsity.export import quantize, weights
     from sparsity.export.companions import source_folder, write_companions
     from sparsity.export.model_card import load_figures, write_model_card
-    from sparsity.matrices import inspect_path
+    from sparsity.inspection import inspect_path
     from sparsity.sources import check_source, parse_sources
 
     # Phase 1: checks, before the long work.
@@ -105,12 +105,12 @@ def main() -> None:
         raise UserError(f"'{args.model_dir}' is quantized; give the unquantized model that the state was made from")
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)
-    state = states.load_state(args.modelopt_restore_path)["model_state_dict"]
-    states.require_masks(state, args.modelopt_restore_path)
+    state = modelopt_state.load_state(args.modelopt_restore_path)["model_state_dict"]
+    modelopt_state.require_masks(state, args.modelopt_restore_path)
     # The empty model shows which tensors there are, and which of them are tied.
     model = models.empty_model(config, trust_remote_code=args.trust_remote_code)
     model.tie_weights()
-    states.check_state_fits(state, model, args.modelopt_restore_path)
+    modelopt_state.check_state_fits(state, model, args.modelopt_restore_path)
     stored = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     cast = torch_dtype(args.dtype) if args.dtype else None
     dtype_name = str(cast or stored).removeprefix("torch.")
@@ -123,7 +123,7 @@ def main() -> None:
         batches = quantize.calibration_batches(tokenizer, sources, args.calib_size, args.model_max_length, args.seed)
 
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
-    masked = {name: weight.to("meta") for name, weight, _ in states.sparse_masks(state)}
+    masked = {name: weight.to("meta") for name, weight, _ in modelopt_state.sparse_masks(state)}
     pruned = weights.in_checkpoint_format(model, masked).keys()
     with weights.unfinished_folder(target, args.overwrite) as folder:
         if args.quantization:
@@ -136,7 +136,7 @@ def main() -> None:
         else:
             settings = None
             tied = weights.tied_names(model)
-            names = [name for name in state if not states.is_mask(name) and name not in tied]
+            names = [name for name in state if not modelopt_state.is_mask(name) and name not in tied]
             weights.write_weights(model, state, names, cast, args.max_shard_size, folder)
         write_companions(source, config, dtype_name, folder, settings)
         reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]

@@ -71,7 +71,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from sparsity.devices import keep_freed_memory
-    from sparsity.processes import fail_together, start_processes
+    from sparsity.distributed import fail_together, start_processes
     from sparsity.reporting.plots import plot_loss
     from sparsity.sat import resume
     from sparsity.sat.callbacks import read_log

@@ -126,8 +126,8 @@ def load_calibration_set(
     The main process loads first, so that the others find in the cache what the model has written.
     """
     from sparsity.models import load_tokenizer
-    from sparsity.processes import fail_together
-    from sparsity.self_text import self_text
+    from sparsity.distributed import fail_together
+    from sparsity.generated_text import self_text
 
     name, length = args.model_name_or_path, args.model_max_length
 
@@ -173,7 +173,7 @@ def estimate(
     """Shapes, time and memory of pruning and of the text that the model would write."""
     from sparsity.models import empty_model
     from sparsity.pts import report
-    from sparsity.self_text import writing_dtype
+    from sparsity.generated_text import writing_dtype
 
     if not sources:
         return "pruning by magnitude reads each weight once: no calibration text, no forward pass"
@@ -222,7 +222,7 @@ def main() -> None:
 
     from sparsity import files
     from sparsity.devices import peak_memory_mib, resolve_device, use_tf32
-    from sparsity.processes import fail_together, report_on_main, start_processes
+    from sparsity.distributed import fail_together, report_on_main, start_processes
     from sparsity.pts import report
     from sparsity.pts.layer_store import LayerStore, calibration_key
     from sparsity.pts.log import MatrixLog, save_log

@@ -195,7 +195,7 @@ def _repeats_another_process(joined: bool = False) -> bool:
         joined: ask only once the processes have joined; before that, it is always the first that reports.
     """
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        from sparsity.processes import is_first_report
+        from sparsity.distributed import is_first_report
 
         return not is_first_report()
     return not joined and int(os.environ.get("LOCAL_RANK", 0)) > 0

@@ -22,7 +22,7 @@ from sparsity.files import prepare_output_dir, save_json
 from utils import Parser, run_cli
 
 if TYPE_CHECKING:
-    from sparsity.matrices import MatrixReport
+    from sparsity.inspection import MatrixReport
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +58,7 @@ def print_row(report: MatrixReport, width: int) -> None:
 def print_summary(reports: list[MatrixReport]) -> None:
     import torch
 
-    from sparsity.matrices import zero_totals
+    from sparsity.inspection import zero_totals
 
     elements, zeros = zero_totals(reports)
     count = sum(report.is_2_4 for report in reports)
@@ -77,7 +77,7 @@ def print_summary(reports: list[MatrixReport]) -> None:
 def main() -> None:
     args = parse_args()
 
-    from sparsity.matrices import DENSE_BY_DESIGN, inspect_path
+    from sparsity.inspection import DENSE_BY_DESIGN, inspect_path
 
     if args.output_json:
         prepare_output_dir(Path(args.output_json).parent)

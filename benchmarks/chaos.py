@@ -177,7 +177,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    from sparsity.states import load_state
+    from sparsity.modelopt_state import load_state
 
     return load_state(path)["model_state_dict"]
 

@@ -31,10 +31,10 @@ from benchmarks.commands import ROOT, run_command, run_for_figures
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
-from sparsity.figures import ROUGE_TYPES, read_figures
+from sparsity.metrics import ROUGE_TYPES, read_figures
 from sparsity.files import require_file, save_json
 from sparsity.models import load_tokenizer
-from sparsity.states import load_for_inference
+from sparsity.modelopt_state import load_for_inference
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 

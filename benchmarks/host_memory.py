@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.files import require_file
-from sparsity.states import load_state
+from sparsity.modelopt_state import load_state
 from utils import Parser, run_cli
 
 ARMS = ("each", "shared")

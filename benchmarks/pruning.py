@@ -44,7 +44,7 @@ from sparsity.files import require_file
 from sparsity.models import load_model, load_tokenizer
 from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
-from sparsity.self_text import self_text
+from sparsity.generated_text import self_text
 from sparsity.sources import SELF, Source, parse_sources
 from utils import Parser, check_at_least, run_cli
 

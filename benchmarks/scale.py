@@ -32,7 +32,7 @@ from sparsity.files import read_json
 from sparsity.sat import loss, memory
 from sparsity.sat.model import freeze_embeddings
 from sparsity.sat.sharding import configure_fsdp, local, shard_teacher
-from sparsity.states import mask_name
+from sparsity.modelopt_state import mask_name
 from utils import Parser, run_cli
 
 ATTENTION = "without_score_matrices"

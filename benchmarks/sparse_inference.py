@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
 from sparsity.devices import resolve_device, torch_dtype
 from sparsity.errors import UserError, first_line
-from sparsity.matrices import is_2_4, kernel_support
+from sparsity.inspection import is_2_4, kernel_support
 from sparsity.models import load_model
 from sparsity.pts.masks import magnitude_mask
 from sparsity.pts.pattern import Pattern

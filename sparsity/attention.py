@@ -7,7 +7,7 @@ FlashAttention (Dao et al. 2022, section 3.1), so that nothing of the size posit
 rounded to bfloat16, as in transformers' eager attention.
 
 In beam search, on any device, all beams of an example are queries of the same keys of their prompt; see
-`sparsity.caches.BeamLayer`.
+`sparsity.kv_cache.BeamLayer`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsity.caches import buffer_of, mark_attended, prompt_of
+from sparsity.kv_cache import buffer_of, mark_attended, prompt_of
 
 ROWS = 192  # of scores in a block: one for each of its positions and each query head of a key/value head
 

@@ -320,6 +320,39 @@ def file_digest(path: str | Path, samples: int | None = None) -> str:
     return digest.hexdigest()
 
 
+# -------------------------------------------------------------------------------------------------------------- seal
+
+SEAL = "complete.json"  # {file name: SHA-256 of its content}
+
+
+def seal(folder: Path, *names: str) -> None:
+    """Record in `folder` the SHA-256 of each file, as the last step of writing it.
+
+    Args:
+        names: paths of the files within `folder`, added to those that are already sealed; by default all files.
+    """
+    previous = read_seal(folder) if names else {}
+    files = names or [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    save_json(previous | {name: file_digest(folder / name) for name in files if name != SEAL}, folder / SEAL)
+
+
+def read_seal(folder: Path) -> dict[str, str]:
+    """SHA-256 of each sealed file in `folder`, by its path there; empty without a readable seal."""
+    try:
+        value = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except (OSError, *NOT_JSON):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def is_sealed(folder: Path, *names: str) -> bool:
+    """Whether the files, by default all sealed ones of the folder, are as they were when they were sealed."""
+    digests = read_seal(folder)
+    return bool(digests) and all(
+        is_file(folder / name) and file_digest(folder / name) == digests.get(name) for name in names or digests
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: also for numbers of thousands of digits, deep nesting

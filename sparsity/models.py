@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsity.errors import UserError, first_line
-from sparsity.processes import warn
+from sparsity.distributed import warn
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, first_line
 from sparsity.files import scratch_folder
 from sparsity.models import empty_model, load_config, load_model
-from sparsity.processes import is_main_process
+from sparsity.distributed import is_main_process
 from sparsity.quantized import quantization_algorithm
-from sparsity.states import check_state_fits, folded_weights, load_for_inference, load_state
+from sparsity.modelopt_state import check_state_fits, folded_weights, load_for_inference, load_state
 
 if TYPE_CHECKING:
     from accelerate import PartialState

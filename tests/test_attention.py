@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsity.attention import attention, own_attention
-from sparsity.caches import give_room, mark_attended, prompt_of
+from sparsity.kv_cache import give_room, mark_attended, prompt_of
 
 LENGTH, HEADS, WIDTH = 100, 6, 8  # more positions than a block has
 

@@ -12,15 +12,15 @@ import torch
 from conftest import tiny_llama
 from pruning import calibration
 
-from sparsity import caches
+from sparsity import kv_cache
 from sparsity.attention import own_attention
 from sparsity.evaluation.generation import shared_prefill
-from sparsity.matrices import is_2_4
+from sparsity.inspection import is_2_4
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.pattern import Pattern
 from sparsity.pts.prune import prune_model
 from sparsity.pts.recipe import QUALITY
-from sparsity.pts.replay import replayed
+from sparsity.pts.cuda_graphs import replayed
 from sparsity.pts.solvers import damp, sparsegpt
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
@@ -84,7 +84,7 @@ def test_beams_that_share_their_prompt(dtype, monkeypatch):
                 patch.setattr(caches, "attended", lambda *tensors: False)
             prepared = shared_prefill(model, **inputs, beams=4, new_tokens=16)
             assert (
-                any(isinstance(layer, caches.BeamLayer) for cache in prepared.values() for layer in cache.layers)
+                any(isinstance(layer, kv_cache.BeamLayer) for cache in prepared.values() for layer in cache.layers)
                 == shares
             )
             output = model.generate(

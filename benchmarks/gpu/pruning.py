@@ -25,7 +25,7 @@ from benchmarks.machine import check_output, describe_machine
 from sparsity.devices import peak_memory_mib, resolve_device
 from sparsity.errors import UserError, first_line
 from sparsity.files import save_json
-from sparsity.matrices import is_2_4
+from sparsity.inspection import is_2_4
 from sparsity.models import load_tokenizer
 from utils import Parser, check_at_least, run_cli
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import check_output, describe_machine
-from sparsity.figures import read_figures
+from sparsity.metrics import read_figures
 from sparsity.files import read_json, require_file, save_json
 from utils import Parser, run_cli
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity.attention import own_attention
-from sparsity.caches import give_room
+from sparsity.kv_cache import give_room
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.models import cache_name
 from sparsity.placement import input_device
-from sparsity.processes import hide_bar
+from sparsity.distributed import hide_bar
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsity.attention import own_attention
 from sparsity.errors import UserError
-from sparsity.processes import hide_bar, sum_over_processes
+from sparsity.distributed import hide_bar, sum_over_processes
 from sparsity.sources import Source, check_source, parse_sources, read_source
 from sparsity.text import token_blocks
 

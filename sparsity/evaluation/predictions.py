@@ -23,7 +23,7 @@ from sparsity.files import (
     remove_leftovers,
     save_jsonl,
 )
-from sparsity.processes import is_main_process
+from sparsity.distributed import is_main_process
 from sparsity.text import PromptTemplate, valid_unicode
 
 if TYPE_CHECKING:

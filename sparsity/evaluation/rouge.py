@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsity.errors import UserError
-from sparsity.figures import INTERVALS, ROUGE_TYPES
+from sparsity.metrics import INTERVALS, ROUGE_TYPES
 
 if TYPE_CHECKING:
     from nltk.tokenize.punkt import PunktSentenceTokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
-from sparsity.figures import INTERVALS, ROUGE_TYPES, read_figures
-from sparsity.matrices import MatrixReport, zero_totals
+from sparsity.metrics import INTERVALS, ROUGE_TYPES, read_figures
+from sparsity.inspection import MatrixReport, zero_totals
 from sparsity.text import valid_unicode
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from sparsity.errors import UserError, first_line
 from sparsity.export.formats import Format
 from sparsity.export.weights import folded, in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
-from sparsity.processes import warn
+from sparsity.distributed import warn
 from sparsity.sources import Source, draw_sequences, shares
-from sparsity.states import sparse_masks
+from sparsity.modelopt_state import sparse_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

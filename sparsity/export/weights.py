@@ -13,7 +13,7 @@ import torch
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import held_folder, prepare_output_dir, save_json
-from sparsity.states import mask_name
+from sparsity.modelopt_state import mask_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

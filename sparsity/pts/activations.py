@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster
-from sparsity.pts.discovery import Call, record_calls, returns_tuple
+from sparsity.pts.structure import Call, record_calls, returns_tuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.discovery import Stop, replaced_forward
+from sparsity.pts.structure import Stop, replaced_forward
 
 TOKENS_AT_ONCE = 1024  # copied to float32 and multiplied at a time: enough for full speed, little memory
 HALF_TOKENS_AT_ONCE = 4096  # of bfloat16 inputs, which are not copied

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
-from sparsity.processes import warn
+from sparsity.distributed import warn
 from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences, shares
 
 if TYPE_CHECKING:

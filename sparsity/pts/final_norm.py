@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsity.models import decoder_layers
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.discovery import replaced_forward
+from sparsity.pts.structure import replaced_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from sparsity.devices import peak_memory_mib, return_freed_memory
 from sparsity.models import decoder_layers
-from sparsity.processes import hide_bar
-from sparsity.pts.discovery import choose_linears
+from sparsity.distributed import hide_bar
+from sparsity.pts.structure import choose_linears
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.masks import magnitude_mask
 from sparsity.pts.prune import check_weights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.calibration import MAX_SEQUENTIAL_GROUPS
-from sparsity.pts.discovery import Stop
+from sparsity.pts.structure import Stop
 from sparsity.pts.pattern import Pattern
 
 # Of the search for exchanges. Twice the passes lose another 1% less; a sample of few rows loses more than few passes.

@@ -2,7 +2,7 @@
 
     calibration batches → embeddings → layer 0 → layer 1 → …, each pruned on the output of the pruned ones
 
-discovery.py finds out what a model looks like inside, calibration.py what its linear layers are given, and solvers.py
+structure.py finds out what a model looks like inside, calibration.py what its linear layers are given, and solvers.py
 holds the mathematics of a single weight.
 """
 
@@ -22,7 +22,7 @@ from sparsity.attention import own_attention
 from sparsity.devices import keep_freed_memory, peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers, head_counts
-from sparsity.processes import hide_bar, is_main_process
+from sparsity.distributed import hide_bar, is_main_process
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
 from sparsity.pts.calibration import (
     MAX_SEQUENTIAL_GROUPS,
@@ -34,7 +34,7 @@ from sparsity.pts.calibration import (
     collect_residual,
     stream_writers,
 )
-from sparsity.pts.discovery import choose_linears, shared_inputs
+from sparsity.pts.structure import choose_linears, shared_inputs
 from sparsity.pts.final_norm import rescale_final_norm
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.log import MatrixLog

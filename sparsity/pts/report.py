@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster, peak_memory_mib
 from sparsity.models import decoder_layers
-from sparsity.pts.discovery import choose_linears, shared_inputs
+from sparsity.pts.structure import choose_linears, shared_inputs
 from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
-from sparsity.self_text import batch_count, sequences_at_once, writing_bytes
+from sparsity.generated_text import batch_count, sequences_at_once, writing_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
 from sparsity.pts.masks import score_mask
 from sparsity.pts.pattern import Pattern
-from sparsity.pts.replay import replayed
+from sparsity.pts.cuda_graphs import replayed
 
 # ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
 # early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.

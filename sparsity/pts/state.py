@@ -13,7 +13,7 @@ from sparsity.errors import UserError
 from sparsity.files import atomic_path
 from sparsity.pts.pattern import Pattern
 from sparsity.pts.recipe import Recipe
-from sparsity.states import restore_sparse, sparse_masks
+from sparsity.modelopt_state import restore_sparse, sparse_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.figures import INTERVALS, ROUGE_TYPES
+from sparsity.metrics import INTERVALS, ROUGE_TYPES
 from sparsity.files import atomic_path, is_number
 from sparsity.reporting.results import Run, text_names
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.figures import PERPLEXITIES, ROUGE_TYPES, read_figures
+from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_figures
 from sparsity.files import is_number, is_whole_number, read_json
-from sparsity.matrices import inspect_path, zero_totals
+from sparsity.inspection import inspect_path, zero_totals
 
 # What the fields of a line must be.
 KINDS: dict[str, Callable[[Any], bool]] = {

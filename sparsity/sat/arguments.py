@@ -20,7 +20,7 @@ from transformers.utils import is_torch_tf32_available
 
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError, first_line
-from sparsity.processes import WAIT_SECONDS, start_processes, warn
+from sparsity.distributed import WAIT_SECONDS, start_processes, warn
 from sparsity.sources import check_source, is_streamed, parse_sources
 from sparsity.text import read_template
 

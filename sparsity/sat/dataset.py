@@ -28,10 +28,10 @@ from sparsity.files import (
     save_json,
     scratch_folder,
 )
-from sparsity.processes import warn
+from sparsity.distributed import warn
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Packed
-from sparsity.self_text import self_text
+from sparsity.generated_text import self_text
 from sparsity.sources import SELF, Source, content_key, is_streamed, parse_sources, read_source
 from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate, encode_prompt, read_records, token_blocks
 

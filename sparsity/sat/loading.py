@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sparsity.sat.low_rank import LowRankLinear, mark_pruned
 from sparsity.sat.sharding import local, local_flat_ranges, plain_name, rows_of, shard_mask
-from sparsity.states import MASK, mask_name
+from sparsity.modelopt_state import MASK, mask_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

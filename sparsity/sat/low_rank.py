@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity.errors import UserError
-from sparsity.states import sparse_masks
+from sparsity.modelopt_state import sparse_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsity.sat.low_rank import LowRankLinear, marked_kept
 from sparsity.sat.sharding import local, masked_weights
-from sparsity.states import MASK
+from sparsity.modelopt_state import MASK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from sparsity.sat.low_rank import trained_only
 from sparsity.sat.model import Student
 from sparsity.sat.sharding import full_state
 from sparsity.sat.trainer import SparseTrainer
-from sparsity.states import load_state, sparse_masks
+from sparsity.modelopt_state import load_state, sparse_masks
 
 STATE_NAME = "finetuned_modelopt_state.pth"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.states import MASK, sparse_masks
+from sparsity.modelopt_state import MASK, sparse_masks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,7 +16,7 @@ from transformers import Trainer
 from sparsity.attention import own_attention
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
-from sparsity.processes import any_process, report_on_main, sum_over_processes
+from sparsity.distributed import any_process, report_on_main, sum_over_processes
 from sparsity.sat import checkpoints, saved_values, training_state
 from sparsity.sat.arguments import SatArguments
 from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths

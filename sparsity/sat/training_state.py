@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import is_file, read_json, save_json
-from sparsity.processes import is_main_process
+from sparsity.distributed import is_main_process
 from sparsity.sat.saved_values import damaged, taken_over
 from sparsity.sat.sharding import plain_name
 

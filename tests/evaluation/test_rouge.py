@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsity.evaluation.rouge import bootstrap_interval, rouge_f_measures, split_sentences
-from sparsity.figures import ROUGE_TYPES
+from sparsity.metrics import ROUGE_TYPES
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sparsity.export.companions import write_companions
 from sparsity.export.formats import FORMATS
 from sparsity.models import load_config, load_model
 from sparsity.sources import parse_sources
-from sparsity.states import load_for_inference, load_state, sparse_masks
+from sparsity.modelopt_state import load_for_inference, load_state, sparse_masks
 
 ALGORITHMS = {
     "int8": "W8A8_SQ_PER_CHANNEL",

@@ -27,7 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sparsity import self_text as self_text_module
+from sparsity import generated_text as self_text_module
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.export.model_card import _figures_text, load_figures
 from sparsity.files import is_number, is_whole_number, release_locks

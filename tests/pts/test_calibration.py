@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from sparsity.models import decoder_layers
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.calibration import TOKENS_AT_ONCE, Scratch, Statistics, stream_writers
-from sparsity.pts.discovery import shared_inputs
+from sparsity.pts.structure import shared_inputs
 
 
 @pytest.mark.parametrize(

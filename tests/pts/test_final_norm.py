@@ -8,7 +8,7 @@ from pruning import calibration, prune, small_config
 from transformers import AutoModelForCausalLM
 
 from sparsity.models import decoder_layers
-from sparsity.pts.discovery import returns_tuple
+from sparsity.pts.structure import returns_tuple
 from sparsity.pts.final_norm import final_norm
 from sparsity.pts.recipe import QUALITY
 

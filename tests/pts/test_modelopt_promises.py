@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from pruning import calibration, prune
 
 from sparsity.pts.state import save_state
-from sparsity.states import sparse_masks
+from sparsity.modelopt_state import sparse_masks
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.discovery import shared_inputs
+from sparsity.pts.structure import shared_inputs
 from sparsity.pts.pattern import Pattern
 from sparsity.pts.permutation import dealt, exchanged, permute, reorderable
 

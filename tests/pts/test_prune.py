@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.discovery import shared_inputs
+from sparsity.pts.structure import shared_inputs
 from sparsity.pts.prune import observe_dense, prune_layer
 from sparsity.pts.recipe import QUALITY, Recipe
 

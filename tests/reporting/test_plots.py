@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sparsity.figures import INTERVALS, ROUGE_TYPES
+from sparsity.metrics import INTERVALS, ROUGE_TYPES
 from sparsity.reporting.plots import plot_layers, plot_loss, plot_scores
 from sparsity.reporting.results import Run
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsity.models import load_model, model_without_weights
 from sparsity.sat.loading import allocate, bytes_held, fill
-from sparsity.states import load_state, sparse_masks
+from sparsity.modelopt_state import load_state, sparse_masks
 
 
 def student_on(rank: int, port: int, version: int, lora_rank: int, paths: dict[str, str], results: str) -> None:

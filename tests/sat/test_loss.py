@@ -10,7 +10,7 @@ from sparsity.models import load_model
 from sparsity.sat.batching import Collator
 from sparsity.sat.dataset import encode_records
 from sparsity.sat.loss import LossWeights, batch_loss
-from sparsity.states import restore_sparse
+from sparsity.modelopt_state import restore_sparse
 
 
 @pytest.fixture

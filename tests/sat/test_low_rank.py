@@ -19,7 +19,7 @@ from sparsity.sat.low_rank import (
     merge,
     trained_only,
 )
-from sparsity.states import load_state, load_weights, sparse_masks
+from sparsity.modelopt_state import load_state, load_weights, sparse_masks
 
 SCALE = 0.7
 

@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from sparsity.errors import UserError
 from sparsity.sat.mask_schedule import MaskSchedule, strongest
 from sparsity.sat.sharding import masked_weights
-from sparsity.states import MASK
+from sparsity.modelopt_state import MASK
 
 
 def masked_model(kept: int = 2) -> torch.nn.Module:

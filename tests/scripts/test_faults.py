@@ -37,7 +37,7 @@ from forked import (
     without_locks,
 )
 
-from sparsity.states import load_state, sparse_masks
+from sparsity.modelopt_state import load_state, sparse_masks
 
 RECORD = {"instruction": "Summarize.", "input": TEXTS[0], "output": TEXTS[1]}
 

@@ -25,7 +25,7 @@ from sparsity.sat import checkpoints
 from sparsity.sat.callbacks import read_log
 from sparsity.sat.dataset import encode_records
 from sparsity.sat.result import STATE_NAME
-from sparsity.states import load_state, restore_sparse, sparse_masks
+from sparsity.modelopt_state import load_state, restore_sparse, sparse_masks
 from sparsity.text import read_records
 
 STEPS = 16

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 
-from sparsity.states import load_state, sparse_masks
+from sparsity.modelopt_state import load_state, sparse_masks
 
 RESTORE = """
 import sys, torch

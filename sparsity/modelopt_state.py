@@ -12,7 +12,7 @@ from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, first_line
 from sparsity.files import require_file
 from sparsity.models import load_model
-from sparsity.processes import warn
+from sparsity.distributed import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conftest import tiny_llama
 
-from sparsity.pts.discovery import shared_inputs
+from sparsity.pts.structure import shared_inputs
 
 
 def test_linears_that_read_one_tensor_share_a_hessian():

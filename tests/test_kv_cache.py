@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from sparsity.caches import ROOM, buffer_of, give_room, mark_attended, prompt_of
+from sparsity.kv_cache import ROOM, buffer_of, give_room, mark_attended, prompt_of
 
 
 def random(positions):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import sparse_matrix
 
-from sparsity.matrices import inspect_matrix, is_2_4, kernel_support
+from sparsity.inspection import inspect_matrix, is_2_4, kernel_support
 
 
 def test_two_to_four_is_judged_within_groups_of_consecutive_inputs():

@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file
 
-from sparsity import self_text as module
+from sparsity import generated_text as module
 from sparsity.errors import UserError
 from sparsity.models import load_model
-from sparsity.self_text import draw, prompt_of, self_text, write_batch
+from sparsity.generated_text import draw, prompt_of, self_text, write_batch
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import torch
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import safetensors_files
-from sparsity.states import load_state, require_masks, weight_name
+from sparsity.modelopt_state import load_state, require_masks, weight_name
 
 # Token and position embeddings and output heads stay dense by design, whatever a model family calls them.
 DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
