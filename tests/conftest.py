@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,11 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPUS", "")  # for test_cuda.py: TEST_GPUS=0
 torch.set_num_threads(1)
+
+# pytest --hypothesis-profile=fast takes 50 examples, the same in every run; by default they are chosen anew.
+settings.register_profile("full", max_examples=500, deadline=None, database=None)
+settings.register_profile("fast", max_examples=50, deadline=None, database=None, derandomize=True)
+settings.load_profile("full")
 
 TEXTS = [
     "The river rose slowly through the night, and by morning the lower fields of the valley lay under water.",

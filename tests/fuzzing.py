@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from sparsity.errors import UserError
 
-# The same examples in every run, so that a pull request fails only by its own change.
-fuzz = settings(max_examples=500, deadline=None, derandomize=True, database=None)
+fuzz = settings()  # of the profile that conftest.py loads, or --hypothesis-profile
 
 REFUSED = object()  # what `attempt` returns for an input that is refused in one line
 
