@@ -1,4 +1,4 @@
-"""What the scripts share: one way to parse options, to end on an error, and the groups of options that several have.
+"""Command-line helpers of the scripts: parsing options, groups of options that several scripts have, and failing.
 
 Scripts import from here and from the package sparsity; no script imports another script.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsity.devices import INFERENCE_DTYPES
+from sparsity.distributed import have_joined, is_first_report
 from sparsity.errors import UserError, first_line, memory_shortage
 from sparsity.files import release_locks
 
@@ -27,7 +28,7 @@ FAILED_WRITES = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EF
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description, and ends the help of every option that has a default with it."""
+    """Keeps the line breaks of the description and appends each option's default to its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -36,7 +37,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class _ClearErrors(argparse.ArgumentParser):
-    """Ends on a wrong option with one clear line; of several processes only the first prints it."""
+    """Reports a wrong option in one line, on the first process only, and exits."""
 
     def error(self, message: str) -> NoReturn:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
@@ -51,10 +52,9 @@ class _ClearErrors(argparse.ArgumentParser):
 
 
 class Parser(_ClearErrors):
-    """The argument parser of every script: the same help, the same errors, no abbreviated options."""
+    """The argument parser of every script. Options cannot be abbreviated: a mistyped one could pass for another."""
 
     def __init__(self, description: str | None, **options: Any):
-        # An abbreviation could make a mistyped option pass for another one.
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
@@ -83,7 +83,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_inference_options(group: argparse._ArgumentGroup) -> None:
-    """The model to measure: dense or with a state, its precision and its device."""
+    """The model to evaluate, dense or with a sparse state, its precision and device."""
     group.add_argument("--model_dir", required=True, help="Hugging Face model folder or hub id, dense or exported")
     group.add_argument("--modelopt_restore_path", metavar="STATE", help="sparse state from hf_pts.py or finetune.py")
     group.add_argument(
@@ -129,41 +129,57 @@ def add_template_options(group: argparse._ArgumentGroup) -> None:
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """Check that options which were given are at least `least`.
+    """Check that options, where given, are at least `least`.
 
     Raises:
         UserError: names the option and its value.
     """
     for name in names:
-        value = getattr(args, name)
+        value = vars(args)[name]
         if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, found {value}")
+            raise UserError(f"--{name} must be at least {least}, got {value}")
 
 
-# ------------------------------------------------------------------------------------------------------------- ending
+def named_values(pairs: Sequence[str], flag: str, example: str) -> dict[str, str]:
+    """Values of an option that takes NAME=VALUE several times, by name; only the first '=' separates.
+
+    Raises:
+        UserError: a pair without a name or value, or a name given twice; shows `example`.
+    """
+    values: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise UserError(f"{flag} takes NAME=VALUE, e.g. {example}; got '{pair}'")
+        if name in values:
+            raise UserError(f"{flag} has the name '{name}' twice; choose another for one of them")
+        values[name] = value
+    return values
 
 
-SMALLER = "free some, or use a machine with more"
+# ------------------------------------------------------------------------------------------------------------- failing
 
 
-def run_cli(main: Callable[[], None], when_memory_ends: str = SMALLER) -> None:
-    """Run a script's `main`, turning foreseeable failures into one line on stderr.
+def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a machine with more") -> None:
+    """Run a script's `main` and report foreseeable failures in one line on stderr.
 
-    Exit codes: 1 for a wrong input, a full disk or too little memory, 2 for a wrong option, 130 for Ctrl-C. Anything
-    else is a defect of ours and keeps its traceback.
+    Exit codes: 1 for a wrong input, a full disk or too little memory, 2 for a wrong option, 130 for Ctrl-C. Any other
+    error is a defect of ours and keeps its traceback. A process of several exits as soon as it fails, and the launcher
+    stops the others; only the first process that fails reports it.
 
     Args:
-        when_memory_ends: what the user can do where memory does not suffice; the end of a sentence.
+        memory_advice: what the user can do when memory runs out; ends a sentence.
     """
     try:
         main()
     except Exception as error:
-        message = _explain(error, when_memory_ends)
-        if message is None and not _repeats_another_process(joined=True):
+        message = _explain(error, memory_advice)
+        is_first = is_first_report()
+        if message is None and (is_first or not have_joined()):
             raise
-        error.__traceback__ = error.__cause__ = error.__context__ = None  # they keep alive what fills the memory
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # they reference the tensors that fill memory
         _close_bars()
-        if message and not _repeats_another_process():
+        if message and is_first:
             print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -174,48 +190,36 @@ def run_cli(main: Callable[[], None], when_memory_ends: str = SMALLER) -> None:
         release_locks()
 
 
-def _explain(error: Exception, when_memory_ends: str) -> str | None:
-    """What a user should read of an error; None if it is a defect of ours."""
+def _explain(error: Exception, memory_advice: str) -> str | None:
+    """One line about an error for the user; None if it is a defect of ours."""
     if shortage := memory_shortage(error):
-        return f"{shortage}; {when_memory_ends}. Files saved before are whole."
+        if "RANK" in os.environ:
+            shortage += f" in process {os.environ['RANK']}; start fewer processes"
+        return f"{shortage}; {memory_advice}. Files saved before are intact."
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FAILED_WRITES:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}. Free space or choose another output folder."
     if _is_failed_write(error):
-        return f"writing failed ({first_line(error)}); is the disk full? Files saved before are whole."
+        return f"writing failed ({first_line(error)}); is the disk full? Files saved before are intact."
     return None
 
 
-def _repeats_another_process(joined: bool = False) -> bool:
-    """Whether another of several processes reports the failure of the run, which this one repeats or suffers from.
-
-    Args:
-        joined: ask only once the processes have joined; before that, it is always the first that reports.
-    """
-    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        from sparsity.distributed import is_first_report
-
-        return not is_first_report()
-    return not joined and int(os.environ.get("LOCAL_RANK", 0)) > 0
+def _is_failed_write(error: Exception) -> bool:
+    """Whether an error of a library (safetensors and tokenizers in Rust, torch in C++) is a failed write."""
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and ("I/O error" in text or "IoError" in text):
+        return True
+    torch_signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")
+    is_torch = isinstance(error, RuntimeError) and any(sign in text for sign in torch_signs)
+    return is_torch or bool(re.search(rf"os error ({'|'.join(map(str, FAILED_WRITES))})\b", text))
 
 
 def _close_bars() -> None:
-    """End unfinished progress bars, so that a message starts on a line of its own."""
+    """Close unfinished progress bars, so that a message starts on its own line."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
-        for bar in list(getattr(tqdm, "_instances", [])):
+        for bar in list(tqdm._instances):
             bar.close()
-
-
-def _is_failed_write(error: Exception) -> bool:
-    """Whether a library's error, of a class of its own, says that a file could not be written."""
-    text = str(error)
-    if re.search(rf"os error ({'|'.join(map(str, FAILED_WRITES))})\b", text):  # libraries in Rust
-        return True
-    if type(error).__name__ == "SafetensorError":
-        return "I/O error" in text or "IoError" in text  # the second up to safetensors 0.5
-    signs = ("PytorchStreamWriter failed", "file write failed", "unexpected pos", "iostream error")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -79,15 +79,23 @@ def report_on_main(process: PartialState) -> Iterator[None]:
         sys.exit(1)
 
 
+def have_joined() -> bool:
+    """Whether this is one of several processes that have joined their group; does not import torch."""
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+
+
 def is_first_report() -> bool:
-    """Whether no other of several joined processes has asked this before: only the first tells why the run ends."""
+    """Whether no other process has reported a failure of this run before.
+
+    Before the processes have joined, the first one of each machine reports.
+    """
+    if not have_joined():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        return True
     try:
-        return dist.distributed_c10d._get_default_store().add("reports of failure", 1) == 1
-    except Exception:  # the process that keeps the store has ended, with a report of its own
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except Exception:  # process 0, which keeps the store, has failed and reported it
         return dist.get_rank() == 0
 
 

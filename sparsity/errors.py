@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-# What torch, oneDNN, Python and the system say when memory runs out, in errors of many classes.
+# Messages of torch, oneDNN, Python and Linux when memory runs out, in exceptions of many classes.
 NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|(CUDA|HIP|error:) out of memory|bad_alloc|"
     r"MemoryError|could not create a primitive",
@@ -31,26 +31,28 @@ def first_line(error: BaseException) -> str:
 
 
 def memory_shortage(error: BaseException | None) -> str | None:
-    """What to say of an error that comes from a lack of memory, of this machine or of a GPU.
+    """Describe an error that comes from a lack of memory, of this machine or of a GPU.
 
     Returns:
-        e.g. "not enough memory (2.0 GiB more were asked for)"; None for any other error, and for a UserError that says
-        so in words of its own.
+        e.g. "out of memory (tried to allocate 2.0 GiB)"; None for any other error, and for a UserError, which has its
+        own advice, unless it only quotes the library's message.
     """
     if isinstance(error, UserError) and not NO_MEMORY.search(str(error)):
         return None
     while error is not None:
         text = str(error)
-        out_of_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        if out_of_memory or (not isinstance(error, UserError) and NO_MEMORY.search(text)):
-            amount = f" ({_amount(*found.groups())} more were asked for)" if (found := AMOUNT.search(text)) else ""
-            return f"not enough {'GPU ' if 'CUDA' in text else ''}memory{amount}"
+        is_system_error = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        if is_system_error or (not isinstance(error, UserError) and NO_MEMORY.search(text)):
+            amount = AMOUNT.search(text)
+            device = "GPU " if "CUDA" in text else ""
+            return f"{device}out of memory" + (f" (tried to allocate {_size(*amount.groups())})" if amount else "")
         error = error.__cause__ or error.__context__
     return None
 
 
-def _amount(size: str, unit: str) -> str:
+def _size(number: str, unit: str) -> str:
+    """A readable size; a `unit` that is none stands behind a number of bytes."""
     if unit.endswith("iB"):
-        return f"{size} {unit}"
-    mebibytes = float(size) / 2**20
+        return f"{number} {unit}"
+    mebibytes = float(number) / 2**20
     return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"

@@ -1,8 +1,8 @@
 """Where text comes from: plain text of files, folders and hub data sets; summarization records of data_prep.py.
 
-`parse_sources` is the one home of the grammar that --calib_data, --text_path and --text share:
+`parse_sources` defines the grammar that --calib_data, --text_path and --text share:
 
-    SOURCE[=WEIGHT][,SOURCE[=WEIGHT]…]
+    SOURCE[=WEIGHT] [SOURCE[=WEIGHT]…]
 
     SOURCE   a file           .txt, .json, .jsonl, .csv, .parquet or .arrow
              a folder         of such files, or of a data set that was saved with save_to_disk
@@ -99,51 +99,43 @@ class Source:
     weight: float = 1.0
 
 
-def parse_sources(text: str) -> list[Source]:
-    """Read a list of sources, without opening any. Paths that exist may contain ',', ':' and '='.
+def parse_sources(given: str | Sequence[str]) -> list[Source]:
+    """Parse SOURCE[=WEIGHT] items, without opening any source; an item may also hold several, separated by commas.
+
+    An existing path may contain ',', ':' and '='.
 
     Raises:
         UserError: an empty source, a weight that is not a number of at least 0, or weights that sum to 0.
     """
-    parts = text.split(",")
-    found: list[Source] = []
-    while parts:
-        # The longest beginning that names an existing path, else the part up to the next comma.
-        for length in range(len(parts), 0, -1):
-            source = _weighted(",".join(parts[:length]), text, exists=True)
-            if source:
-                break
-        else:
-            length = 1
-            source = _weighted(parts[0], text, exists=False)
-        assert source is not None
-        found.append(source)
-        parts = parts[length:]
-    total = sum(source.weight for source in found)
+    items = [given] if isinstance(given, str) else given
+    sources = [_parse_source(part) for item in items for part in _parts_of_item(item)]
+    total = sum(source.weight for source in sources)
     if not 0 < total < math.inf:
-        raise UserError(f"the weights of the sources '{text}' sum to {total:g}; at least one must be above 0")
-    shared = [replace(source, weight=source.weight / total) for source in found]
-    return [source for source in shared if source.weight]  # beside a huge weight, a tiny one may round to nothing
+        raise UserError(f"the weights of the sources '{' '.join(items)}' sum to {total:g}; give weights greater than 0")
+    normalized = [replace(source, weight=source.weight / total) for source in sources]
+    return [source for source in normalized if source.weight]  # beside a huge weight, a tiny one may round to 0
 
 
-def _weighted(part: str, text: str, exists: bool) -> Source | None:
-    """The source SPEC or SPEC=WEIGHT of the list `text`; None if `exists` asks for a path and it is none."""
-    part = part.strip()
+def _parts_of_item(item: str) -> list[str]:
+    """The sources in one item: those between commas, unless it names one existing path."""
+    is_one = path_exists(item) or path_exists(item.rpartition("=")[0])
+    return [item] if is_one else [part.strip() for part in item.split(",")]
+
+
+def _parse_source(part: str) -> Source:
+    if path_exists(part):
+        return Source(part)
     spec, equals, weight = part.rpartition("=")
-    if part and path_exists(part):
-        return Source(part)
-    if exists and not (equals and path_exists(spec) and "," not in weight):
-        return None
-    if not (spec if equals else part):
-        raise UserError(f"'{text}' has an empty source; write SOURCE or SOURCE=WEIGHT, separated by commas")
     if not equals:
-        return Source(part)
+        spec, weight = part, "1"
+    if not spec:
+        raise UserError(f"got an empty source in '{part}'; write SOURCE or SOURCE=WEIGHT")
     try:
         number = float(weight)
     except ValueError:
         number = math.nan
     if not 0 <= number < math.inf:
-        raise UserError(f"the weight of the source '{spec}' must be a number of at least 0, found '{weight}'")
+        raise UserError(f"the weight of the source '{spec}' must be a number of at least 0, got '{weight}'")
     return Source(spec, number)
 
 

@@ -23,15 +23,17 @@ def test_detokenize(tokenized, plain):
 # ------------------------------------------------------------------------------------------------------- plain text
 
 
-def specs(text: str) -> list[tuple[str, float]]:
-    return [(source.spec, source.weight) for source in parse_sources(text)]
+def specs(*given: str) -> list[tuple[str, float]]:
+    return [(source.spec, source.weight) for source in parse_sources(given)]
 
 
 def test_lists_are_parsed_and_weights_normalized():
     assert specs("a.txt") == [("a.txt", 1.0)]
-    assert specs("allenai/c4:en:train=3, self=1") == [("allenai/c4:en:train", 0.75), ("self", 0.25)]
-    assert specs("a=0.5,b=0.5,c=0") == [("a", 0.5), ("b", 0.5)]
-    assert specs("a=3,b") == [("a", 0.75), ("b", 0.25)]
+    assert specs("allenai/c4:en:train=3", "self=1") == [("allenai/c4:en:train", 0.75), ("self", 0.25)]
+    assert specs("a=0.5", "b=0.5", "c=0") == [("a", 0.5), ("b", 0.5)]
+    assert specs("a=3", "b") == [("a", 0.75), ("b", 0.25)]
+    assert specs("a=3,b") == specs("a=3, b") == [("a", 0.75), ("b", 0.25)]
+    assert parse_sources("a=3,b") == parse_sources(["a=3", "b"])
 
 
 def test_paths_that_exist_may_hold_separators(tmp_path, monkeypatch):
@@ -39,7 +41,7 @@ def test_paths_that_exist_may_hold_separators(tmp_path, monkeypatch):
     for name in ("a,b=1.txt", "c:d.txt", "e=2"):
         (tmp_path / name).write_text("text")
     assert specs("a,b=1.txt") == [("a,b=1.txt", 1.0)]
-    assert specs("a,b=1.txt=3,c:d.txt") == [("a,b=1.txt", 0.75), ("c:d.txt", 0.25)]
+    assert specs("a,b=1.txt=3", "c:d.txt") == [("a,b=1.txt", 0.75), ("c:d.txt", 0.25)]
     assert specs("c:d.txt,e=2") == [("c:d.txt", 0.5), ("e=2", 0.5)]
     assert read_source(parse_sources("c:d.txt")[0], None, 0) == ["text"]
 
