@@ -1,1 +1,1 @@
-"""Setting up: the environment of the two commands, and the demonstration model."""
+"""Setup: the environment of quickstart.sh and run_tests.sh, and the demonstration model."""

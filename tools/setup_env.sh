@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and run_tests.sh, which share one environment this way. Call:
+# Sourced by quickstart.sh and run_tests.sh, which share an environment this way:
 #
 #   setup_env FOLDER CONSTRAINTS REQUIREMENTS…     files named demo.txt are installed with --no-deps
 #
-# and use $ENV_PYTHON afterwards. Each file is installed once, and again when it, Python or torch changes. CONSTRAINTS is
-# a file for pip's --constraint, or "", or the word newest: then every package but torch is upgraded, once a day.
+# sets ENV_PYTHON. A file is installed once, and again when it, Python or torch changes. CONSTRAINTS is a file for pip's
+# --constraint, or "", or the word newest: then every package but torch is upgraded, once a day.
 #   PYTHON      interpreter that creates the environment (default: the first suitable one on PATH, 3.10 or newer)
 #   TORCH_SPEC  pip's arguments for torch, options included. Without an NVIDIA GPU the default is torch==2.13.0. If that
 #               brings CUDA libraries that you do not need, give the index of the CPU wheels:
@@ -22,70 +22,48 @@ find_python() {
   return 1
 }
 
-# install_once NAME TEXT PIP-ARGUMENTS… : runs pip unless NAME was installed here for the same TEXT
+# install_once NAME VERSION PIP-ARGUMENTS…: run pip unless NAME was installed here with the same VERSION, any text
 install_once() {
-  local name=$1 text=$2 stamp="$ENV_DIR/.installed-${1//\//-}" terminal=""
-  shift 2
-  if [[ -t 1 ]]; then
-    terminal=1
-  fi
-  if [[ -f $stamp && $(<"$stamp") == "$text" ]]; then
-    return
-  fi
-  echo "installing $name into $ENV_DIR (log: $ENV_DIR/pip.log)"
-  # To compile all modules takes half of the time of an installation; setup_env lets Python keep those that it imports.
-  # All of pip's output goes to the log; a terminal shows, in one line, which package is being fetched or installed.
-  if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check --no-compile "$@" 2>&1 | tee -a "$ENV_DIR/pip.log" |
-    awk -v terminal="$terminal" '
-      terminal && /^(Collecting|Downloading|Installing collected)/ { printf "\r\033[K  %s", substr($0, 1, 70); fflush() }
-      END { if (terminal) printf "\r\033[K" }'; then
-    echo "error: pip could not install $name; its last lines, from $ENV_DIR/pip.log:" >&2
-    tail -n 5 "$ENV_DIR/pip.log" >&2
+  local stamp="$ENV_DIR/.installed-${1//\//-}" log="$ENV_DIR/pip.log"
+  [[ -f $stamp && $(<"$stamp") == "$2" ]] && return
+  echo "installing $1 into $ENV_DIR (log: $log)"
+  # Python compiles what it imports; compiling everything takes half of the time of an installation.
+  if ! "$ENV_PYTHON" -m pip install --disable-pip-version-check --no-compile "${@:3}" >>"$log" 2>&1; then
+    echo "error: pip could not install $1; its last lines, from $log:" >&2
+    tail -n 5 "$log" >&2
     return 1
   fi
-  echo "$text" >"$stamp"
+  echo "$2" >"$stamp"
 }
 
 setup_env() {
-  local constraints=$2 base file options python_version text torch
-  unset PYTHONDONTWRITEBYTECODE # which many containers set: every process would compile all that it imports
-  ENV_DIR=$1
-  ENV_PYTHON=$ENV_DIR/bin/python
-  shift 2
+  local constraints=$2 options=() version="" file python torch=()
+  unset PYTHONDONTWRITEBYTECODE # set in many containers; every process would compile all that it imports
+  ENV_DIR=$1 ENV_PYTHON=$1/bin/python
   if ! "$ENV_PYTHON" -c '' >/dev/null 2>&1; then
-    base=$(find_python) || return 1
-    echo "creating $ENV_DIR with $("$base" --version)"
-    "$base" -m venv --clear "$ENV_DIR" || return 1
+    python=$(find_python) || return 1
+    echo "creating $ENV_DIR with $("$python" --version)"
+    "$python" -m venv --clear "$ENV_DIR" || return 1
   fi
-  python_version=$("$ENV_PYTHON" --version)
-  options=()
-  text=""
-  if [[ $constraints == newest ]]; then
-    options=(--upgrade --upgrade-strategy eager --constraint "$ENV_DIR/torch.txt")
-    text=$(date +%F)
-  elif [[ -n $constraints ]]; then
-    options=(--constraint "$constraints")
-    text=$(<"$constraints")
-  fi
-  # First and on its own: what is installed later then finds torch and keeps it.
   if [[ -z ${TORCH_SPEC:-} ]] && ! nvidia-smi >/dev/null 2>&1; then
     TORCH_SPEC=torch==2.13.0
-    if [[ -f $constraints ]]; then
-      TORCH_SPEC=$(grep '^torch==' "$constraints")
-    fi
+    [[ ! -f $constraints ]] || TORCH_SPEC=$(grep '^torch==' "$constraints")
   fi
-  if [[ -n ${TORCH_SPEC:-} ]]; then
-    read -ra torch <<<"$TORCH_SPEC" # several words are several arguments
-    install_once torch "$python_version $TORCH_SPEC" "${torch[@]}" || return 1
+  if [[ -n ${TORCH_SPEC:-} ]]; then # first and on its own: the packages after it keep the torch that is there
+    read -ra torch <<<"$TORCH_SPEC"
+    install_once torch "$("$ENV_PYTHON" --version) $TORCH_SPEC" "${torch[@]}" || return 1
   fi
   if [[ $constraints == newest ]]; then
     "$ENV_PYTHON" -m pip freeze --disable-pip-version-check | grep '^torch==' >"$ENV_DIR/torch.txt"
+    options=(--upgrade --upgrade-strategy eager --constraint "$ENV_DIR/torch.txt") version=$(date +%F)
+  elif [[ -n $constraints ]]; then
+    options=(--constraint "$constraints") version=$(<"$constraints")
   fi
-  for file in "$@"; do
+  for file in "${@:3}"; do
     if [[ ${file##*/} == demo.txt ]]; then
-      install_once "$file" "$(cat "$file")" --no-deps --requirement "$file" || return 1
+      install_once "$file" "$(<"$file")" --no-deps --requirement "$file" || return 1
     else
-      install_once "$file" "$(<"$file")$text" ${options[@]+"${options[@]}"} --requirement "$file" || return 1
+      install_once "$file" "$(<"$file")$version" ${options[@]+"${options[@]}"} --requirement "$file" || return 1
     fi
   done
 }
