@@ -75,7 +75,7 @@ def main() -> None:
     from sparsity.reporting.plots import plot_loss
     from sparsity.sat import resume
     from sparsity.sat.callbacks import read_log
-    from sparsity.sat.dataset import load_data, load_own_text, training_samples
+    from sparsity.sat.data import load_data, load_generated, training_samples
     from sparsity.sat.model import load_student, load_teacher
     from sparsity.sat.result import STATE_NAME, save_and_verify
     from sparsity.sat.trainer import build_trainer, explain_failures
@@ -95,9 +95,9 @@ def main() -> None:
             load_data(args, tokenizer, template)
     with fail_together(process):
         data = load_data(args, tokenizer, template)
-        load_own_text(args, data, tokenizer, process.device, process.process_index, process.num_processes)
+        load_generated(args, data, tokenizer, process.device, process.process_index, process.num_processes)
     with fail_together(process):
-        train = training_samples(args, data, load_own_text(args, data, tokenizer, process.device))
+        train = training_samples(args, data, load_generated(args, data, tokenizer, process.device))
         training.order_batch = resume.order_batch(args, len(train))
         training.schedule(len(train), data.evaluation is not None)
         checkpoint = resume.open_run(args, template, process.is_main_process)

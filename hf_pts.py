@@ -127,7 +127,7 @@ def load_calibration_set(
     """
     from sparsity.models import load_tokenizer
     from sparsity.distributed import fail_together
-    from sparsity.generated_text import self_text
+    from sparsity.generated_text import generate_text
 
     name, length = args.model_name_or_path, args.model_max_length
 
@@ -135,7 +135,7 @@ def load_calibration_set(
         tokenizer = load_tokenizer(name, args.trust_remote_code)
 
         def write(count: int) -> torch.Tensor:
-            return self_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code, dense=model)
+            return generate_text(name, tokenizer, count, length, device, args.seed, args.trust_remote_code, dense=model)
 
         return load_calibration(tokenizer, sources, args.calib_size, length, args.batch_size, args.seed, write)
 

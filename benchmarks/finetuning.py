@@ -173,8 +173,8 @@ def recovery(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]
 
 def throughput(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Useful tokens per second and final evaluation loss of the ways to batch, over one epoch of the records."""
-    from sparsity.sat.batching import Packed
-    from sparsity.sat.dataset import load_records
+    from sparsity.sat.data import Packed
+    from sparsity.sat.data import load_records
 
     data = work / "records"
     data.mkdir()

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from benchmarks.training_run import read_run
 from sparsity.models import load_model
-from sparsity.sat.batching import Collator
+from sparsity.sat.data import Collator
 from sparsity.sat.loss import model_inputs
 from sparsity.sat.model import freeze_embeddings
 from utils import run_cli

@@ -44,7 +44,7 @@ from sparsity.files import require_file
 from sparsity.models import load_model, load_tokenizer
 from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
-from sparsity.generated_text import self_text
+from sparsity.generated_text import generate_text
 from sparsity.sources import SELF, Source, parse_sources
 from utils import Parser, check_at_least, run_cli
 
@@ -172,7 +172,7 @@ def calibration(args: argparse.Namespace, text: str) -> tuple[torch.Tensor, torc
     tokenizer = load_tokenizer(args.model)
 
     def write(count: int) -> torch.Tensor:
-        return self_text(args.model, tokenizer, count, args.length, CPU, folder=args.texts / "self_text")
+        return generate_text(args.model, tokenizer, count, args.length, CPU, folder=args.texts / "self_text")
 
     sources = [
         Source(str(args.data / source.spec) if source.spec != SELF else SELF, source.weight)

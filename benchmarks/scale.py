@@ -222,7 +222,7 @@ def step(model: Any, student: Any, teacher: Any, case: Case) -> dict[str, dict[s
         masks = [torch.ones_like(local(layer.weight.detach()), dtype=torch.bool) for _, layer in pruned_layers(student)]
     tracker = start_tracker(student, optimizer, teacher, masks)
     ids = torch.zeros(case.rows, case.tokens, dtype=torch.long)
-    loss.VALUES_AT_ONCE = loss.VALUES_AT_ONCE[:1] * 2  # as on a GPU
+    loss.CPU_CHUNK = loss.GPU_CHUNK  # as on a GPU
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "attention_mask": ids + 1}
     batch |= {"real": ids == 0, "plain": ids == 0}
     weights = loss.LossWeights(kl=1.0) if case.teacher else loss.LossWeights()
@@ -295,7 +295,6 @@ def settings(case: Case) -> memory.Settings:
         optimizer_bytes=8,
         checkpointing=case.checkpointing,
         distill=case.teacher,
-        hidden_loss=False,
         cpu_offload=False,
         teacher_offload=False,
         freeze_embeddings=True,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparsity.models import load_tokenizer
 from sparsity.sat.arguments import ARGUMENT_TYPES, SatArguments
-from sparsity.sat.dataset import load_data, training_samples
+from sparsity.sat.data import load_data, training_samples
 from sparsity.text import choose_template
 from utils import dataclass_parser
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from sparsity.sat.batching import Packed
+    from sparsity.sat.data import Packed
 
 
 def read_run(doc: str | None, prog: str) -> tuple[SatArguments, PreTrainedTokenizerBase, Dataset | Packed]:

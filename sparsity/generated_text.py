@@ -61,7 +61,7 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(between[len(end) :].lstrip(), add_special_tokens=False)["input_ids"]
 
 
-def self_text(
+def generate_text(
     model_name: str,
     tokenizer: PreTrainedTokenizerBase,
     sequences: int,

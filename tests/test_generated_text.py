@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sparsity import generated_text as module
 from sparsity.errors import UserError
 from sparsity.models import load_model
-from sparsity.generated_text import draw, prompt_of, self_text, write_batch
+from sparsity.generated_text import draw, prompt_of, generate_text, write_batch
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def write(model_dir, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SEQUENCES_AT_ONCE", 4)
-    return lambda sequences, length=12, seed=0, dense=None: self_text(
+    return lambda sequences, length=12, seed=0, dense=None: generate_text(
         str(model_dir), tokenizer, sequences, length, CPU, seed, folder=tmp_path / "cache", dense=dense
     )
 
@@ -111,4 +111,4 @@ def test_model_without_probabilities_is_refused(tmp_path, tokenizer):
     model.lm_head.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="cannot write text"):
-        self_text(str(tmp_path / "model"), tokenizer, 2, 8, CPU, folder=tmp_path / "cache")
+        generate_text(str(tmp_path / "model"), tokenizer, 2, 8, CPU, folder=tmp_path / "cache")

@@ -160,7 +160,7 @@ class DataArguments:
 
 @dataclass
 class DistillationArguments:
-    """The dense model as teacher: loss = (1 - kl) · cross entropy + kl · KL divergence + hidden · SquareHead."""
+    """The dense model as teacher: loss = (1 - kl) · cross entropy + kl · KL divergence."""
 
     _argument_group_name: ClassVar[str] = "distillation from the dense model"
 
@@ -169,7 +169,6 @@ class DistillationArguments:
     distill_kl_answers: float | None = option(
         "the same for the answers of records; by default like --distill_kl. 0: cross entropy alone", default=None
     )
-    distill_hidden: float = option("weight of the hidden-state loss", default=0.0)
     distill_temperature: float = option("softens both distributions", default=1.0)
     teacher_offload: bool = option("keep the teacher's weights in CPU memory (FSDP only)", default=False)
 
@@ -405,7 +404,6 @@ def option_values(args: SatArguments) -> dict[str, Any]:
         "distill": distillation.distill,
         "distill_kl": distillation.distill_kl,
         "distill_kl_answers": distillation.distill_kl_answers,
-        "distill_hidden": distillation.distill_hidden,
         "distill_temperature": distillation.distill_temperature,
         "mixed_precision": training.requested_precision,
         "workers": data.workers,
@@ -436,7 +434,7 @@ def check_arguments(args: SatArguments) -> None:
     for name in positive:
         if values[name] is not None and not values[name] > 0:
             raise UserError(f"--{name} must be above 0, found {values[name]}")
-    not_negative = ("weight_decay", "max_grad_norm", "distill_hidden", "check_masks_every", "max_eval_samples")
+    not_negative = ("weight_decay", "max_grad_norm", "check_masks_every", "max_eval_samples")
     for name in (*not_negative, "mask_decay", "lora_rank"):
         if not values[name] >= 0:
             raise UserError(f"--{name} must not be negative, found {values[name]}")

@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from sparsity.files import append_jsonl, is_whole_number, read_jsonl, save_jsonl
 from sparsity.distributed import any_process, sum_over_processes
-from sparsity.sat.batching import EpochSampler
+from sparsity.sat.data import EpochSampler
 from sparsity.sat.mask_schedule import MaskSchedule
 from sparsity.sat.masking import ELEMENTWISE, count_zeros, mask_weights
 from sparsity.sat.sharding import assert_sharded

@@ -1,9 +1,6 @@
 """Losses of sparsity-aware training: next-token cross entropy, and distillation from the dense model.
 
-The logits loss is the Kullback-Leibler divergence from teacher to student (Hinton, Vinyals and Dean 2015). The hidden
-loss follows SquareHead (Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Large Language Models"):
-the squared error of each layer's output, divided by the teacher's squared norm so that every layer counts alike. We
-divide token by token, because the first token of a Llama has a norm hundreds of times that of the others.
+The distillation loss is the Kullback-Leibler divergence from teacher to student (Hinton, Vinyals and Dean 2015).
 """
 
 from __future__ import annotations
@@ -19,41 +16,45 @@ from torch.nn import functional
 
 from sparsity.attention import own_attention
 from sparsity.errors import UserError
-from sparsity.sat.batching import IGNORE, Collator
+from sparsity.sat.data import IGNORE, Collator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GPU_CHUNK, CPU_CHUNK = 2**25, 2**20  # logits in one piece of the loss; on a CPU they stay in its cache
+
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights in (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T + hidden · SquareHead.
+    """Weights in (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T.
 
     Attributes:
         answer_kl: `kl` for the answers of records; None: the same as for plain text.
-        answers: how much more a token of an answer counts than one of plain text.
+        answers: weight of answer tokens; plain-text tokens have weight 1.
     """
 
     kl: float = 0.0
-    hidden: float = 0.0
     temperature: float = 1.0
     answer_kl: float | None = None
     answers: float = 1.0
 
-    def of_tokens(
-        self, batch: dict[str, torch.Tensor], columns: torch.Tensor, wanted: torch.Tensor, distill: bool
-    ) -> TokenTargets:
-        """The labelled tokens of a batch with the weights of their losses.
 
-        Args:
-            columns, wanted: as from `label_positions`.
-        """
-        targets, plain = (batch[name][:, 1:][:, columns][wanted] for name in ("labels", "plain"))
-        kl = torch.full(targets.shape, self.kl if distill else 0.0, device=targets.device)
-        if distill and self.answer_kl is not None:
-            kl[~plain] = self.answer_kl
-        scale = torch.where(plain, 1.0, self.answers)
-        return TokenTargets(wanted.flatten().nonzero().squeeze(1), targets, (1 - kl) * scale, kl * scale)
+@dataclass
+class TokenTargets:
+    """Labelled tokens: their rows in the flattened logits, target ids, and weights of both losses; each [N]."""
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+
+    def split(self, size: int) -> Iterator[TokenTargets]:
+        """Pieces of at most `size` tokens."""
+        for parts in zip(*(part.split(size) for part in (self.rows, self.ids, self.ce, self.kl)), strict=True):
+            yield TokenTargets(*parts)
+
+
+# ----------------------------------------------------------------------------------------------------- forward passes
 
 
 def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -72,40 +73,35 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
     return inputs
 
 
-def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a loss is taken.
+def token_targets(
+    batch: dict[str, torch.Tensor], weights: LossWeights, distill: bool
+) -> tuple[torch.Tensor, TokenTargets]:
+    """Positions [K] at which any row predicts a labelled token, and the targets in logits [B, K, V] of these."""
+    labelled = batch["labels"][:, 1:] != IGNORE
+    columns = labelled.any(0).nonzero().squeeze(1)
+    labelled = labelled[:, columns]
+    ids, plain = (batch[name][:, 1:][:, columns][labelled] for name in ("labels", "plain"))
+    kl = torch.full(ids.shape, weights.kl if distill else 0.0, device=ids.device)
+    if distill and weights.answer_kl is not None:
+        kl[~plain] = weights.answer_kl
+    scale = torch.where(plain, 1.0, weights.answers)
+    return columns, TokenTargets(labelled.flatten().nonzero().squeeze(1), ids, (1 - kl) * scale, kl * scale)
 
-    Args:
-        labels: int64 [B, T], IGNORE where none is.
 
-    Returns:
-        Positions [K] whose logits any row needs, and which of them each row needs, bool [B, K].
-    """
-    wanted = labels[:, 1:] != IGNORE
-    columns = wanted.any(0).nonzero().squeeze(1)
-    return columns, wanted[:, columns]
-
-
-def forward(
+def logits_at(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
     columns: torch.Tensor,
-    hidden: bool,
     unwrapped: PreTrainedModel | None = None,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Run a model for the logits at `columns` only, which spares the largest activation of small models.
-
-    Returns:
-        Logits [B, K, V] and, if `hidden`, the outputs of all decoder layers, each [B, T, H], else an empty tuple.
-    """
+) -> torch.Tensor:
+    """Logits [B, K, V] at `columns` only: logits of all tokens are the largest activation of small models."""
     inner = model if unwrapped is None else unwrapped
     inputs = model_inputs(inner, batch)
-    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    if keeps:
+    selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    if selects:
         inputs["logits_to_keep"] = columns
-    output = model(**inputs, use_cache=False, output_hidden_states=hidden)
-    logits = output.logits if keeps else output.logits[:, columns]
-    return logits, tuple(output.hidden_states[1:]) if hidden else ()
+    logits = model(**inputs, use_cache=False).logits
+    return logits if selects else logits[:, columns]
 
 
 def check_packing(
@@ -140,16 +136,7 @@ def check_packing(
         raise UserError(f"{type(model).__name__} lets packed samples see each other; train without --packing")
 
 
-def hidden_error(
-    student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...], real: torch.Tensor
-) -> torch.Tensor:
-    """Mean over layers and real tokens (bool [B, T]) of |student - teacher|² / |teacher|²; a scalar."""
-    terms = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        ours, theirs = ours[real].float(), theirs[real].float()
-        error = (ours - theirs).pow(2).sum(-1) / theirs.pow(2).sum(-1).clamp_min(1e-6)
-        terms.append(error.mean())
-    return torch.stack(terms).mean()
+# --------------------------------------------------------------------------------------------------------------- loss
 
 
 class TokenLoss(torch.autograd.Function):
@@ -177,7 +164,7 @@ class TokenLoss(torch.autograd.Function):
             new = torch.empty_like if len(tokens.ids) == len(flat) else torch.zeros_like
             gradient = new(flat, dtype=dtype)
         loss = torch.zeros((), device=logits.device)
-        rows = max(1, VALUES_AT_ONCE[logits.device.type == "cpu"] // logits.shape[-1])
+        rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
         for part in tokens.split(rows):
             value, slope = _rows_loss(
                 flat[part.rows].float(), None if theirs is None else theirs[part.rows].float(), part, temperature
@@ -192,23 +179,6 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so it serves once
         return gradient.mul_(outputs[0].to(gradient.dtype)), None, None, None
-
-
-VALUES_AT_ONCE = (2**25, 2**20)  # logits in one piece, on a GPU and, so that they stay in its cache, on a CPU
-
-
-@dataclass
-class TokenTargets:
-    """Labelled tokens: their rows in the flattened logits, target ids, and weights of both losses; each [N]."""
-
-    rows: torch.Tensor
-    ids: torch.Tensor
-    ce: torch.Tensor
-    kl: torch.Tensor
-
-    def split(self, size: int) -> Iterator[TokenTargets]:
-        for parts in zip(*(part.split(size) for part in (self.rows, self.ids, self.ce, self.kl)), strict=True):
-            yield TokenTargets(*parts)
 
 
 def _rows_loss(
@@ -242,15 +212,10 @@ def batch_loss(
     unwrapped: PreTrainedModel | None = None,
 ) -> torch.Tensor:
     """Loss of a micro-batch that sums to the mean over `total` labelled tokens when micro-batches are added up."""
-    columns, wanted = label_positions(batch["labels"])
-    use_hidden = weights.hidden > 0 and teacher is not None
-    logits, states = forward(model, batch, columns, use_hidden, unwrapped)
+    columns, targets = token_targets(batch, weights, distill=teacher is not None)
+    logits = logits_at(model, batch, columns, unwrapped)
     teacher_logits = None
     if teacher is not None:
         with torch.no_grad():
-            teacher_logits, teacher_states = forward(teacher, batch, columns, use_hidden)
-    tokens = weights.of_tokens(batch, columns, wanted, teacher is not None)
-    loss = TokenLoss.apply(logits, teacher_logits, tokens, weights.temperature)
-    if use_hidden:
-        loss = loss + weights.hidden * len(tokens.ids) * hidden_error(states, teacher_states, batch["real"])
-    return loss / total
+            teacher_logits = logits_at(teacher, batch, columns)
+    return TokenLoss.apply(logits, teacher_logits, targets, weights.temperature) / total

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsity.sat.arguments import SatArguments, option_values
-from sparsity.sat.loss import VALUES_AT_ONCE
+from sparsity.sat.loss import GPU_CHUNK
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +63,6 @@ class Settings:
     optimizer_bytes: float  # per parameter
     checkpointing: bool
     distill: bool
-    hidden_loss: bool
     cpu_offload: bool
     teacher_offload: bool
     freeze_embeddings: bool = False
@@ -103,7 +102,6 @@ def settings_of(args: SatArguments) -> Settings:
         optimizer_bytes=OPTIMIZER_BYTES.get(optimizer, 8),
         checkpointing=training.recompute,
         distill=distillation.distill,
-        hidden_loss=distillation.distill and distillation.distill_hidden > 0,
         cpu_offload=training.cpu_offload,
         teacher_offload=distillation.teacher_offload,
         freeze_embeddings=training.freeze_embeddings,
@@ -227,12 +225,11 @@ def layer_activations(shapes: Shapes, run: Settings) -> float:
 
 
 def kept_activations(shapes: Shapes, run: Settings) -> float:
-    """What all decoder layers keep: everything, or with checkpointing their inputs, and states for the hidden loss."""
+    """What all decoder layers keep: everything, or with checkpointing their inputs."""
     # Autocast leaves the sum of all layers in fp32, which FSDP computes in the compute type.
     size = run.compute_bytes if run.processes > 1 or run.lora_rank else 4
     inputs = run.tokens * shapes.hidden * size
-    states = 2 * (shapes.layers + 1) * inputs if run.hidden_loss else 0
-    return states + shapes.layers * (inputs if run.checkpointing else layer_activations(shapes, run))
+    return shapes.layers * (inputs if run.checkpointing else layer_activations(shapes, run))
 
 
 def layer_work(shapes: Shapes, run: Settings) -> tuple[float, float]:
@@ -273,7 +270,7 @@ def logits_bytes(shapes: Shapes, run: Settings) -> float:
 def loss_bytes(shapes: Shapes, run: Settings) -> float:
     """Bytes at the peak of the loss: logits, their gradient, the teacher's, and some rows in several fp32 tensors."""
     values = run.tokens * shapes.vocabulary
-    rows = 4 * min(values, VALUES_AT_ONCE[0]) * (6 if run.distill else 3)
+    rows = 4 * min(values, GPU_CHUNK) * (6 if run.distill else 3)
     return 2 * logits_bytes(shapes, run) + run.compute_bytes * values * run.distill + rows
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsity.models import load_model, model_without_weights
 from sparsity.distributed import is_main_process
-from sparsity.sat.batching import Collator
+from sparsity.sat.data import Collator
 from sparsity.sat.loading import allocate, fill
 from sparsity.sat.loss import check_packing
 from sparsity.sat.low_rank import add_low_rank, merge

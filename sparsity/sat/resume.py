@@ -40,7 +40,6 @@ RESUME_KEYS = [
         "distill",
         "distill_kl",
         "distill_kl_answers",
-        "distill_hidden",
     ),
     *("distill_temperature", "mixed_precision"),
     *MASK_OPTIONS,

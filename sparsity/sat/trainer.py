@@ -19,7 +19,7 @@ from sparsity.models import decoder_layers
 from sparsity.distributed import any_process, report_on_main, sum_over_processes
 from sparsity.sat import checkpoints, saved_values, training_state
 from sparsity.sat.arguments import SatArguments
-from sparsity.sat.batching import IGNORE, Collator, EpochSampler, Packed, sample_lengths
+from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.callbacks import AlreadyFinished, MaskKeeper, NoStepTooMany, Progress, StopOnSignal
 from sparsity.sat.loading import fill, send_from_main
 from sparsity.sat.loss import LossWeights, batch_loss
@@ -314,7 +314,6 @@ def build_trainer(
             weights,
             kl=distillation.distill_kl,
             answer_kl=distillation.distill_kl_answers,
-            hidden=distillation.distill_hidden,
             temperature=distillation.distill_temperature,
         )
     trainer = SparseTrainer(

@@ -30,11 +30,11 @@ from safetensors.torch import load_file
 from sparsity import generated_text as self_text_module
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.export.model_card import _figures_text, load_figures
-from sparsity.files import is_number, is_whole_number, release_locks
+from sparsity.files import SEAL, is_number, is_whole_number, release_locks
 from sparsity.reporting.page import html_samples, protocol_notes, write_report
 from sparsity.reporting.results import markdown, read_lines, read_run, table_rows
 from sparsity.sat.callbacks import read_log
-from sparsity.sat.dataset import DIGESTS, cached, text_dataset
+from sparsity.sat.data import cached, text_dataset
 from sparsity.text import valid_unicode
 
 CURVE = [{"step": step, "loss": 3.0 - step / 10, "lr": 1e-4, "sparsity": 0.5} for step in (1, 2)]
@@ -217,7 +217,7 @@ def text_cache(folder, tokenizer, model_dir):
 
         def read():
             options = (2, 5, torch.device("cpu"))
-            return self_text_module.self_text(str(model_dir), tokenizer, *options, folder=cache, dense=writer())
+            return self_text_module.generate_text(str(model_dir), tokenizer, *options, folder=cache, dense=writer())
 
         read()
         (file,) = cache.rglob("*.safetensors")
@@ -272,7 +272,7 @@ def test_tokenized_data(folder, tokenized, data):
         content = data.draw(damaged(content))
     for path, whole in tokenized.items():
         written(root / path, whole)
-    if kind == "missing" and not name.endswith(DIGESTS):
+    if kind == "missing" and not name.endswith(SEAL):
         (root / name).unlink()
     else:
         (root / name).write_bytes(content)

@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_llama
 
 from sparsity.models import load_model
-from sparsity.sat.batching import Collator
-from sparsity.sat.dataset import encode_records
+from sparsity.sat.data import Collator
+from sparsity.sat.data import encode_records
 from sparsity.sat.loss import LossWeights, batch_loss
 from sparsity.modelopt_state import restore_sparse
 
@@ -30,7 +30,7 @@ def test_cross_entropy_equals_transformers(batch):
 def test_distillation_losses(batch):
     student, teacher = tiny_llama(0), tiny_llama(1)
     tokens = (batch["labels"][:, 1:] != -100).sum()
-    same = batch_loss(student, batch, tokens, LossWeights(kl=1, hidden=1), tiny_llama(0))
+    same = batch_loss(student, batch, tokens, LossWeights(kl=1), tiny_llama(0))
     assert same.item() == pytest.approx(0, abs=1e-5)
     kl = batch_loss(student, batch, tokens, LossWeights(kl=1), teacher)
     total = 0.0  # Σ p log(p/q) at each labelled position, written out
@@ -42,12 +42,11 @@ def test_distillation_losses(batch):
     half = batch_loss(student, batch, tokens, LossWeights(kl=0.5), teacher)
     plain = batch_loss(student, batch, tokens, LossWeights())
     assert half.item() == pytest.approx((kl.item() + plain.item()) / 2, rel=1e-5)
-    assert batch_loss(student, batch, tokens, LossWeights(kl=1, hidden=1), teacher) > kl + 0.1
 
 
 def test_gradient_is_that_of_the_loss_written_out(batch, monkeypatch):
     """Answers and plain text in one batch, each with its own weights, at a temperature, in pieces of a few rows."""
-    monkeypatch.setattr("sparsity.sat.loss.VALUES_AT_ONCE", (5 * 512, 5 * 512))
+    monkeypatch.setattr("sparsity.sat.loss.CPU_CHUNK", 5 * 512)
     student, teacher = tiny_llama(0), tiny_llama(1)
     batch["plain"][0] = True
     weights = LossWeights(kl=0.7, temperature=2.0, answer_kl=0.25, answers=3.0)

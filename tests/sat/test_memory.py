@@ -16,7 +16,7 @@ def shapes():
     return model_shapes(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000))
 
 
-RUN = Settings(8, 1, 1024, 2, "adamw_torch_fused", 8, True, False, False, False, False, freeze_embeddings=True)
+RUN = Settings(8, 1, 1024, 2, "adamw_torch_fused", 8, True, False, False, False, freeze_embeddings=True)
 LOW_RANK = replace(RUN, processes=1, lora_rank=64)
 
 

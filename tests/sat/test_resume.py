@@ -62,7 +62,7 @@ def legacy_record(state_path, data_dir):
     record |= {"group_by_length": True, "num_epochs": 3, "max_steps": None, "train_bs": 4}
     record |= {"gradient_accumulation_steps": 1, "lr": 2e-05, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03}
     record |= {"weight_decay": 0.1, "adam_beta2": 0.999, "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "seed": 0}
-    record |= {"distill": False, "distill_kl": 1.0, "distill_hidden": 0.0, "distill_temperature": 1.0}
+    record |= {"distill": False, "distill_kl": 1.0, "distill_temperature": 1.0}
     record |= {"mixed_precision": "auto", "num_processes": 1}
     return record | {"restore_path": legacy_digest(state_path), "data_path": legacy_digest(data_dir / "cnn_train.json")}
 

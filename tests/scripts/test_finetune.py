@@ -23,7 +23,7 @@ from sparsity.errors import UserError
 from sparsity.models import load_model
 from sparsity.sat import checkpoints
 from sparsity.sat.callbacks import read_log
-from sparsity.sat.dataset import encode_records
+from sparsity.sat.data import encode_records
 from sparsity.sat.result import STATE_NAME
 from sparsity.modelopt_state import load_state, restore_sparse, sparse_masks
 from sparsity.text import read_records
@@ -474,7 +474,7 @@ def test_low_rank_training_in_bf16_with_everything(run_here, model_dir, state_pa
     text = tmp_path / "text.txt"
     text.write_text(" ".join(TEXTS * 10))
     more = ["--text_path", text, "--text_ratio", 0.3, "--text_length", 64, "--packing", "--max_length", 900]
-    more += ["--distill", "--distill_hidden", 1, "--load_best", "--lr", 1e-2, "--gradient_checkpointing"]
+    more += ["--distill", "--load_best", "--lr", 1e-2, "--gradient_checkpointing"]
     more += ["--mixed_precision", "bf16", "--no_freeze_embeddings", "--lora_rank", 4, "--lora_alpha", 8]
     more += ["--max_steps", 10, "--train_bs", 2 // processes, "--logging_steps", 1]
     folder = tmp_path / "out"
@@ -496,7 +496,7 @@ def test_text_packing_distillation_and_best_checkpoint(run_here, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(TEXTS * 10))
     more = ["--text_path", text, "--text_ratio", 0.3, "--text_length", 64, "--packing", "--max_length", 900]
-    more += ["--distill", "--distill_hidden", 1, "--load_best", "--lr", 1e-3, "--gradient_checkpointing"]
+    more += ["--distill", "--load_best", "--lr", 1e-3, "--gradient_checkpointing"]
     folder = run_here(*more, "--num_epochs", 10, "--train_bs", 2, "--logging_steps", 1)
     losses = [line["loss"] for line in read_log(folder / "train_log.jsonl") if "loss" in line]
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
