@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from sparsity.sat.memory import CARDS, GIB, USABLE, Settings, advice, estimate, model_shapes, table, verdict
+from sparsity.sat.memory import GIB, Settings, advice, estimate, model_shapes, savings, table, total_gib
 
 
 @pytest.fixture(scope="module")
@@ -16,59 +16,55 @@ def shapes():
     return model_shapes(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000))
 
 
-RUN = Settings(8, 1, 1024, 2, "adamw_torch_fused", 8, True, False, False, False, freeze_embeddings=True)
-LOW_RANK = replace(RUN, processes=1, lora_rank=64)
-
-
-def total(shapes, run):
-    return sum(estimate(shapes, run).values()) / GIB
+RUN = Settings(processes=8)
+LOW_RANK = Settings(lora_rank=64)
 
 
 def test_parts_of_full_training(shapes):
     parts = estimate(shapes, RUN)
     assert shapes.parameters == 6_738_415_616
-    assert parts["weights"] == 4 * shapes.parameters / 8
     trained = shapes.parameters - 32000 * 4096  # all but the embeddings
-    assert parts["gradients"] == 4 * trained / 8 and parts["optimizer, adamw_torch_fused"] == 8 * trained / 8
-    assert parts["masks"] == shapes.pruned / 8
-    kept = total(shapes, replace(RUN, checkpointing=False)), total(shapes, replace(RUN, train_bs=4))
-    assert kept[0] > total(shapes, RUN) and kept[1] > total(shapes, RUN)
-    assert total(shapes, replace(RUN, distill=True)) - total(shapes, RUN) > 2 * shapes.parameters / 8 / GIB * 0.9
+    assert parts["weights"] == 4 * shapes.parameters / 8 and parts["masks"] == shapes.pruned / 8
+    assert parts["gradients"] == 4 * trained / 8 and parts["optimizer"] == 8 * trained / 8
+    assert estimate(shapes, replace(RUN, distill=True))["teacher"] == 2 * shapes.parameters / 8
+    assert estimate(shapes, replace(RUN, distill=True, teacher_offload=True))["teacher"] == 0
 
 
-def test_low_rank_training_of_7b_fits_a_card_of_24_gb(shapes):
-    assert total(shapes, LOW_RANK) < USABLE * 24
+# GiB that torch's memory tracker counts in a simulated step (benchmarks/results/scale.json).
+SIMULATED = [
+    (RUN, 14.56),
+    (replace(RUN, processes=64), 3.24),
+    (replace(RUN, distill=True), 16.13),
+    (replace(RUN, train_bs=4), 15.12),
+    (replace(RUN, checkpointing=False), 17.13),
+    (replace(RUN, lora_rank=64), 3.20),
+    (LOW_RANK, 15.26),
+    (replace(LOW_RANK, distill=True), 28.20),
+]
+
+
+@pytest.mark.parametrize(("run", "simulated"), SIMULATED)
+def test_estimate_is_within_15_percent_of_the_simulation(shapes, run, simulated):
+    assert total_gib(shapes, run) == pytest.approx(simulated, rel=0.15)
+
+
+def test_low_rank_training_keeps_no_masks_and_little_optimizer_state(shapes):
     parts = estimate(shapes, LOW_RANK)
     factors = 64 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-    norms = (2 * 32 + 1) * 4096
-    assert parts["optimizer, adamw_torch_fused"] == 8 * (factors + norms)
-    assert parts["weights"] == 2 * (shapes.parameters - norms) + 4 * (factors + norms)
-    assert parts["masks"] == 0  # the frozen weights carry them
+    assert parts["optimizer"] == 8 * factors and parts["masks"] == 0
+    assert parts["weights"] == 2 * shapes.parameters + 4 * factors
 
 
-def test_table_of_cards(shapes):
-    full, low_rank = table(shapes, replace(RUN, processes=1)).splitlines()[-2:]
-    assert full.split()[:2] == ["full", "training"] and low_rank.split()[:2] == ["--lora_rank", "64"]
-    assert low_rank.count("yes, up to") == len(CARDS)
-    assert [cell.split()[0] for cell in full.split("no; ")[1:]] == ["8", "4", "2"]  # GPUs
+@pytest.mark.parametrize("run", [replace(RUN, processes=1), replace(RUN, train_bs=8), LOW_RANK])
+def test_advice_saves_what_it_promises(shapes, run):
+    best = savings(shapes, run)
+    assert 1 <= len(best) <= 3
+    assert f"needs about {total_gib(shapes, run):.1f} GiB" in advice(shapes, run)
+    assert all(line in advice(shapes, run) and line in table(shapes, run) for line in best)
+    if not run.lora_rank:
+        saved = total_gib(shapes, run) - total_gib(shapes, replace(run, lora_rank=64))
+        assert f"--lora_rank 64 saves about {saved:.1f} GiB" in best
 
 
-@pytest.mark.parametrize(("card", "fits"), [(24, False), (40, False), (80, True)])
-def test_verdicts_hold_what_they_promise(shapes, card, fits):
-    run = replace(RUN, processes=2, train_bs=2)
-    words = verdict(shapes, run, card)
-    assert words.startswith("yes") == fits
-    if fits:
-        longest = int(words.split()[3])
-        assert total(shapes, replace(run, max_length=longest)) <= USABLE * card
-    else:
-        count = int(words.split()[-2])
-        assert total(shapes, replace(run, processes=count)) <= USABLE * card
-        assert total(shapes, replace(run, processes=count // 2)) > USABLE * card
-
-
-def test_advice_names_what_saves_most(shapes):
-    line = advice(shapes, replace(RUN, processes=1))
-    assert f"needs about {total(shapes, replace(RUN, processes=1)):.1f} GiB" in line
-    saved = total(shapes, replace(RUN, processes=1)) - total(shapes, LOW_RANK)
-    assert f"Most effective: --lora_rank 64 saves about {saved:.1f} GiB" in line
+def test_total_is_the_sum_of_the_parts(shapes):
+    assert total_gib(shapes, RUN) == sum(estimate(shapes, RUN).values()) / GIB
