@@ -29,10 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.errors import UserError
 from sparsity.files import read_json
+from sparsity.modelopt_state import mask_name
 from sparsity.sat import loss, memory
 from sparsity.sat.model import freeze_embeddings
 from sparsity.sat.sharding import configure_fsdp, local, shard_teacher
-from sparsity.modelopt_state import mask_name
 from utils import Parser, run_cli
 
 ATTENTION = "without_score_matrices"

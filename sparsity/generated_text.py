@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sparsity.attention import own_attention
-from sparsity.kv_cache import give_room
 from sparsity.devices import bf16_is_faster, keep_freed_memory, return_freed_memory
+from sparsity.distributed import hide_bar
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir, remove_leftovers
+from sparsity.kv_cache import give_room
 from sparsity.models import cache_name, few_values, head_counts, load_config, load_model
-from sparsity.distributed import hide_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from sparsity import generated_text as module
 from sparsity.errors import UserError
+from sparsity.generated_text import draw, generate_text, prompt_of, write_batch
 from sparsity.models import load_model
-from sparsity.generated_text import draw, prompt_of, generate_text, write_batch
 
 CPU = torch.device("cpu")
 

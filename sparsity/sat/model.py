@@ -17,7 +17,14 @@ from sparsity.sat.loading import allocate, fill
 from sparsity.sat.loss import check_packing
 from sparsity.sat.low_rank import add_low_rank, merge
 from sparsity.sat.masking import use_plain_weights
-from sparsity.modelopt_state import check_state_fits, grow_vocabulary, is_mask, load_state, require_masks, restore_layers
+from sparsity.modelopt_state import (
+    check_state_fits,
+    grow_vocabulary,
+    is_mask,
+    load_state,
+    require_masks,
+    restore_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,11 +6,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from sparsity.models import load_model
-from sparsity.sat.data import Collator
-from sparsity.sat.data import encode_records
-from sparsity.sat.loss import LossWeights, batch_loss
 from sparsity.modelopt_state import restore_sparse
+from sparsity.models import load_model
+from sparsity.sat.data import Collator, encode_records
+from sparsity.sat.loss import LossWeights, batch_loss
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from conftest import sparse_matrix, tiny_llama
 from torch import nn
 
 from sparsity.errors import UserError
+from sparsity.modelopt_state import load_state, load_weights, sparse_masks
 from sparsity.models import model_without_weights
 from sparsity.sat.loading import allocate, fill
 from sparsity.sat.low_rank import (
@@ -19,7 +20,6 @@ from sparsity.sat.low_rank import (
     merge,
     trained_only,
 )
-from sparsity.modelopt_state import load_state, load_weights, sparse_masks
 
 SCALE = 0.7
 
