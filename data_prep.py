@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from sparsity import sources
+from sparsity import demo_data, records
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, json_lines, lock_output_dir, prepare_output_dir
 from sparsity.text import valid_unicode
@@ -53,17 +53,17 @@ def parse_args() -> argparse.Namespace:
         help="hub split to evaluate on; papers report test",
     )
 
-    record = parser.add_argument_group("records")
-    record.add_argument(
-        "--input_column", help=f"article column of local files (by default {' or '.join(sources.INPUT_COLUMNS)})"
+    columns = parser.add_argument_group("records")
+    columns.add_argument(
+        "--input_column", help=f"article column of local files (by default {' or '.join(records.INPUT_COLUMNS)})"
     )
-    record.add_argument(
-        "--output_column", help=f"summary column of local files (by default {' or '.join(sources.OUTPUT_COLUMNS)})"
+    columns.add_argument(
+        "--output_column", help=f"summary column of local files (by default {' or '.join(records.OUTPUT_COLUMNS)})"
     )
-    record.add_argument("--instruction", help="the task as the model reads it (by default one that fits the source)")
-    record.add_argument("--max_samples", type=int, help="write at most this many records to each of the two files")
-    record.add_argument("--max_train", type=int, help="the same for training records only")
-    record.add_argument("--max_eval", type=int, help="the same for evaluation records only")
+    columns.add_argument("--instruction", help="the task as the model reads it (by default one that fits the source)")
+    columns.add_argument("--max_samples", type=int, help="write at most this many records to each of the two files")
+    columns.add_argument("--max_train", type=int, help="the same for training records only")
+    columns.add_argument("--max_eval", type=int, help="the same for evaluation records only")
     return parser.parse_args()
 
 
@@ -79,29 +79,29 @@ def check_args(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------- splitting
 
 
-def open_splits(args: argparse.Namespace) -> tuple[Iterator[sources.Triple], Iterator[sources.Triple]]:
+def open_splits(args: argparse.Namespace) -> tuple[Iterator[records.Triple], Iterator[records.Triple]]:
     """The (training, evaluation) triples of the chosen source, both lazy."""
     instruction = args.instruction
     if args.source == "hub":
-        return sources.hub_triples("train", instruction), sources.hub_triples(args.eval_split, instruction)
+        return records.hub_triples("train", instruction), records.hub_triples(args.eval_split, instruction)
     if args.source == "aclsum":
-        return sources.aclsum_triples(("train", "val"), instruction), sources.aclsum_triples(("test",), instruction)
+        return demo_data.aclsum_triples(("train", "val"), instruction), demo_data.aclsum_triples(("test",), instruction)
 
-    def read(files: list[Path]) -> Iterator[sources.Triple]:
-        return sources.file_triples(files, args.input_column, args.output_column, instruction)
+    def read(files: list[Path]) -> Iterator[records.Triple]:
+        return records.file_triples(files, args.input_column, args.output_column, instruction)
 
-    train_files, eval_files = sources.list_files(args.source)
+    train_files, eval_files = records.list_files(args.source)
     if not train_files:
         raise UserError(
             f"source {args.source} holds evaluation files only ({eval_files[0].name}, …); add training files"
         )
     if args.eval_source:
-        held_out, named_eval = sources.list_files(args.eval_source)
+        held_out, named_eval = records.list_files(args.eval_source)
         return read(train_files), read(held_out + named_eval)
     if eval_files:
         return read(train_files), read(eval_files)
 
-    def share(wanted: bool) -> Iterator[sources.Triple]:
+    def share(wanted: bool) -> Iterator[records.Triple]:
         """The evaluation part takes the first record and then every further (1/fraction)-th, the same in every run."""
         for index, triple in enumerate(read(train_files)):
             is_eval = index == 0 or int(index * args.eval_fraction) != int((index - 1) * args.eval_fraction)
@@ -120,7 +120,7 @@ def article_key(article: str) -> bytes:
 
 
 def write_records(
-    triples: Iterable[sources.Triple], stream: TextIO, what: str, limit: int | None, excluded: set[bytes]
+    triples: Iterable[records.Triple], stream: TextIO, what: str, limit: int | None, excluded: set[bytes]
 ) -> set[bytes]:
     """Stream `triples` into a JSON array, skipping empty ones and articles among `excluded`.
 
@@ -187,9 +187,9 @@ def main() -> None:
             evaluation = write_records(held_out, streams[1], "evaluation", args.max_eval or args.max_samples, set())
             write_records(train, streams[0], "training", args.max_train or args.max_samples, evaluation)
             if args.source == "aclsum":
-                write_lines(sources.aclsum_bodies("train", without="test"), streams[2], "calibration text")
-                write_lines(sources.aclsum_bodies("test"), streams[3], "held-out text")
-                streams[4].write(sources.python_manual())
+                write_lines(demo_data.aclsum_bodies("train", without="test"), streams[2], "calibration text")
+                write_lines(demo_data.aclsum_bodies("test"), streams[3], "held-out text")
+                streams[4].write(demo_data.python_manual())
     print("wrote " + ", ".join(str(folder / name) for name in names))
 
 

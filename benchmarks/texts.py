@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir, require_file
-from sparsity.sources import python_manual
+from sparsity.demo_data import python_manual
 from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, run_cli
 

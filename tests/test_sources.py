@@ -1,26 +1,11 @@
-"""Sources of plain text, and of records, apart from the scripts that use them."""
+"""Sources of plain text."""
 
 from __future__ import annotations
 
 import pytest
 
 from sparsity.errors import UserError
-from sparsity.sources import Source, content_key, detokenize, is_streamed, parse_sources, read_source
-
-
-@pytest.mark.parametrize(
-    ("tokenized", "plain"),
-    [
-        ("We ca n't ( yet ) do it , sadly .", "We can't (yet) do it, sadly."),
-        ('The word " Long " , and " a b " .', 'The word "Long", and "a b".'),
-        ("Nearly 55 % of Passage / Sentence pairs .", "Nearly 55% of Passage/Sentence pairs."),
-    ],
-)
-def test_detokenize(tokenized, plain):
-    assert detokenize(tokenized) == plain
-
-
-# ------------------------------------------------------------------------------------------------------- plain text
+from sparsity.sources import Source, content_key, is_streamed, parse_sources, read_source
 
 
 def specs(*given: str) -> list[tuple[str, float]]:

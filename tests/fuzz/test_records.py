@@ -12,7 +12,8 @@ from fuzzing import REFUSED, attempt, damaged, fuzz, json_files, jsonl_files, pa
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparsity.sources import Source, file_triples, read_source
+from sparsity.records import file_triples
+from sparsity.sources import Source, read_source
 from sparsity.text import (
     DEFAULT_TEMPLATE,
     INSTRUCTION,

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 import data_prep
-from sparsity import files, sources
+from sparsity import demo_data, files
 from sparsity.errors import UserError
+from sparsity.records import SUFFIXES
 from sparsity.text import DEFAULT_INSTRUCTION, read_records, read_texts
 
 
@@ -57,7 +58,7 @@ def write_as(path, items):
     return path
 
 
-@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_file_type_gives_the_same_records(prepare, tmp_path, suffix):
     file = write_as(tmp_path / f"my data{suffix}", rows(10))
     train, held_out = splits(prepare("--source", file, "--eval_fraction", 0.2))
@@ -170,8 +171,8 @@ def aclsum(tmp_path, monkeypatch):
     """A stand-in for the installed wheel with two training papers, one of them also a test paper."""
 
     def paper(name):
-        sentences = {section: [f"{name} {section} one .", "Two ."] for section in sources.ACLSUM_SECTIONS}
-        return {"id": name, "sentences": sentences, "summary": {a: f"{name} {a}." for a in sources.ACLSUM_ASPECTS}}
+        sentences = {section: [f"{name} {section} one .", "Two ."] for section in demo_data.SECTIONS}
+        return {"id": name, "sentences": sentences, "summary": {a: f"{name} {a}." for a in demo_data.ASPECTS}}
 
     folder = tmp_path / "aclsum" / "dataset"
     (folder / "paper_jsons").mkdir(parents=True)
@@ -194,7 +195,7 @@ def test_aclsum_keeps_test_papers_out_of_training_and_calibration(prepare, aclsu
         "B challenge.\nB approach.\nB outcome.",
     ]
     assert train[0]["input"] == "A abstract one. Two.\n\nA introduction one. Two.\n\nA conclusion one. Two."
-    assert train[0]["instruction"] == sources.ACLSUM_INSTRUCTION
+    assert train[0]["instruction"] == demo_data.INSTRUCTION
     assert len(held_out) == 2
     assert read_texts(folder / "calib.jsonl") == ["A body\nmore"]
     assert "import" in read_texts(folder / "manual.txt")[0]  # Python's manual explains its statements
@@ -203,7 +204,7 @@ def test_aclsum_keeps_test_papers_out_of_training_and_calibration(prepare, aclsu
 
 def test_real_aclsum_wheel_if_installed(prepare):
     try:
-        sources.aclsum_folder()
+        demo_data.aclsum_folder()
     except UserError:
         pytest.skip("the wheel aclsum is not installed")
     folder = prepare("--source", "aclsum")

@@ -1,0 +1,106 @@
+"""Records for summarization: (article, summary, instruction) triples of the hub or of local files, read lazily."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsity.errors import UserError, first_line
+from sparsity.files import read_json, read_jsonl
+from sparsity.sources import pick_column, stream_rows
+from sparsity.text import DEFAULT_INSTRUCTION
+
+Triple = tuple[str, str, str]
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+INPUT_COLUMNS = ("input", "article", "document", "text")
+OUTPUT_COLUMNS = ("output", "highlights", "summary", "abstract")
+HELD_OUT_NAME = re.compile(r"(test|eval|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
+
+
+def hub_triples(split: str, instruction: str | None = None) -> Iterator[Triple]:
+    """Stream a split of cnn_dailymail 3.0.0 (See et al., 2017) from the Hugging Face hub.
+
+    Raises:
+        UserError: the hub cannot be reached, or the download breaks off.
+    """
+    from datasets import load_dataset
+
+    count = 0
+    try:
+        for row in load_dataset("abisee/cnn_dailymail", "3.0.0", split=split, streaming=True):
+            yield row["article"], row["highlights"], instruction or DEFAULT_INSTRUCTION
+            count += 1
+    except Exception as error:  # the network stack below datasets raises errors of a dozen unrelated classes
+        raise UserError(
+            f"reading cnn_dailymail from the hub failed after {count} records ({first_line(error)}); "
+            "check the network, or give local files with --source"
+        ) from error
+
+
+def list_files(source: str | Path) -> tuple[list[Path], list[Path]]:
+    """Data files of a file or folder, as (training files, evaluation files).
+
+    In a folder, files named test, eval, val, valid, validation or dev (and test-0001 and so on) are for evaluation.
+
+    Raises:
+        UserError: nothing there, or no file of a known type.
+    """
+    source = Path(source)
+    if source.is_file():
+        if source.suffix.lower() not in SUFFIXES:
+            raise UserError(f"source {source} has an unknown type '{source.suffix}'; use {', '.join(SUFFIXES)}")
+        return [source], []
+    if not source.is_dir():
+        raise UserError(f"source not found: {source}; give a file, a folder, or 'aclsum'")
+    files = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"source folder {source} holds no file of type {', '.join(SUFFIXES)}")
+    held_out = [path for path in files if HELD_OUT_NAME.match(path.name)]
+    return [path for path in files if path not in held_out], held_out
+
+
+def file_triples(
+    files: Iterable[Path], input_column: str | None, output_column: str | None, instruction: str | None
+) -> Iterator[Triple]:
+    """Read triples from files. `instruction` overrides the column of that name.
+
+    Raises:
+        UserError: an unreadable file, a missing column, or a field that is not text.
+    """
+    for path in files:
+        for number, row in enumerate(read_rows(path), start=1):
+            where = f"source {path} record {number}"
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is a {type(row).__name__}, not an object with named fields")
+            article = pick_column(row, input_column, INPUT_COLUMNS, where, "; choose another with --input_column")
+            summary = pick_column(row, output_column, OUTPUT_COLUMNS, where, "; choose another with --output_column")
+            own = row.get("instruction")
+            yield article, summary, instruction or (own if isinstance(own, str) and own else DEFAULT_INSTRUCTION)
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """The rows of a .json (a list), .jsonl, .csv (with header) or .parquet file; all but .json are streamed.
+
+    JSON is parsed here and not by `datasets`, which refuses columns of mixed types even if nobody needs them.
+
+    Raises:
+        UserError: the file cannot be read; names the last good record.
+    """
+    suffix, count = path.suffix.lower(), 0
+    if suffix == ".jsonl":
+        yield from read_jsonl(path, "source")
+    elif suffix == ".json":
+        rows = read_json(path, "source")
+        if not isinstance(rows, list):
+            raise UserError(f"source {path} must hold a list of records, got {type(rows).__name__}")
+        yield from rows
+    else:
+        try:
+            for row in stream_rows(path):
+                yield row
+                count += 1
+        except Exception as error:  # pandas, pyarrow and datasets raise errors of many classes
+            raise UserError(f"source {path} is not readable after record {count}: {first_line(error)}") from error
