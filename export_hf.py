@@ -89,6 +89,7 @@ def main() -> None:
     from sparsity.export import quantize, weights
     from sparsity.export.companions import source_folder, write_companions
     from sparsity.export.model_card import load_figures, write_model_card
+    from sparsity.files import atomic_folder
     from sparsity.inspection import inspect_path
     from sparsity.sources import check_source, parse_sources
 
@@ -125,7 +126,7 @@ def main() -> None:
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
     masked = {name: weight.to("meta") for name, weight, _ in modelopt_state.sparse_masks(state)}
     pruned = weights.in_checkpoint_format(model, masked).keys()
-    with weights.unfinished_folder(target, args.overwrite) as folder:
+    with atomic_folder(target, args.overwrite) as folder:
         if args.quantization:
             dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
             sparse = quantize.fold_masks(dense, state, cast)

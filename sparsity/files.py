@@ -1,12 +1,12 @@
-"""Files that are written whole or not at all, temporary folders, output folders held by one run, and JSON."""
+"""Files that are written whole or not at all, folders that one run holds, seals, and JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -17,158 +17,119 @@ from typing import Any, BinaryIO, TypeGuard
 
 from sparsity.errors import UserError
 
-PIECE_BYTES = 1 << 16
-TEMPORARY = ".tmp"  # suffix of files that are being written
-LOCK_PATIENCE = 3.0  # seconds: a killed run keeps its locks until the last of its threads has ended
+TEMPORARY = ".tmp"  # suffix of files and folders that are being written
+LOCK = ".lock"
+LOCK_PATIENCE = 3.0  # seconds; a killed run keeps its lock until the last of its threads has ended
+DAY = 24 * 60 * 60.0  # seconds
 
 _held_locks = contextlib.ExitStack()
+
+# ----------------------------------------------------------------------------------------------------- whole or not
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error.
-
-    Temporary files that killed processes left for the same `path` are removed first; those of live ones stay.
-    """
+    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error."""
     path = Path(path)
-    remove_leftovers(path.parent, path.name)
-    temporary, handle = _locked_temporary(path.parent, f".{path.name}.", is_folder=False)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out of the result
+        _finish_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it takes target's place only if the block ends without error.
+
+    Its name is fixed, so that the next run removes what a killed run left there, and restores an earlier `target` that
+    was killed between two renames.
+
+    Args:
+        overwrite: replace a `target` that is not empty.
+
+    Raises:
+        UserError: another run is writing `target`, or has finished it meanwhile.
+    """
+    parent = prepare_output_dir(target.parent)
+    new, old = parent / f".{target.name}.unfinished", parent / f".{target.name}.old"
+    new.mkdir(exist_ok=True)
+    lock = _acquire(new / LOCK, target)
+    is_ours = (new / LOCK).exists()  # not if another run has renamed the folder while this one waited
+    try:
+        if not is_ours:
+            raise _in_use(target)
+        for entry in new.iterdir():
+            if entry.name != LOCK:
+                _remove(entry)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
+        yield new
+        if target.is_dir() and any(target.iterdir()) and not overwrite:
+            raise UserError(f"another run has written {target} meanwhile; choose another --output_dir")
+        (new / LOCK).unlink()
+        for path in new.iterdir():
+            _finish_file(path)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+        is_ours = False
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if is_ours:
+            shutil.rmtree(new, ignore_errors=True)
+        lock.close()
+
+
+def _finish_file(path: Path) -> None:
+    """Put a file on disk with ordinary permissions: mkstemp and safetensors make files that only their owner reads."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
 def scratch_folder(parent: str | Path | None = None, prefix: str = ".scratch.") -> Iterator[Path]:
-    """Yield a new folder in `parent`, which is removed with all its content when the block ends.
+    """Yield a new folder in `parent` (by default the system's temporary folder), removed when the block ends.
 
-    Folders of the same prefix that killed processes left in `parent` are removed first; those of live ones stay.
-
-    Args:
-        parent: by default the system's folder for temporary files.
+    Folders of the same prefix that killed processes left there are removed once they are a day old.
     """
     parent = Path(parent or tempfile.gettempdir())
-    remove_scratch_folders(parent, prefix)
-    folder, handle = _locked_temporary(parent, prefix, is_folder=True)
+    _remove_old(parent.glob(f"{glob.escape(prefix)}*{TEMPORARY}"), DAY)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
 
 
-@contextlib.contextmanager
-def held_folder(path: Path, target: str | Path) -> Iterator[Path]:
-    """Yield the new, empty folder `path` for this run alone; it is removed when the block ends, unless it was renamed.
+def remove_leftovers(folder: Path, name: str | None = None, age: float = DAY) -> None:
+    """Remove temporary files of `atomic_path` that killed processes left in a folder and the folders inside it.
 
     Args:
-        path: what a killed run left there is removed first.
-        target: what the folder is for, in messages.
-
-    Raises:
-        UserError: another run holds the folder.
+        name: only those of the file of this name.
+        age: only those that were last written this many seconds ago; 0 if no other process can be writing here.
     """
-    while True:
-        path.mkdir(exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # its last holder has just removed it
-            continue
-        held = lock_file(handle) is False
-        if not held and _is_open_as(path, handle):
-            break
-        os.close(handle)
-        if held:
-            raise _held_by_another(target)
-    try:
-        for entry in path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        yield path
-    finally:
-        if _is_open_as(path, handle):
-            shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+    pattern = "*" if name is None else glob.escape(name)
+    _remove_old(folder.rglob(f".{pattern}.????????{TEMPORARY}"), age)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of `atomic_path` whose writers are dead.
-
-    Args:
-        name: only those of the file of this name; None: of all files in the folder.
-    """
-    _remove_unlocked(folder, r"\..+\." if name is None else re.escape(f".{name}."))
-
-
-def remove_scratch_folders(parent: Path, prefix: str) -> None:
-    """Remove folders of `scratch_folder` whose makers are dead."""
-    _remove_unlocked(parent, re.escape(prefix))
-
-
-def _locked_temporary(parent: Path, prefix: str, is_folder: bool) -> tuple[Path, int]:
-    """A new temporary file or folder, with an open handle whose lock shows other processes that this one is alive.
-
-    Until it is locked, another process that cleans up may take it for a leftover and remove it: then another is made.
-    """
-    while True:
-        if is_folder:
-            path = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=parent))
-            try:
-                handle = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue
-        else:
-            handle, name = tempfile.mkstemp(prefix=prefix, suffix=TEMPORARY, dir=parent)
-            path = Path(name)
-        if lock_file(handle) is not False and _is_open_as(path, handle):
-            return path, handle
-        os.close(handle)
-
-
-def _is_open_as(path: Path, handle: int) -> bool:
-    """Whether `path` still is the file or folder that `handle` was opened from."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _remove_unlocked(folder: Path, prefix: str) -> None:
-    """Remove temporary files and folders of names that begin with the pattern `prefix` which no process has locked."""
-    for leftover in folder.iterdir():
-        if not re.fullmatch(rf"{prefix}[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", leftover.name):
-            continue
+def _remove_old(paths: Iterable[Path], age: float) -> None:
+    for path in list(paths):
         with contextlib.suppress(OSError):  # another process may remove it at the same time
-            handle = os.open(leftover, os.O_RDONLY if leftover.is_dir() else os.O_RDWR)
-            try:
-                if lock_file(handle):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            finally:
-                os.close(handle)
+            if time.time() - path.stat().st_mtime >= age:
+                _remove(path)
 
 
-def lock_file(handle: int) -> bool | None:
-    """Take an exclusive lock on an open file or folder until its handle is closed or the process dies.
-
-    Returns:
-        True if it was taken, False if another process holds it, None if the file system has no locks.
-    """
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_json(value: Any, path: str | Path) -> None:
@@ -185,6 +146,9 @@ def save_torch(value: Any, path: str | Path) -> None:
         torch.save(value, temporary)
 
 
+# ----------------------------------------------------------------------------------------------- folders of one run
+
+
 def prepare_output_dir(path: str | Path) -> Path:
     """Create the folder and check that files can be written in it.
 
@@ -194,7 +158,7 @@ def prepare_output_dir(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # without a name, where the system can: a kill leaves nothing
+        with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise UserError(f"cannot write to the output folder {path}: {error.strerror}; choose another one") from error
@@ -202,81 +166,64 @@ def prepare_output_dir(path: str | Path) -> Path:
 
 
 def lock_output_dir(path: str | Path) -> None:
-    """Reserve an existing folder for this run, until `release_locks` is called or the process dies.
+    """Reserve an existing folder for this run until `release_locks` or the end of the process.
 
-    What killed runs left half written in it is then removed. In a multi-process run only the main process should call
-    this. On a file system without locks, as some network file systems are, the folder is not reserved; a warning says
-    so.
+    Removes temporary files that killed runs left in it. Of several processes only the main one should call this.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds the folder.
     """
-    handle = hold_until_exit(Path(path) / ".lock", path)
-    if handle is None:
-        return
-    remove_leftovers(Path(path))
-    with contextlib.suppress(OSError):  # the number only serves a message; a full disk is reported elsewhere
-        handle.truncate(0)
-        handle.write(str(os.getpid()).encode())
+    hold_until_exit(Path(path) / LOCK, path)
+    remove_leftovers(Path(path), age=0)
 
 
-def hold_until_exit(lock: Path, target: str | Path) -> BinaryIO | None:
-    """Lock the file `lock`, made if missing, until `release_locks` is called or the process dies.
-
-    If it is empty then, `release_locks` removes it. A lock that another process holds is waited for, for
-    `LOCK_PATIENCE` seconds, so that a run can be started anew as soon as it was killed.
+def hold_until_exit(lock: Path, target: str | Path) -> None:
+    """Hold the file `lock`, created if missing, until `release_locks` or the end of the process.
 
     Args:
-        target: what this run alone may write, for messages.
-
-    Returns:
-        the open file; None, after a warning, on a file system without locks.
+        target: what only this run may write, for messages.
 
     Raises:
         UserError: another process holds it.
     """
-    limit = time.monotonic() + LOCK_PATIENCE
-    while True:
-        handle = open(lock, "ab+", buffering=0)  # noqa: SIM115
-        taken = lock_file(handle.fileno())
-        if taken is False:
-            if time.monotonic() > limit:
-                break
-            time.sleep(0.05)
-        elif _is_open_as(lock, handle.fileno()):
-            break
-        handle.close()  # held by another, or its last holder has just removed it
-    if taken is False:
-        handle.seek(0)
-        pid = handle.read(20).decode(errors="replace").strip()
-        handle.close()
-        raise _held_by_another(target, f" (process {pid})" if pid.isdigit() else "")
-    _held_locks.enter_context(handle)
-    _held_locks.callback(_remove_if_empty, lock)
-    if taken is None:
-        note = f"warning: the file system of {target} has no locks; start no second run that writes there"
-        print(note, file=sys.stderr, flush=True)
-        return None
-    return handle
-
-
-def _held_by_another(target: str | Path, owner: str = "") -> UserError:
-    return UserError(f"another run{owner} is writing to {target}; wait for it, or choose another folder")
-
-
-def _remove_if_empty(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if path.stat().st_size == 0:
-            path.unlink()
+    _held_locks.enter_context(_acquire(lock, target))
 
 
 def release_locks() -> None:
-    """Release everything that `hold_until_exit` and `lock_output_dir` reserved for this process."""
+    """Release everything that this process holds."""
     _held_locks.close()
 
 
+def _acquire(path: Path, target: str | Path) -> BinaryIO:
+    """Open and lock the file `path`; closing it releases the lock. On a file system without locks only warn."""
+    import fcntl
+
+    handle = open(path, "ab")  # noqa: SIM115
+    limit = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                handle.close()
+                raise _in_use(target) from None
+            time.sleep(0.05)
+        except OSError:
+            note = f"warning: the file system of {target} has no locks; start no second run that writes there"
+            print(note, file=sys.stderr, flush=True)
+            return handle
+
+
+def _in_use(target: str | Path) -> UserError:
+    return UserError(f"another run is writing to {target}; wait for it, or choose another folder")
+
+
+# -------------------------------------------------------------------------------------------------------------- paths
+
+
 def path_exists(path: str | Path) -> bool:
-    """Whether there is a file or folder of this name; also for what can be no name, such as an empty one."""
+    """Whether the path exists; False for invalid paths."""
     try:
         return bool(str(path)) and Path(path).exists()
     except (OSError, ValueError):  # too long a name, a null byte
@@ -284,7 +231,7 @@ def path_exists(path: str | Path) -> bool:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is a file of this name; also for what can be no name."""
+    """Whether the path is a file; False for invalid paths."""
     return path_exists(path) and Path(path).is_file()
 
 
@@ -292,35 +239,33 @@ def require_file(path: str | Path, what: str) -> Path:
     """Return `path` if it is a file.
 
     Raises:
-        UserError: it is not; the message names `what` the file should have been.
+        UserError: it is not; the message names `what` it should be.
     """
-    path = Path(path)
     if not is_file(path):
         raise UserError(f"{what} not found: {path}")
-    return path
+    return Path(path)
+
+
+# --------------------------------------------------------------------------------------------------- digests and seal
 
 
 def file_digest(path: str | Path, samples: int | None = None) -> str:
     """SHA-256 of a file's content, as hexadecimal digits.
 
     Args:
-        samples: hash only the file's size and this many 64 KiB pieces spread over it, which a change of weights or
-            data can hardly miss; for files of many gigabytes.
+        samples: hash only the file's size and this many 64 KiB pieces spread over it; for files of many gigabytes.
     """
-    path = Path(path)
-    size = path.stat().st_size
+    size, piece = Path(path).stat().st_size, 1 << 16
     digest = hashlib.sha256(b"" if samples is None else str(size).encode())
     with open(path, "rb") as stream:
         if samples is None:
             while part := stream.read(1 << 22):
                 digest.update(part)
         for number in range(samples or 0):
-            stream.seek(number * max(0, size - PIECE_BYTES) // max(1, (samples or 0) - 1))
-            digest.update(stream.read(PIECE_BYTES))
+            stream.seek(number * max(0, size - piece) // max(1, (samples or 0) - 1))
+            digest.update(stream.read(piece))
     return digest.hexdigest()
 
-
-# -------------------------------------------------------------------------------------------------------------- seal
 
 SEAL = "complete.json"  # {file name: SHA-256 of its content}
 
@@ -355,16 +300,16 @@ def is_sealed(folder: Path, *names: str) -> bool:
 
 # -------------------------------------------------------------------------------------------------------------- JSON
 
-NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: also for numbers of thousands of digits, deep nesting
+NOT_JSON = (ValueError, RecursionError)  # raised by json.loads, also for numbers of thousands of digits, deep nesting
 
 
 def is_whole_number(value: Any) -> TypeGuard[int]:
-    """Whether a JSON value is an integer; `true` and `false`, which Python counts among them, are not."""
+    """Whether a JSON value is an integer and not a bool, which Python counts among them."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number that a float can hold: JSON's integers have no limit. NaN and infinity are."""
+    """Whether a JSON value is a number within the range of a float, NaN and infinity included."""
     return isinstance(value, float) or (is_whole_number(value) and abs(value) <= sys.float_info.max)
 
 
@@ -389,7 +334,7 @@ def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Itera
     """Yield the values of a file with one JSON value per line.
 
     Args:
-        skip_damaged: pass over lines that are not JSON in UTF-8, such as one that a killed process left half written.
+        skip_damaged: skip lines that are not JSON in UTF-8, such as one that a killed process left half written.
 
     Raises:
         UserError: a line is malformed (unless `skip_damaged`); the message calls the file `what`.
@@ -444,7 +389,7 @@ def append_jsonl(values: Iterable[Any], path: str | Path) -> None:
 
 
 def safetensors_files(path: Path) -> list[Path]:
-    """The shards of a model folder, all of those its index names; or the single file `path`.
+    """The shards of a model folder, as its index lists them; or the single file `path`.
 
     Raises:
         UserError: there are none, the index is malformed, or a shard is missing.
@@ -461,12 +406,8 @@ def safetensors_files(path: Path) -> list[Path]:
     try:
         names = sorted(set(content["weight_map"].values()))
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"weight index {index} has no weight_map") from error
-    if not names:
-        raise UserError(f"weight index {index} names no shards")
+        raise UserError(f"weight index {index} has no weight_map; copy or export the model again") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"weight index {index} names the shard {name!r}, which is no file of its folder")
-        if not is_file(path / name):
+        if not isinstance(name, str) or Path(name).name != name or not is_file(path / name):
             raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
     return [path / name for name in names]

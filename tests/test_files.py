@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -46,43 +48,58 @@ def test_prepare_output_dir(tmp_path):
         files.prepare_output_dir(tmp_path / "file")
 
 
-@pytest.mark.parametrize("kind", ["file", "scratch folder", "held folder"])
-@pytest.mark.parametrize("when", ["open", "lock_file"])  # just before the file or folder is opened, or locked
-def test_what_another_process_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch, kind, when):
-    home = files.os if when == "open" else files
-    real, removed = getattr(home, when), []
-
-    def remove_first(*args, **kwargs):
-        for entry in tmp_path.iterdir() if not removed else ():
-            removed.append(entry)
-            entry.rmdir() if entry.is_dir() else entry.unlink()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(home, when, remove_first)
-    if kind == "file":
-        files.save_json([1], tmp_path / "file")
-        assert json.loads((tmp_path / "file").read_text()) == [1]
-    else:
-        name = tmp_path / "held"
-        made = files.scratch_folder(tmp_path) if kind == "scratch folder" else files.held_folder(name, name)
-        with made as folder:
-            (folder / "file").write_text("inside")
-    assert bool(removed) == (kind != "file" or when == "lock_file")  # a file is made open
+def test_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with files.atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(target, overwrite=True) as folder:
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="another run has written"), files.atomic_folder(target):
+        pass
+    assert os.listdir(target) == ["a"]
+    with files.atomic_folder(target, overwrite=True) as folder:
+        (folder / "b").write_text("2")
+    assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["out"]
 
 
-def test_output_folder_is_held_until_the_run_ends(tmp_path):
-    def second():
+def test_folder_that_a_killed_run_left_is_replaced(tmp_path):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "half").write_text("")
+    (tmp_path / ".out.old").mkdir()  # killed between two renames: the earlier result gets its name back
+    (tmp_path / ".out.old" / "earlier").write_text("")
+    with files.atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        assert os.listdir(folder) == [files.LOCK] and os.listdir(tmp_path / "out") == ["earlier"]
+        (folder / "new").write_text("")
+    assert os.listdir(tmp_path / "out") == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
+    with files.atomic_folder(tmp_path / "out"):
+        with pytest.raises(UserError, match="another run is writing"), files.atomic_folder(tmp_path / "out"):
+            pass
+        assert (tmp_path / ".out.unfinished").is_dir()
+
+
+def test_output_folder_is_held_until_the_run_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.1)
+    files.lock_output_dir(tmp_path)
+    with pytest.raises(UserError, match="another run is writing to"):
         files.lock_output_dir(tmp_path)
-
-    def first():
-        files.lock_output_dir(tmp_path)
-        with pytest.raises(UserError, match=f"another run .process {os.getpid()}. is writing"):
-            second()
-
-    first()
     files.release_locks()  # as run_cli does at the end of a process
-    second()
+    files.lock_output_dir(tmp_path)
     files.release_locks()
+
+
+def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    files.lock_output_dir(tmp_path)
+    files.release_locks()
+    assert "has no locks" in capsys.readouterr().err
 
 
 HOLDER = """
@@ -139,59 +156,47 @@ def test_saved_lines_replace_the_file_only_once_all_are_there(tmp_path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-WRITER = """
-import sys, time
-from sparsity.files import atomic_path
-with atomic_path(sys.argv[1]) as temporary:
-    temporary.write_text("half")
-    print("writing", flush=True)
-    time.sleep(60)
-"""
+def old_file(path, age):
+    path.write_text("half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
 
 
-@pytest.fixture
-def writer(tmp_path):
-    """A process that is about to write tmp_path / 'a [b].json'."""
-    target = tmp_path / "a [b].json"
-    command = [sys.executable, "-c", WRITER, str(target)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        yield process, target
-        process.kill()
-
-
-def test_half_written_files_of_killed_processes_are_removed(writer):
-    process, target = writer
-    process.kill()
-    process.wait()
-    assert len(os.listdir(target.parent)) == 1
-    files.save_json("whole", target)
-    assert os.listdir(target.parent) == [target.name]
-
-
-def test_a_new_run_in_the_folder_removes_them_as_well(writer):
-    process, target = writer
-    process.kill()
-    process.wait()
-    (target.parent / ".notes.tmp").write_text("not ours")
-    files.lock_output_dir(target.parent)
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    (tmp_path / "cache").mkdir()
+    new = old_file(tmp_path / "cache" / ".a [b].json.abcdefgh.tmp", 0)
+    old = old_file(tmp_path / "cache" / ".b.json.abcdefgh.tmp", 2 * files.DAY)
+    (tmp_path / ".notes.tmp").write_text("not ours")
+    files.remove_leftovers(tmp_path / "cache", "a [b].json")
+    assert new.exists() and old.exists()
+    files.remove_leftovers(tmp_path / "cache")  # shared by runs: by age
+    assert new.exists() and not old.exists()
+    files.lock_output_dir(tmp_path)  # no other run can be writing here
     files.release_locks()
-    assert sorted(os.listdir(target.parent)) == [".lock", ".notes.tmp"]
+    assert not new.exists() and sorted(os.listdir(tmp_path)) == [".lock", ".notes.tmp", "cache"]
 
 
-def test_what_a_live_process_writes_stays(writer):
-    _, target = writer
-    files.save_json("whole", target)
-    files.lock_output_dir(target.parent)
-    files.release_locks()
-    assert len([name for name in os.listdir(target.parent) if name.endswith(".tmp")]) == 1
+def test_scratch_folder_is_removed_and_old_ones_too(tmp_path):
+    old = tmp_path / ".scratch.abcdefgh.tmp"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    with files.scratch_folder(tmp_path) as folder:
+        (folder / "a").write_text("")
+        assert os.listdir(tmp_path) == [folder.name]
+    assert not os.listdir(tmp_path)
 
 
-def test_appended_lines_start_on_their_own_line(tmp_path):
-    log = tmp_path / "log.jsonl"
-    files.append_jsonl([{"step": 1}], log)
-    files.append_jsonl([{"step": 2}], log)
-    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
-    log.write_text('{"step": 1}\n{"st')
-    files.append_jsonl([{"step": 2}], log)
-    assert list(files.read_jsonl(log, "log", skip_damaged=True)) == [{"step": 1}, {"step": 2}]
+def test_seal_finds_a_flipped_bit_and_a_missing_file(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"content")
+    assert not files.is_sealed(tmp_path)
+    files.seal(tmp_path)
+    assert files.is_sealed(tmp_path) and files.is_sealed(tmp_path, "a")
+    (tmp_path / "b").write_bytes(b"bontent")
+    assert files.is_sealed(tmp_path, "a") and not files.is_sealed(tmp_path)
+    files.seal(tmp_path, "b")
+    assert files.is_sealed(tmp_path)
+    (tmp_path / "a").unlink()
+    assert not files.is_sealed(tmp_path)
+    (tmp_path / files.SEAL).write_text('{"a')
+    assert not files.is_sealed(tmp_path)

@@ -93,8 +93,8 @@ class PredictionLog:
         if self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path)):
             raise UserError(f"--predictions {self.path} exists and holds something else; choose another file name")
         if is_main_process():
-            hold_until_exit(self._part(0), self.path)
-            remove_leftovers(self.path.parent, self.path.name)
+            hold_until_exit(self.path.with_name(f".{self.path.name}.lock"), self.path)
+            remove_leftovers(self.path.parent, self.path.name, age=0)
 
     def load(self, examples: int) -> dict[int, str]:
         """Predictions of this very run that are already on disk, by example index.

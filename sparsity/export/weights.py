@@ -1,18 +1,14 @@
-"""Writing a sparse model as safetensors shards with the masks folded in, and a folder that appears whole."""
+"""Writing a sparse model as safetensors shards with the masks folded in."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from sparsity.errors import UserError, first_line
-from sparsity.files import held_folder, prepare_output_dir, save_json
+from sparsity.files import save_json
 from sparsity.modelopt_state import mask_name
 
 if TYPE_CHECKING:
@@ -97,35 +93,3 @@ def write_weights(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": weight_map}
         save_json(index, folder / "model.safetensors.index.json")
-
-
-@contextlib.contextmanager
-def unfinished_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `target` that takes its place once the block has ended without error.
-
-    Its name is fixed, so that what a killed export left behind is cleared away by the next one; its lock keeps a second
-    one from starting meanwhile. An earlier folder that a kill has left under its other name gets its own name back.
-
-    Args:
-        overwrite: replace a `target` that is not empty.
-
-    Raises:
-        UserError: another export to `target` is running, or has finished meanwhile.
-    """
-    parent = prepare_output_dir(target.parent)
-    old = parent / f".{target.name}.old"
-    with held_folder(parent / f".{target.name}.unfinished", target) as folder:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        yield folder
-        for path in folder.iterdir():
-            path.chmod(0o666 & folder.stat().st_mode)  # safetensors makes files that only their owner can read
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise UserError(f"another run has written {target} meanwhile; choose another --output_dir")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(folder, target)
-        shutil.rmtree(old, ignore_errors=True)
