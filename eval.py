@@ -7,7 +7,7 @@ r"""ROUGE of a model's summaries: beam search over instruction / input / output 
 Without --modelopt_restore_path the model is scored as it is. `python eval.py …` runs one process, and so does
 `accelerate launch --cpu`; `torchrun --nproc_per_node=2 eval.py …` runs two, on the CPU too. Every example is scored
 exactly once, and the scores do not depend on the number of processes. The last line printed is `ROUGE scores: {…}`,
-in percent. With --perplexity_data the same process also measures perplexity, as eval_ppl.py does.
+in percent. eval_ppl.py measures perplexity.
 """
 
 from __future__ import annotations
@@ -32,29 +32,15 @@ if TYPE_CHECKING:
 
     from sparsity.text import PromptTemplate
 
-PERPLEXITY_BATCH = 4  # blocks at a time
-
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_inference_options(parser.add_argument_group("model"))
     add_placement_options(parser.add_argument_group("models larger than one GPU"))
-    what = parser.add_argument_group("what to score")
-    what.add_argument("--data_path", required=True, help="JSON or JSONL records, e.g. data/cnn_eval.json")
-    what.add_argument("--limit", type=int, metavar="N", help="score only the first N records")
-    add_template_options(what)
-    text = parser.add_argument_group("perplexity", "Measured before the summaries, with the model that is loaded once.")
-    text.add_argument(
-        "--perplexity_data",
-        nargs="+",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="texts by name, e.g. papers=heldout.jsonl manual=manual.txt; sources as of eval_ppl.py --text",
-    )
-    text.add_argument(
-        "--perplexity_context", type=int, default=2048, help="tokens of a block, as eval_ppl.py --context"
-    )
-    text.add_argument("--perplexity_blocks", type=int, metavar="N", help="use only the first N blocks of each text")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", required=True, help="JSON or JSONL records, e.g. data/cnn_eval.json")
+    data.add_argument("--limit", type=int, metavar="N", help="score only the first N records")
+    add_template_options(data)
     how = parser.add_argument_group("generation")
     how.add_argument("--batch_size", type=int, default=1, help="prompts per process at a time")
     how.add_argument("--beam_size", type=int, default=4, help="beams; 1 is greedy decoding")
@@ -78,15 +64,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    check_at_least(
-        args, 1, "batch_size", "beam_size", "model_max_length", "max_new_tokens", "limit", "perplexity_blocks"
-    )
-    check_at_least(args, 2, "perplexity_context")
+    """Check the options before anything is loaded."""
+    check_at_least(args, 1, "batch_size", "beam_size", "model_max_length", "max_new_tokens", "limit")
     if not 0 <= args.min_new_tokens <= args.max_new_tokens:
         raise UserError(
-            f"--min_new_tokens must lie between 0 and --max_new_tokens {args.max_new_tokens}, "
-            f"found {args.min_new_tokens}"
+            f"--min_new_tokens must lie between 0 and --max_new_tokens {args.max_new_tokens}, got {args.min_new_tokens}"
         )
 
 
@@ -100,8 +82,6 @@ def read_inputs(
     records = text.read_records(args.data_path)[: args.limit]
     config = models.load_config(args.model_dir, args.trust_remote_code)
     models.check_lengths(config, {"--model_max_length": args.model_max_length, "--max_new_tokens": args.max_new_tokens})
-    if args.perplexity_data:
-        models.check_lengths(config, {"--perplexity_context": args.perplexity_context})
     if args.modelopt_restore_path:
         files.require_file(args.modelopt_restore_path, "modelopt state")
     if args.output_json:
@@ -121,12 +101,12 @@ def report_scores(
 ) -> None:
     """Score the predictions, save the scores with the facts of the run, and print them with some samples."""
     from sparsity.evaluation.rouge import print_scores, score_predictions
-    from sparsity.metrics import save_scores
+    from sparsity.metrics import save_rouge
 
     references = [record["output"] for record in records]
     scores = score_predictions(predictions, references)
     if args.output_json:
-        save_scores({**scores, **facts}, args.output_json)
+        save_rouge({**scores, **facts}, args.output_json)
     for index in range(min(args.samples, len(records))):
         print(f"\n--- example {index}\nreference:  {references[index]}\nprediction: {predictions[index]}")
     print_scores(scores, args.output_json)
@@ -137,73 +117,57 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
+    from accelerate.utils import broadcast_object_list, gather_object
+
     from sparsity import text
     from sparsity.devices import inference_dtype, keep_freed_memory, use_tf32
-    from sparsity.evaluation import perplexity
+    from sparsity.distributed import start_processes
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
-    from sparsity.metrics import PERPLEXITIES
-    from sparsity.placement import choose_placement, input_device, load_placed
-    from sparsity.distributed import fail_together, report_on_main, start_processes
+    from sparsity.placement import check_placement, load_placed
 
-    placement = choose_placement(args)
+    check_placement(args)
     process = start_processes(args.device)
     use_tf32(True)
     keep_freed_memory()
     args.dtype = inference_dtype(args.dtype, process.device)
 
     # Phase 1: everything cheap is checked before the model is loaded, and the model before any generation.
-    with fail_together(process):
-        records, config, tokenizer, template = read_inputs(args)
-        log = None
-        if args.predictions:
-            log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
-            log.check()
-        prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
-        tasks = perplexity.named_tasks(tokenizer, args.perplexity_data, args.perplexity_context, args.perplexity_blocks)
-        source = (args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
-        model = load_placed(*source, placement, process.device)
-        generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
+    records, config, tokenizer, template = read_inputs(args)
+    log = None
+    if args.predictions:
+        log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
+        log.check()
+    prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
+    model = load_placed(args, process.device)
+    generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
 
-    # Phase 2: perplexity, of which every process measures its share.
-    perplexities = {}
-    with report_on_main(process):
-        for name, task in tasks.items():
-            share = placement.share(process)
-            perplexities[name] = perplexity.measure(model, task, input_device(model), PERPLEXITY_BATCH, share)
-            process.print(perplexity.result_line(perplexities[name], name))
-
-    # Phase 3: generation. One process looks for finished work, so that all share out the same list of batches.
-    from accelerate.utils import broadcast_object_list, gather_object
-
+    # Phase 2: generation. One process looks for finished work, so that all share out the same list of batches.
     done = broadcast_object_list([log.load(len(records)) if log and process.is_main_process else {}])[0]
     batches = [b for b in length_sorted_batches(prompts, args.batch_size) if not all(index in done for index in b)]
-    if done and process.is_main_process:
-        print(f"resuming: {len(done)} of {len(records)} predictions are already in {args.predictions}")
+    if done:
+        process.print(f"resuming: {len(done)} of {len(records)} predictions are already in {args.predictions}")
     start = time.perf_counter()
-    writes = process.is_main_process or not placement.tensor_parallel  # else all processes make the same predictions
-    share = placement.share(process)
-    own = predict(model, tokenizer, prompts, records, batches, generation, share, log if writes else None)
+    part = (process.process_index, process.num_processes)
+    own = predict(model, tokenizer, prompts, records, batches, generation, part, log)
     predictions = {**done, **dict(gather_object(list(own.items())))}
     seconds = time.perf_counter() - start
 
-    # Phase 4: scores, by the main process.
-    with fail_together(process):
-        if process.is_main_process:
-            assert sorted(predictions) == list(range(len(records)))
-            if log:
-                log.finish(prediction_line(index, predictions[index], records) for index in range(len(records)))
-            generated = sum(map(len, batches))
-            facts = {
-                "generated": generated,
-                "examples_per_second": generated / seconds if generated else None,
-                "num_processes": process.num_processes,
-                "device": str(process.device),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "arguments": vars(args),
-                **({PERPLEXITIES: perplexities} if perplexities else {}),
-            }
-            report_scores(args, records, [predictions[index] for index in range(len(records))], facts)
+    # Phase 3: scores, by the main process.
+    if process.is_main_process:
+        assert sorted(predictions) == list(range(len(records)))
+        if log:
+            log.finish(prediction_line(index, predictions[index], records) for index in range(len(records)))
+        generated = sum(map(len, batches))
+        facts = {
+            "generated": generated,
+            "examples_per_second": generated / seconds if generated else None,
+            "num_processes": process.num_processes,
+            "device": str(process.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "arguments": vars(args),
+        }
+        report_scores(args, records, [predictions[index] for index in range(len(records))], facts)
     process.destroy_process_group()
 
 

@@ -1,6 +1,8 @@
 r"""Perplexity of a model on held-out text, with the measuring protocol printed beside the figure.
 
     python eval_ppl.py --model_dir demo/SmolLM2-135M-Instruct --text data/heldout.jsonl --context 512 --max_blocks 32
+    python eval_ppl.py --model_dir demo/SmolLM2-135M-Instruct --text papers=heldout.jsonl manual=manual.txt \
+        --output_json perplexity.json
     python eval_ppl.py --model_dir meta-llama/Llama-2-7b-hf --text Salesforce/wikitext:wikitext-2-raw-v1:test \
         --context 4096 --modelopt_restore_path saved_models/pts_modelopt_state.pth
 
@@ -13,16 +15,11 @@ tokenizer measured with one protocol.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
 from utils import Parser, add_inference_options, add_placement_options, check_at_least, run_cli
-
-if TYPE_CHECKING:
-    from sparsity.placement import Placement
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,9 +29,10 @@ def parse_args() -> argparse.Namespace:
     text = parser.add_argument_group("text")
     text.add_argument(
         *("--text", "--dataset"),
+        nargs="+",
         required=True,
-        metavar="SOURCE",
-        help="a file, a folder, or a hub data set NAME:CONFIG:SPLIT; several with weights: a=0.5,b=0.5",
+        metavar="[NAME=]SOURCE",
+        help="texts to measure, each a file, a folder, or a hub data set NAME:CONFIG:SPLIT",
     )
     text.add_argument("--dataset_config", metavar="NAME", help="configuration of a hub data set that names none")
     text.add_argument("--split", default="test", help="split of a data set that names none")
@@ -42,20 +40,22 @@ def parse_args() -> argparse.Namespace:
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--context", type=int, default=2048, help="tokens per window")
     protocol.add_argument("--stride", type=int, help="tokens from one window to the next (by default --context)")
-    protocol.add_argument("--max_blocks", type=int, metavar="N", help="use only the first N windows")
+    protocol.add_argument("--max_blocks", type=int, metavar="N", help="use only the first N windows of each text")
     protocol.add_argument("--batch_size", type=int, default=4, help="windows at a time")
-    parser.add_argument("--output_json", metavar="FILE", help="file for the figure and its protocol")
+    parser.add_argument("--output_json", metavar="FILE", help="file for the figures and their protocols")
     args = parser.parse_args()
     args.stride = args.context if args.stride is None else args.stride
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Check the options before anything is loaded."""
     check_at_least(args, 2, "context")
     check_at_least(args, 1, "stride", "max_blocks", "batch_size")
     if args.stride > args.context:
-        raise UserError(f"--stride must lie between 1 and --context {args.context}, found {args.stride}")
+        raise UserError(f"--stride must lie between 1 and --context {args.context}, got {args.stride}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("eval_ppl.py runs in one process; start it with python")
 
 
 def main() -> None:
@@ -63,28 +63,14 @@ def main() -> None:
     check_args(args)
 
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
-    from sparsity.placement import choose_placement
-    from sparsity.distributed import report_on_main, start_processes
-
-    placement = choose_placement(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not placement.tensor_parallel:
-        raise UserError("several processes would all measure the same; start one with python, or use --tensor_parallel")
-    process = start_processes(args.device) if placement.tensor_parallel else None
-    with report_on_main(process) if process else contextlib.nullcontext():  # all processes meet the same mistakes
-        measure(args, placement)
-    if process:
-        process.destroy_process_group()
-
-
-def measure(args: argparse.Namespace, placement: Placement) -> None:
-    """Compute, print and save the figure."""
     from sparsity import files, models
     from sparsity.devices import inference_dtype, keep_freed_memory, resolve_device, use_tf32
     from sparsity.evaluation import perplexity
-    from sparsity.placement import input_device, load_placed
-    from sparsity.distributed import is_main_process
+    from sparsity.metrics import save_perplexities
+    from sparsity.placement import check_placement, input_device, load_placed
 
-    # Phase 1: cheap checks, and the windows of text.
+    # Phase 1: cheap checks, and the windows of each text.
+    check_placement(args)
     device = resolve_device(args.device)
     use_tf32(True)
     keep_freed_memory()
@@ -97,20 +83,24 @@ def measure(args: argparse.Namespace, placement: Placement) -> None:
     config = models.load_config(args.model_dir, args.trust_remote_code)
     models.check_lengths(config, {"--context": args.context})
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
-    task = perplexity.make_task(tokenizer, texts, args.context, args.stride, args.max_blocks)
-    main_process = is_main_process()
-    if main_process:
-        print(task.protocol, flush=True)
+    windows = {
+        name: perplexity.windows_of(tokenizer, text, args.context, args.stride, args.max_blocks)
+        for name, text in texts.items()
+    }
 
-    # Phase 2: the figure.
-    source = (args.model_dir, args.dtype, args.modelopt_restore_path, args.trust_remote_code)
-    model = load_placed(*source, placement, device)
-    found = perplexity.measure(model, task, input_device(model), args.batch_size)
-    if main_process and args.output_json:
+    # Phase 2: the figures.
+    model = load_placed(args, device)
+    results = {}
+    for name, text in texts.items():
+        result = perplexity.measure(model, windows[name], input_device(model), args.batch_size, args.stride)
+        result["protocol"] = perplexity.protocol_line(windows[name], args.stride, result["tokens"], str(text))
+        results[name] = result
+        print(result["protocol"])
+        label = f" ({name})" if name else ""
+        print(f"perplexity{label}: {result['perplexity']:.4f} ({result['tokens']} tokens, {result['seconds']:.1f} s)")
+    if args.output_json:
         facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "arguments": vars(args)}
-        files.save_json({**found, **facts}, args.output_json)
-    if main_process:
-        print(perplexity.result_line(found))
+        save_perplexities(results, facts, args.output_json)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
-from sparsity.export.formats import FORMATS
-from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
+from sparsity.export.formats import CALIBRATED, FORMATS
+from utils import Parser, add_device_options, add_remote_code_option, check_at_least, parse_pairs, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,9 +47,9 @@ def parse_args() -> argparse.Namespace:
     )
     quantization.add_argument(
         *("--calib_data", "--dataset"),
-        metavar="SOURCE",
-        help="plain text: a file, a folder or a hub data set NAME:CONFIG:SPLIT; several with weights: a=0.5,b=0.5; "
-        "int8, int8_sq and fp8 need it",
+        nargs="+",
+        metavar="SOURCE[=WEIGHT]",
+        help="plain text: files, folders or hub data sets NAME:CONFIG:SPLIT; int8, int8_sq and fp8 need it",
     )
     quantization.add_argument("--calib_size", type=int, default=128, help="number of calibration sequences")
     quantization.add_argument("--model_max_length", type=int, default=1024, help="tokens per calibration sequence")
@@ -67,14 +67,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Check the options before anything is loaded."""
     check_at_least(args, 1, "calib_size")
     check_at_least(args, 2, "model_max_length")
-    if args.quantization and FORMATS[args.quantization].calibrated and not args.calib_data:
+    if args.quantization in CALIBRATED and not args.calib_data:
         raise UserError(f"--quantization {args.quantization} needs calibration text; give it with --calib_data SOURCE")
-    if args.calib_data and not (args.quantization and FORMATS[args.quantization].calibrated):
-        given = f"--quantization {args.quantization}" if args.quantization else "an export without --quantization"
-        raise UserError(f"--calib_data has no use for {given}; leave it out")
+    if args.calib_data and args.quantization not in CALIBRATED:
+        raise UserError(f"--calib_data is only for --quantization {', '.join(CALIBRATED)}; drop it")
 
 
 def main() -> None:
@@ -84,20 +83,21 @@ def main() -> None:
     # Imported once the options are known to be good: `--help` and mistakes need no torch.
     import torch
 
-    from sparsity import models, modelopt_state
+    from sparsity import modelopt_state, models
     from sparsity.devices import resolve_device, torch_dtype
     from sparsity.export import quantize, weights
     from sparsity.export.companions import source_folder, write_companions
-    from sparsity.export.model_card import load_figures, write_model_card
+    from sparsity.export.model_card import write_model_card
     from sparsity.files import atomic_folder
     from sparsity.inspection import inspect_path
+    from sparsity.metrics import read_metrics
     from sparsity.sources import check_source, parse_sources
 
     # Phase 1: checks, before the long work.
     target = Path(args.output_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not args.overwrite):
         raise UserError(f"{target} exists already; choose another --output_dir or add --overwrite")
-    figures = load_figures(args.figures)
+    figures = [(label, read_metrics(path)) for label, path in parse_pairs("--figures", args.figures)]
     sources = parse_sources(args.calib_data) if args.calib_data else []
     for text_source in sources:
         check_source(text_source)
@@ -116,9 +116,7 @@ def main() -> None:
     cast = torch_dtype(args.dtype) if args.dtype else None
     dtype_name = str(cast or stored).removeprefix("torch.")
     batches: list[torch.Tensor] = []
-    if args.quantization:
-        device = resolve_device(args.device)
-        quantize.check_device(FORMATS[args.quantization], device)
+    device = resolve_device(args.device)
     if args.calib_data:
         models.check_lengths(config, {"--model_max_length": args.model_max_length})
         batches = quantize.calibration_batches(tokenizer, sources, args.calib_size, args.model_max_length, args.seed)
@@ -129,8 +127,8 @@ def main() -> None:
     with atomic_folder(target, args.overwrite) as folder:
         if args.quantization:
             dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
-            sparse = quantize.fold_masks(dense, state, cast)
-            quantized = quantize.quantize(sparse, FORMATS[args.quantization], batches, device)
+            modelopt_state.load_weights(dense, state, args.modelopt_restore_path)
+            quantized = quantize.quantize(dense, FORMATS[args.quantization], batches, device)
             settings = quantize.write_quantized(quantized, args.max_shard_size, folder)
             zeros = quantize.check_zeros(folder, model, state)
             print(f"all {zeros:,} pruned weights are 0 in the quantized files")

@@ -5,20 +5,20 @@ r"""Compare the dense, pruned and fine-tuned model: a table on the terminal, one
         --model_dir MODEL --pts_layers DIR/pts_layers.jsonl --train_log DIR/finetuned/train_log.jsonl \
         --output_dir DIR/report
 
-A run is a folder with any of rouge.json (eval.py --output_json), ppl.json and ppl_NAME.json (eval_ppl.py --output_json,
-for several texts with their names), and predictions.jsonl (eval.py --predictions). Each text whose perplexity was
-measured, also by eval.py --perplexity_data, has a column. What is not given is left out of the report. The page holds
-its images, so report.html alone can be sent to someone.
+A run is a folder with any of rouge.json (eval.py --output_json), perplexity.json (eval_ppl.py --output_json) and
+predictions.jsonl (eval.py --predictions). What a run lacks is left out of the report. The page holds its images, so
+report.html alone can be sent to someone.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import prepare_output_dir
-from utils import Parser, check_at_least, run_cli
+from utils import Parser, check_at_least, parse_named, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,22 +46,22 @@ def main() -> None:
 
     # Imported after parsing, so that `--help` needs no torch.
     from sparsity.reporting.page import write_report
-    from sparsity.reporting.results import markdown, measure, read_lines, read_run, split_pairs, table_rows
+    from sparsity.reporting.results import markdown, measure, read_lines, read_run, table_rows
 
-    folders, states = split_pairs(args.run, "--run"), split_pairs(args.state, "--state")
+    folders, states = parse_named("--run", args.run), parse_named("--state", args.state)
     check_at_least(args, 0, "samples")
     if not folders:
         raise UserError("nothing to report: give at least one --run NAME=FOLDER")
     if stray := states.keys() - folders.keys():
         raise UserError(f"--state names '{min(stray)}', which is no --run; runs: {', '.join(folders)}")
     output = prepare_output_dir(args.output_dir)
-    runs = [read_run(name, folder) for name, folder in folders.items()]
+    runs = [read_run(name, Path(folder)) for name, folder in folders.items()]
     layers = curve = None
     if args.pts_layers:
         layers = read_lines(args.pts_layers, "layer log", ("name", "relative_error", "sparsity"))
     if args.train_log:
         curve = read_lines(args.train_log, "training log", ("step",))
-    measure(runs, states, args.model_dir)
+    measure(runs, {name: Path(state) for name, state in states.items()}, args.model_dir)
     rows = table_rows(runs)
     print(markdown(rows))
     page = write_report(output, args.title, rows, runs, layers, curve, args.samples)

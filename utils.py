@@ -106,14 +106,6 @@ def add_placement_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max_memory", metavar="DEVICE=SIZE,…", help="most memory for --device_map to fill, e.g. 0=20GiB,cpu=64GiB"
     )
-    group.add_argument(
-        "--offload_folder", metavar="FOLDER", help="for layers that --device_map puts on disk (by default temporary)"
-    )
-    group.add_argument(
-        *("--tensor_parallel", "--tp"),
-        action="store_true",
-        help="split every matrix over the processes that torchrun started, which work on the same batch",
-    )
 
 
 def add_template_options(group: argparse._ArgumentGroup) -> None:
@@ -126,6 +118,36 @@ def add_template_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--chat_template", action="store_true", help="the tokenizer's own chat template, for instruct models"
     )
+
+
+def parse_pairs(option: str, pairs: Sequence[str]) -> list[tuple[str, str]]:
+    """The (name, value) pairs of an option that takes NAME=VALUE.
+
+    Raises:
+        UserError: one of another form.
+
+    >>> parse_pairs("--run", ["dense=eval/dense"])
+    [('dense', 'eval/dense')]
+    """
+    split = [pair.partition("=") for pair in pairs]
+    for (name, _, value), pair in zip(split, pairs, strict=True):
+        if not name or not value:
+            raise UserError(f"{option} takes NAME=VALUE, got '{pair}'")
+    return [(name, value) for name, _, value in split]
+
+
+def parse_named(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """`parse_pairs` for an option that takes each name once.
+
+    Raises:
+        UserError: as `parse_pairs`, or a name is given twice.
+    """
+    split = parse_pairs(option, pairs)
+    named = dict(split)
+    for name in named:
+        if [other for other, _ in split].count(name) > 1:
+            raise UserError(f"{option} got the name '{name}' twice")
+    return named
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:

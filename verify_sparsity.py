@@ -4,7 +4,7 @@
     python verify_sparsity.py saved_models/pts_modelopt_state.pth  # a modelopt state
     python verify_sparsity.py exported_model --require 2:4         # exit code 1 unless every matrix is 2:4
 
-Columns: zeros is the share of zero elements; 2:4 says whether any four consecutive inputs hold at least two zeros; -0.0
+Columns: zeros is the fraction of zeros; 2:4 says whether any four consecutive inputs hold at least two zeros; -0.0
 counts negative zeros, which some tools take for values; kernels names the backends of torch's semi-structured sparsity
 (`torch.sparse.to_sparse_semi_structured`) that accept the matrix's dtype and shape, by the rule of the installed torch.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("path", help="model folder, .safetensors file or modelopt state")
-    parser.add_argument("--require", choices=["2:4"], help="fail unless every matrix listed is 2:4")
+    parser.add_argument("--require", choices=["2:4"], help="fail unless every listed matrix is 2:4")
     parser.add_argument(
         "--exclude",
         metavar="REGEX",
@@ -82,7 +82,7 @@ def main() -> None:
     if args.output_json:
         prepare_output_dir(Path(args.output_json).parent)
     reports: list[MatrixReport] = []
-    width = 44
+    width = 44  # of the names
     print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'2:4':>4} {'-0.0':>6} kernels")
     for report in inspect_path(args.path, args.exclude or DENSE_BY_DESIGN):
         reports.append(report)

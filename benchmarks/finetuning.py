@@ -29,12 +29,13 @@ import torch
 from benchmarks import texts
 from benchmarks.commands import ROOT, run_command, run_for_figures
 from benchmarks.machine import add_output_option, check_output, save_figures
+from sparsity.attention import use_blocked_attention
 from sparsity.devices import resolve_device
 from sparsity.evaluation.perplexity import perplexity
-from sparsity.metrics import ROUGE_TYPES, read_figures
 from sparsity.files import require_file, save_json
-from sparsity.models import load_tokenizer
+from sparsity.metrics import ROUGE_TYPES, read_metrics
 from sparsity.modelopt_state import load_for_inference
+from sparsity.models import load_tokenizer
 from sparsity.text import read_records
 from utils import Parser, check_at_least, run_cli
 
@@ -111,9 +112,10 @@ def train(args: argparse.Namespace, folder: Path, *more: Any) -> list[dict[str, 
 def perplexities(model_name: str, blocks: dict[str, torch.Tensor], state: Path | None) -> dict[str, float]:
     """Perplexity on blocks [N, T] of every text, of the dense model or, with a state, of the sparse one."""
     device = resolve_device("auto")
-    model = load_for_inference(model_name, "fp32", state)
+    model = load_for_inference(model_name, "fp32", state).to(device)
+    use_blocked_attention(model, device)
     with torch.autocast(device.type, torch.bfloat16):
-        return {kind: perplexity(model.to(device), found, device) for kind, found in blocks.items()}
+        return {kind: perplexity(model, windows, device) for kind, windows in blocks.items()}
 
 
 def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[str, float]:
@@ -124,7 +126,7 @@ def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[st
     command += ["--model_max_length", args.context, "--output_json", output, "--samples", 0]
     command += ["--modelopt_restore_path", state] if state else []
     run_command(*command)
-    scores = read_figures(output, "scores")
+    scores = read_metrics(output)
     return {name: scores[name] for name in ROUGE_TYPES}
 
 

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
+from sparsity.attention import use_blocked_attention
 from sparsity.devices import DTYPES, resolve_device, torch_dtype
 from sparsity.evaluation.generation import beam_search_config, generate_batch, length_sorted_batches
 from sparsity.models import load_model, load_tokenizer
@@ -94,6 +95,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_dir)
     prompts = [encode_prompt(tokenizer, record, args.model_max_length) for record in records]
     model = load_model(args.model_dir, torch_dtype(args.dtype)).to(device)
+    use_blocked_attention(model, device)
     print(f"{describe_machine(device)}; {len(prompts)} examples, {args.beam_size} beams, {args.dtype}")
     figures = compare(model, tokenizer, prompts, args)
     print(f"ratio {figures['ratio']:.2f}x; {figures['same_texts']} of {figures['examples']} texts are the same")

@@ -37,10 +37,12 @@ from benchmarks.commands import run_for_figures
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
 from benchmarks.process import PROCESS_STATUS, measured
 from benchmarks.reference_sparsegpt import prune_llama
+from sparsity.attention import use_blocked_attention
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
+from sparsity.generated_text import self_text
 from sparsity.models import load_model, load_tokenizer
 from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
@@ -188,6 +190,7 @@ def perplexities(
 ) -> dict[str, float]:
     """Perplexity on every held-out text."""
     blocks = texts.held_out(tokenizer, args.data / "heldout.jsonl", args.texts, args.length, args.eval_size)
+    use_blocked_attention(model, CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(CPU)):
         return {kind: perplexity(model, found, CPU) for kind, found in blocks.items()}
 

@@ -3,23 +3,21 @@ r"""How close pruning, training and evaluation come to what the machine can do.
     python data_prep.py --source aclsum --save_path data/aclsum
     python -m benchmarks.roofline
 
-Peaks, measured in the same run: FLOP/s of the matrix product [1024, 576] x [576, 1536] in 32 and 16 bits (it stays in
-the processor's cache), with one thread and with all, and the bytes per second of summing 512 MiB. On a GPU the product
-is [4096, 4096] x [4096, 4096].
+Peaks, measured in the same run: FLOP/s of a matrix product in fp32 and bf16 (on a CPU it stays in the processor's
+cache), and the bytes per second of summing 512 MiB.
 
 Useful FLOPs, with N the weights of the decoder's linear layers, H those of the output head, L layers of h heads of
 width w, and T tokens in a row:
 
     forward     per token     2 (N + H) + 2 L h w (T + 1)           every product once; causal attention
     training    per token     6 N + 4 H + 6 L h w (T + 1)           backward twice that; the frozen head has no gradient
-    pruning     per token     2 N p + sum of d^2 + 2 d^2 of those whose target is the dense hidden state
+    pruning     per token     2 N p + sum of d^2 + 2 d^2 for layers whose target is the dense hidden state
                 per matrix    d^3 + d^2 o (1 + 2 r)
 
 for p passes (of the dense and of the pruned model), each distinct input of d features, whose Hessian is symmetric, and
 each matrix of o outputs, swept once and refitted with r conjugate-gradient steps. Head and attention do not count in
 pruning. Generation is bound by memory: its figure is the time of reading all weights once, at the measured bandwidth,
-divided by the time of a step. Lastly eval.py's generation is compared with `model.generate` in a loop over prompts as
-they come.
+divided by the time of a step.
 """
 
 from __future__ import annotations
@@ -38,9 +36,10 @@ from torch.nn import functional as F
 
 from benchmarks.commands import ROOT, run_command
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
+from sparsity.attention import use_blocked_attention
 from sparsity.devices import INFERENCE_DTYPES, inference_dtype, keep_freed_memory, resolve_device, torch_dtype
 from sparsity.evaluation import perplexity
-from sparsity.evaluation.generation import beam_search_config, generate_batch, length_sorted_batches
+from sparsity.evaluation.generation import beam_search_config, generate_batch
 from sparsity.files import read_json, require_file
 from sparsity.models import decoder_layers, load_model, load_tokenizer
 from sparsity.pts.recipe import QUALITY
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 
 SHAPES = {"cpu": (1024, 576, 1536), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the product that is the peak
 BEAMS, BATCH = 2, 16
-NEW_TOKENS = 64  # of an answer where generation is compared with the plain loop
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,11 +62,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt, a window, and a training row")
     parser.add_argument("--windows", type=int, default=16, help="perplexity windows and calibration sequences")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of training and steps of generation")
-    parser.add_argument("--loop", type=int, default=4, help="prompts of the plain loop")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto: CUDA where there is one")
     add_output_option(parser, "roofline")
     args = parser.parse_args()
-    check_at_least(args, 1, "windows", "loop")
+    check_at_least(args, 1, "windows")
     check_at_least(args, 2, "length", "steps")
     for name in ("calib.jsonl", "heldout.jsonl", "cnn_eval.json"):
         require_file(args.data / name, "data file")
@@ -104,17 +101,10 @@ def matrix_peak(dtype: torch.dtype, device: torch.device, products: int = 100) -
 
 
 def peaks(device: torch.device) -> dict[str, float]:
-    """FLOP/s by precision, with one thread and all where the device is a CPU; bytes per second of memory."""
-    threads = torch.get_num_threads()
+    """FLOP/s by precision, and bytes per second of memory."""
     large = torch.ones(2**27, device=device)  # 512 MiB
-    found = {"memory": 4 * large.numel() / seconds_of(large.sum, device)}
-    for name in ("fp32", "bf16"):
-        found[name] = matrix_peak(torch_dtype(name), device)
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-            found[f"{name}, one thread"] = matrix_peak(torch_dtype(name), device)
-            torch.set_num_threads(threads)
-    return found
+    top = {name: matrix_peak(torch_dtype(name), device) for name in ("fp32", "bf16")}
+    return {"memory": 4 * large.numel() / seconds_of(large.sum, device), **top}
 
 
 # -------------------------------------------------------------------------------------------------------------- work
@@ -150,10 +140,8 @@ def pruning_flops(model: PreTrainedModel, quality: str, tokens: int) -> int:
         linears = {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         total += 2 * sum(o * d for o, d in linears.values()) * tokens * (recipe.needs_dense + recipe.needs_pruned)
         outputs = [d for name, (_, d) in linears.items() if name.endswith(("o_proj", "down_proj"))]
-        others = [
-            d for name, (_, d) in linears.items() if name.endswith(("q_proj", "up_proj"))
-        ]  # k, v, gate share them
-        total += tokens * sum(d * d for d in outputs + others)
+        inputs = [d for name, (_, d) in linears.items() if name.endswith(("q_proj", "up_proj"))]  # as of k, v, gate
+        total += tokens * sum(d * d for d in outputs + inputs)
         total += tokens * sum(2 * d * d for d in outputs) * recipe.asymmetric
         total += sum(d**3 + d * d * o * (1 + 2 * recipe.refit_iterations) for o, d in linears.values())
     return total
@@ -164,7 +152,7 @@ def pruning_flops(model: PreTrainedModel, quality: str, tokens: int) -> int:
 
 def pruning(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, float]) -> dict[str, Any]:
     """`balanced` and `fast`, in processes of their own, by the times of the layers in pts_layers.jsonl."""
-    found = {}
+    results = {}
     for quality in ("balanced", "fast"):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / "hf_pts.py", "--model_name_or_path", args.model_dir, "--dtype", "fp32"]
@@ -175,8 +163,8 @@ def pruning(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, flo
         layers = {row["name"].rpartition(".self_attn")[0] or row["name"].rpartition(".mlp")[0]: row for row in rows}
         seconds = sum(row["layer_seconds"] for row in layers.values())
         rate = pruning_flops(model, quality, args.windows * args.length) / seconds
-        found[quality] = {"seconds": seconds, "flops": rate, "of_peak": rate / top["fp32"]}
-    return found
+        results[quality] = {"seconds": seconds, "flops": rate, "of_peak": rate / top["fp32"]}
+    return results
 
 
 def training(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, float]) -> dict[str, Any]:
@@ -200,22 +188,19 @@ def perplexities(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: dict[str, float]
 ) -> dict[str, Any]:
     """Blocks of held-out text, in batches of four, losses included."""
-    source = perplexity.choose_texts(str(args.data / "heldout.jsonl"), None, "test", "text")
-    task = perplexity.make_task(tokenizer, source, args.length, args.length, args.windows)
+    texts = perplexity.choose_texts([str(args.data / "heldout.jsonl")], None, "test", "text")
+    windows = perplexity.windows_of(tokenizer, texts[""], args.length, args.length, args.windows)
     device = model.device
-    seconds = seconds_of(lambda: perplexity.measure(model, task, device, 4), device, repeat=2)
-    rate = task.windows.numel() * forward_flops(model, args.length) / seconds
-    return {
-        "seconds": seconds,
-        "flops": rate,
-        "of_peak": rate / top["bf16" if model.dtype != torch.float32 else "fp32"],
-    }
+    seconds = seconds_of(lambda: perplexity.total_loss(model, windows, device, 4), device, repeat=2)
+    rate = windows.numel() * forward_flops(model, args.length) / seconds
+    peak = top["fp32" if model.dtype == torch.float32 else "bf16"]
+    return {"seconds": seconds, "flops": rate, "of_peak": rate / peak}
 
 
 def generation(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: dict[str, float]
 ) -> dict[str, Any]:
-    """The time of a step, from answers of two lengths; and examples per second beside the plain loop's."""
+    """The time of a step, from answers of two lengths. `benchmarks.generation` compares it with the plain loop."""
     records = read_records(args.data / "cnn_eval.json")[:BATCH]
     prompts = [encode_prompt(tokenizer, record, args.length) for record in records]
 
@@ -226,29 +211,7 @@ def generation(
     step = (seconds(2 + args.steps) - seconds(2)) / args.steps
     linear, head, _ = sizes(model)
     reading = (linear + head) * model.dtype.itemsize / top["memory"]
-    config = beam_search_config(model, tokenizer, BEAMS, NEW_TOKENS, NEW_TOKENS)
-    ours: dict[int, str] = {}
-    start = time.perf_counter()
-    for batch in length_sorted_batches(prompts, BATCH):
-        texts = generate_batch(model, tokenizer, [prompts[index] for index in batch], config)
-        ours.update(zip(batch, texts, strict=True))
-    rate = len(prompts) / (time.perf_counter() - start)
-    start, same = time.perf_counter(), 0
-    for index, ids in enumerate(prompts[: args.loop]):
-        inputs = torch.tensor([ids], device=model.device)
-        with torch.inference_mode():
-            output = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-        same += tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip() == ours[index]
-    plain = min(args.loop, len(prompts)) / (time.perf_counter() - start)
-    return {
-        "seconds_of_a_step": step,
-        "seconds_of_reading_the_weights": reading,
-        "of_bandwidth": reading / step,
-        "examples_per_second": rate,
-        "of_the_plain_loop": plain,
-        "ratio": rate / plain,
-        "same_texts": f"{same} of {args.loop}",
-    }
+    return {"seconds_of_a_step": step, "seconds_of_reading_the_weights": reading, "of_bandwidth": reading / step}
 
 
 PARTS = ("pruning", "training", "perplexity", "generation")
@@ -264,6 +227,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_dir)
     dtype = inference_dtype(args.dtype, device)
     model = load_model(args.model_dir, torch_dtype(dtype) if dtype else "auto").to(device)
+    use_blocked_attention(model, device)
     measure: dict[str, Callable[[], dict[str, Any]]] = {
         "pruning": lambda: pruning(args, model, top),
         "training": lambda: training(args, model, top),

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sparsity.attention import own_attention
+from sparsity.attention import use_blocked_attention
 from sparsity.devices import bf16_is_faster, keep_freed_memory, return_freed_memory
 from sparsity.distributed import hide_bar
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir, remove_leftovers
-from sparsity.kv_cache import give_room
+from sparsity.kv_cache import preallocate
 from sparsity.models import cache_name, few_values, head_counts, load_config, load_model
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def generate_text(
             if dense is not None:
                 model = load_model(model_name, dtype, trust_remote_code)
             model.to(device)
+            use_blocked_attention(model, device)
         with tqdm(total=len(missing) * length, desc="self text", unit="step", disable=hide_bar() or not missing) as bar:
             for number in missing:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -148,7 +149,6 @@ def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> to
 
 
 @torch.inference_mode()
-@own_attention()
 def write_batch(
     model: PreTrainedModel,
     count: int,
@@ -182,7 +182,7 @@ def write_batch(
     while known < length:
         output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
         if not cache:
-            cache = {cache_name(output): give_room(output[cache_name(output)], length)}
+            cache = {cache_name(output): preallocate(output[cache_name(output)], length)}
         tokens[:, known] = draw(output.logits[:, -1, :size], generator).cpu()
         if bar is not None:
             bar.update(known - done)

@@ -1,4 +1,4 @@
-"""Look at saved weights matrix by matrix, without building the model: is each 2:4, and do sparse kernels take it?"""
+"""Inspect saved weights matrix by matrix, without building the model: whether each is 2:4 and sparse kernels fit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sparsity.errors import UserError, first_line
 from sparsity.files import safetensors_files
 from sparsity.modelopt_state import load_state, require_masks, weight_name
 
-# Token and position embeddings and output heads stay dense by design, whatever a model family calls them.
+# Names of embeddings, output heads and routers in all model families: they stay dense.
 DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
 
 
-# Types in safetensors whose elements share bytes; quantizers store packed integers as U8.
+# Types in safetensors with several elements in a byte; quantizers store packed integers as U8.
 PACKED = ("U8", "F4", "F6_E2M3", "F6_E3M2")
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixReport:
-    """What one weight matrix [rows, columns] looks like; `columns` is the input dimension, along which 2:4 runs."""
+    """One weight matrix [rows, columns]; 2:4 groups run along the columns, the input dimension."""
 
     name: str
     shape: tuple[int, int]
@@ -31,15 +31,15 @@ class MatrixReport:
     zero_share: float  # of all elements
     is_2_4: bool  # every group of four consecutive columns has at least two zeros
     negative_zeros: int  # elements that are -0.0
-    under_mask: int  # elements a mask prunes that are stored non-zero; always 0 where there is no mask
-    kernels: tuple[str, ...]  # backends of torch's semi-structured sparsity that take this dtype and shape
+    under_mask: int  # elements that a mask prunes but are stored non-zero; 0 without a mask
+    kernels: tuple[str, ...]  # backends of torch's semi-structured sparsity that accept this dtype and shape
 
 
 def kernel_support(rows: int, columns: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Backends of `torch.sparse.to_sparse_semi_structured` that accept a matrix.
 
     The rule is torch's own, read from the installed version (torch/sparse/semi_structured.py): rows and columns must
-    be multiples of a minimum per dtype, e.g. 32 x 64 for CUTLASS and 16 x 16 for cuSPARSELt in half precision.
+    be multiples of a minimum per dtype, e.g. 32 x 64 for CUTLASS and 16 x 16 for cuSPARSELt in fp16 and bf16.
     They further need a GPU of compute capability 8.0 or higher.
     """
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
@@ -101,11 +101,11 @@ def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[M
     "…weight" counts, except names that match the regular expression `exclude`.
 
     Raises:
-        UserError: no such path, nothing to inspect in it, or a damaged or missing file.
+        UserError: the path does not exist, has nothing to inspect, or a file is damaged or missing.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"nothing found at {path}; give a modelopt state, a safetensors file or a model folder")
+        raise UserError(f"{path} does not exist; give a modelopt state, a safetensors file or a model folder")
     if path.is_dir() or path.suffix == ".safetensors":
         return _inspect_safetensors(path, re.compile(exclude))
     return _inspect_state(path)
@@ -126,7 +126,7 @@ def _inspect_state(path: Path) -> Iterator[MatrixReport]:
 def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixReport]:
     from safetensors import SafetensorError, safe_open
 
-    found = False
+    empty = True
     for file in safetensors_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -136,9 +136,9 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
                     if len(shape) == 2 and all(shape):
                         if tensors.get_slice(name).get_dtype() in PACKED:
                             raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
-                        found = True
+                        empty = False
                         yield inspect_matrix(name, tensors.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged or truncated: {first_line(error)}") from error
-    if not found:
+    if empty:
         raise UserError(f"{path} holds no weight matrices to inspect (embeddings and output heads do not count)")

@@ -1,7 +1,8 @@
-"""The files of figures that evaluation writes and that reports and model cards read: their names and their unit."""
+"""The result files that evaluation writes, and that reports and model cards read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,61 +10,45 @@ from sparsity.errors import UserError
 from sparsity.files import is_number, read_json, save_json
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+INTERVALS = "confidence_intervals_95"  # [low, high] by the name of a score, in percent as the scores are
+PERPLEXITIES = "perplexities"  # results by the name of the text; "" is a text without a name
 
 
-INTERVALS = "confidence_intervals_95"  # [low, high] by name, in the unit of the scores
-
-
-PERCENT = "percent"
-
-
-PERPLEXITIES = "perplexities"  # of the texts of eval.py --perplexity_data: figures of each by its name
-
-
-def save_scores(scores: dict[str, Any], path: str | Path) -> None:
+def save_rouge(scores: dict[str, Any], path: str | Path) -> None:
     """Write ROUGE in percent, with whatever else `scores` holds; the file says its unit."""
-    save_json({**scores, "unit": PERCENT}, path)
+    save_json({**scores, "unit": "percent"}, path)
 
 
-def read_figures(path: str | Path, what: str) -> Any:
-    """The content of a file of perplexity or ROUGE. Where it is an object, ROUGE is in percent.
+def save_perplexities(results: dict[str, dict[str, Any]], facts: dict[str, Any], path: str | Path) -> None:
+    """Write the results of texts by name, with the facts of the run; those of a text without a name at the top."""
+    save_json({**results.get("", {PERPLEXITIES: results}), **facts}, path)
 
-    A file that says no unit holds fractions between 0 and 1, as earlier versions wrote them.
+
+def read_metrics(path: str | Path) -> dict[str, Any]:
+    """The content of a result file of eval.py or eval_ppl.py; perplexities are always under PERPLEXITIES.
 
     Raises:
-        UserError: the file is missing or malformed, says another unit, or has figures that are no numbers; the message
-            calls it `what`.
+        UserError: the file is missing or malformed, or has neither ROUGE nor perplexity.
     """
-    content = read_json(path, what)
+    content = read_json(path, "result file")
+    if isinstance(content, dict) and "perplexity" in content:
+        content = {**content, PERPLEXITIES: {"": content}}
+    numbers = list(_numbers(content))
+    if not numbers or not all(map(is_number, numbers)):
+        raise UserError(
+            f"result file {path} has no ROUGE or perplexity; give an --output_json of eval.py or eval_ppl.py"
+        )
+    return content
+
+
+def _numbers(content: Any) -> Iterator[Any]:
+    """Everything that must be a number; None for what is missing or of another type."""
     if not isinstance(content, dict):
-        return content
-    unit = content.get("unit", "fraction")
-    if unit not in (PERCENT, "fraction"):
-        raise UserError(f"{what} {path} is in the unit {unit!r}; only {PERCENT} is known")
-    for name, right in _checks(content).items():
-        if not right:
-            lacks = f"'{name}' without numbers" if name in (INTERVALS, PERPLEXITIES) else f"no number '{name}'"
-            raise UserError(f"{what} {path} has {lacks}; is it the --output_json of our evaluation scripts?")
-    return content if unit == PERCENT else _in_percent(content)
-
-
-def _checks(content: dict[str, Any]) -> dict[str, bool]:
-    """Whether the figures under each name are numbers, as far as there are any."""
-    checks = {name: is_number(content.get(name, 0)) for name in ("perplexity", *ROUGE_TYPES)}
-    intervals, named = content.get(INTERVALS, {}), content.get(PERPLEXITIES, {})
-    checks[INTERVALS] = isinstance(intervals, dict) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in intervals.values()
-    )
-    checks[PERPLEXITIES] = isinstance(named, dict) and all(
-        name.isprintable() and isinstance(item, dict) and is_number(item.get("perplexity"))
-        for name, item in named.items()
-    )
-    return checks
-
-
-def _in_percent(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy of figures whose ROUGE is in fractions."""
-    found: dict[str, Any] = {name: 100 * float(content[name]) for name in ROUGE_TYPES if name in content}
-    if INTERVALS in content:
-        found[INTERVALS] = {name: [100 * float(end) for end in pair] for name, pair in content[INTERVALS].items()}
-    return {**content, **found, "unit": PERCENT}
+        return
+    perplexities, intervals = content.get(PERPLEXITIES, {}), content.get(INTERVALS, {})
+    for name, result in perplexities.items() if isinstance(perplexities, dict) else [("", None)]:
+        yield result.get("perplexity") if isinstance(result, dict) and name.isprintable() else None
+    if not content.keys().isdisjoint(ROUGE_TYPES):
+        yield from (content.get(name) for name in ROUGE_TYPES)
+        for pair in intervals.values() if isinstance(intervals, dict) else [None]:
+            yield from pair if isinstance(pair, list) and len(pair) == 2 else [None]

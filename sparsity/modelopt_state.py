@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsity.devices import torch_dtype
+from sparsity.distributed import warn
 from sparsity.errors import UserError, first_line
 from sparsity.files import require_file
 from sparsity.models import load_model
-from sparsity.distributed import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,13 +184,17 @@ def _compare_shapes(tensors: dict[str, torch.Tensor], model: PreTrainedModel, pa
         )
 
 
+def folded(state_dict: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Tensor `name` of a state, +0.0 where its mask prunes; not copied where it is so already."""
+    weight, mask = state_dict[name], state_dict.get(mask_name(name))
+    if mask is None or not ((weight.ne(0) | weight.signbit()) & ~mask).any():
+        return weight
+    return weight.masked_fill(~mask, 0)
+
+
 def folded_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a state without its masks, pruned ones zero. A weight that is so already is not copied."""
-    folded = {name: tensor for name, tensor in state_dict.items() if not is_mask(name)}
-    for name, weight, mask in sparse_masks(state_dict):
-        if (weight.ne(0) & ~mask).any():
-            folded[name] = weight.masked_fill(~mask, 0)
-    return folded
+    """The weights of a state without its masks, pruned ones +0.0."""
+    return {name: folded(state_dict, name) for name in state_dict if not is_mask(name)}
 
 
 def load_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -25,7 +25,7 @@ from sparsity.files import safetensors_files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# modelopt's quant_algo: the type that inputs are rounded to (None: they stay as they are).
+# Type that inputs are rounded to, by modelopt's quant_algo; None: not rounded.
 INPUT_TYPES = {
     "W8A8_SQ_PER_CHANNEL": torch.int8,
     "W8A16": None,
@@ -36,13 +36,12 @@ SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
 
 
 def quantization_algorithm(config: PretrainedConfig, model: str) -> str | None:
-    """Name that modelopt gives a model's quantization; None for a model that modelopt did not quantize.
+    """Modelopt's name of a model's quantization; None for a model that modelopt did not quantize.
 
     Raises:
-        UserError: it is one that cannot be read here.
+        UserError: the quantization cannot be read here.
     """
-    settings = getattr(config, "quantization_config", None) or {}
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    settings = config.to_dict().get("quantization_config") or {}
     if settings.get("quant_method") != "modelopt":
         return None
     algorithm = str(settings.get("quant_algo"))
@@ -73,17 +72,11 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
     for name in [name for name in tensors if name.rpartition(".")[2] in SCALES]:
         layer, _, kind = name.rpartition(".")
         scales.setdefault(layer, {})[kind] = tensors.pop(name)
-    for layer, found in scales.items():
-        name = f"{layer}.weight"
-        if name not in tensors or "weight_scale" not in found:
-            raise UserError(f"{folder} is incomplete: the layer {layer} lacks its weight or its weight_scale")
-        weight, scale = tensors[name], found["weight_scale"]
-        if weight.dim() != 2 or scale.shape not in ((), (1,), weight.shape[:1]):
-            raise UserError(
-                f"{folder} is damaged: a weight_scale {list(scale.shape)} of the layer {layer} does not belong to a "
-                f"weight {list(weight.shape)}"
-            )
-        tensors[name] = dequantize(weight, scale)
+    for layer, layer_scales in scales.items():
+        weight, scale = tensors.get(f"{layer}.weight"), layer_scales.get("weight_scale")
+        if weight is None or scale is None or weight.dim() != 2 or scale.shape not in ((), (1,), weight.shape[:1]):
+            raise UserError(f"{folder} is damaged: the layer {layer} has no weight with a weight_scale that fits it")
+        tensors[f"{layer}.weight"] = dequantize(weight, scale)
     try:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales
     except RuntimeError as error:  # a type that torch cannot convert, such as packed 4-bit numbers
@@ -91,12 +84,12 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 values of an int8 or float8 matrix [rows, columns] with one scale per row or one in all."""
+    """fp32 values of an int8 or float8 matrix [rows, columns] with one scale per row or one for the matrix."""
     return weight.float() * (scale.float()[:, None] if scale.dim() else scale.float())
 
 
 def round_values(values: Tensor, kind: torch.dtype, scale: Tensor | None) -> Tensor:
-    """`values` rounded to int8 or float8 steps of `scale`; without a scale, of each row's own largest value."""
+    """`values` rounded to int8 or float8 steps of `scale`; without one, the scale follows each row's largest value."""
     largest = torch.iinfo(kind).max if kind == torch.int8 else torch.finfo(kind).max
     exact = values.float()
     if scale is None:
@@ -110,23 +103,23 @@ def round_values(values: Tensor, kind: torch.dtype, scale: Tensor | None) -> Ten
 
 
 def round_inputs(model: nn.Module, scales: dict[str, dict[str, Tensor]], algorithm: str) -> None:
-    """Let the layers of a model with dequantized weights round their inputs as the algorithm does, in place.
+    """Have the layers of a model with dequantized weights round their inputs as the algorithm does, in place.
 
     Args:
         scales: of each quantized layer, from `read_dequantized`.
 
     Raises:
-        UserError: a quantized layer is no linear layer of the model (e.g. experts that transformers keeps together).
+        UserError: a quantized layer is not a linear layer of the model (e.g. experts that transformers fuses).
     """
     kind = INPUT_TYPES[algorithm]
     modules = dict(model.named_modules())
-    for layer, found in scales.items():
+    for layer, layer_scales in scales.items():
         module = modules.get(layer)
         if not isinstance(module, nn.Linear):
-            raise UserError(f"the quantized layer {layer} is no linear layer of the model; it cannot be evaluated here")
+            raise UserError(f"the quantized layer {layer} is not a linear layer of the model; it cannot be evaluated")
         for name in ("input_scale", "pre_quant_scale"):
             # As buffers they follow the model to its device.
-            module.register_buffer(name, found.get(name), persistent=False)
+            module.register_buffer(name, layer_scales.get(name), persistent=False)
         if kind is not None:
             module.register_forward_pre_hook(_rounding_hook(kind))
 

@@ -1,33 +1,34 @@
-"""Attention on CPUs."""
+"""Attention by blocks: the values and gradients of sdpa, and the models and machines it is used for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_llama
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers import BloomConfig, BloomForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsity.attention import attention, own_attention
-from sparsity.kv_cache import give_room, mark_attended, prompt_of
+from sparsity import attention
+from sparsity.attention import NAME, blocked_attention, use_blocked_attention
 
 LENGTH, HEADS, WIDTH = 100, 6, 8  # more positions than a block has
+CPU = torch.device("cpu")
 
 
-def tensors(kept_heads, positions, dtype=torch.float32):
+def tensors(num_kv_heads, positions, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    sizes = [(3, HEADS, positions, WIDTH), (3, kept_heads, LENGTH, WIDTH), (3, kept_heads, LENGTH, WIDTH)]
+    sizes = [(3, HEADS, positions, WIDTH), (3, num_kv_heads, LENGTH, WIDTH), (3, num_kv_heads, LENGTH, WIDTH)]
     return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
 
 
-def layer(kept_heads, causal):
+def layer(num_kv_heads, causal):
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = HEADS // kept_heads, causal
+    module.num_key_value_groups, module.is_causal = HEADS // num_kv_heads, causal
     return module
 
 
-def shown(kind, positions):
+def visible(kind, positions):
     """A mask [3, 1, positions, LENGTH], or None: causal where there is a position for each key."""
     if kind is None:
         return None
@@ -46,79 +47,68 @@ def shown(kind, positions):
 
 
 @pytest.mark.parametrize("kind", [None, "padded", "packed", "any"])
-@pytest.mark.parametrize(("kept_heads", "positions"), [(6, 1), (2, 1), (2, 5), (6, LENGTH), (2, LENGTH), (1, LENGTH)])
-def test_attention_and_its_gradients(kept_heads, positions, kind):
-    module, mask = layer(kept_heads, causal=positions == LENGTH), shown(kind, positions)
-    exact, rounded = tensors(kept_heads, positions), tensors(kept_heads, positions, torch.bfloat16)
+@pytest.mark.parametrize(("num_kv_heads", "positions"), [(6, 1), (2, 1), (2, 5), (6, LENGTH), (2, LENGTH), (1, LENGTH)])
+def test_attention_and_its_gradients(num_kv_heads, positions, kind):
+    module, mask = layer(num_kv_heads, causal=positions == LENGTH), visible(kind, positions)
+    exact, rounded = tensors(num_kv_heads, positions), tensors(num_kv_heads, positions, torch.bfloat16)
     expected, _ = sdpa_attention_forward(module, *exact, mask, scaling=0.4)
-    found, _ = attention(module, *rounded, mask, scaling=0.4)
+    output, _ = blocked_attention(module, *rounded, mask, scaling=0.4)
     slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
-    wanted = torch.autograd.grad(expected, exact, slope)
-    gradients = torch.autograd.grad(found, rounded, slope.bfloat16())
-    for ours, theirs in zip((found, *gradients), (expected, *wanted), strict=True):
+    expected_grads = torch.autograd.grad(expected, exact, slope)
+    grads = torch.autograd.grad(output, rounded, slope.bfloat16())
+    for ours, theirs in zip((output, *grads), (expected, *expected_grads), strict=True):
         assert ours.shape == theirs.shape and ours.dtype == torch.bfloat16
         assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [None, "padded", "of each head"])  # the last is left to transformers' attention
-@pytest.mark.parametrize("kept_heads", [6, 2, 1])
-def test_beams_that_share_a_prompt(kept_heads, kind, dtype):
-    module = layer(kept_heads, causal=False)
-    generator = torch.Generator().manual_seed(0)
-    own, ours = DynamicCache(), DynamicCache()
-    for length, beams in ((LENGTH - 3, 1), (1, 4), (1, 4), (1, 4)):
-        states = [torch.randn(3 * beams, kept_heads, length, WIDTH, generator=generator).to(dtype) for _ in range(2)]
-        full, shared = own.update(*states, 0), ours.update(*states, 0)
-        mark_attended(*shared)
-        if beams == 1:
-            own.batch_repeat_interleave(4)
-            ours = give_room(ours, LENGTH, 4)
-    assert prompt_of(shared[0]) is not None
-    query = torch.randn(12, HEADS, 1, WIDTH, generator=generator).to(dtype)
-    mask = None if kind is None else shown("padded", 1).repeat_interleave(4, 0)
-    if kind == "of each head":
-        mask = mask.expand(-1, HEADS, -1, -1)
-    expected, _ = sdpa_attention_forward(module, query.float(), *(t.float() for t in full), mask, scaling=0.4)
-    found, _ = attention(module, query, *shared, mask, scaling=0.4)
-    assert found.shape == expected.shape and found.dtype == dtype
-    assert (found.float() - expected).norm() < {torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype] * expected.norm()
-
-
-def test_only_bfloat16_is_computed_by_blocks():
+def test_only_bf16_is_computed_by_blocks():
     module, inputs = layer(2, causal=True), tensors(2, LENGTH)
     expected, _ = sdpa_attention_forward(module, *inputs, None)
-    assert torch.equal(attention(module, *inputs, None)[0], expected)
+    assert torch.equal(blocked_attention(module, *inputs, None)[0], expected)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = attention(module, *inputs, None)
-    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.02 * expected.norm()
+        output, _ = blocked_attention(module, *inputs, None)
+    assert output.dtype == torch.bfloat16 and (output - expected).norm() < 0.02 * expected.norm()
 
 
-def test_added_mask_is_that_of_hidden_keys():
+def test_additive_mask_is_that_of_hidden_keys():
     module, inputs = layer(2, causal=False), tensors(2, LENGTH, torch.bfloat16)
-    mask = shown("packed", LENGTH)
-    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    assert torch.equal(attention(module, *inputs, added)[0], attention(module, *inputs, mask)[0])
+    mask = visible("packed", LENGTH)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    assert torch.equal(blocked_attention(module, *inputs, additive)[0], blocked_attention(module, *inputs, mask)[0])
 
 
 def test_row_without_keys_is_finite():
     module, inputs = layer(2, causal=False), tensors(2, LENGTH, torch.bfloat16)
-    mask = shown("padded", LENGTH)
+    mask = visible("padded", LENGTH)
     mask[0, :, :3] = False
-    assert torch.isfinite(attention(module, *inputs, mask)[0]).all()
+    assert torch.isfinite(blocked_attention(module, *inputs, mask)[0]).all()
 
 
-def test_mask_of_a_longer_cache():
-    module, inputs = layer(2, causal=False), tensors(2, 1, torch.bfloat16)
-    longer = torch.ones(3, 1, 1, LENGTH + 20, dtype=torch.bool)
-    assert torch.equal(attention(module, *inputs, longer)[0], attention(module, *inputs, None)[0])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_model_uses_blocks_only_where_the_cpu_has_bf16_instructions(monkeypatch, has_bf16):
+    """Elsewhere they take more than twice as long as torch's own attention."""
+    monkeypatch.setattr(attention, "bf16_is_faster", lambda device: has_bf16)
+    calls = []
+    monkeypatch.setattr(attention, "_Blocks", lambda *args: calls.append(args) or BLOCKS(*args))
+    model = tiny_llama().bfloat16()
+    ids = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        use_blocked_attention(model, CPU)
+        logits = model(ids).logits
+    assert bool(calls) == has_bf16 == (model.config._attn_implementation == NAME)
+    assert (logits - expected).norm() <= 0.05 * expected.norm()
 
 
-def test_transformers_own_attention_returns_after_the_block():
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(KeyboardInterrupt), own_attention():
-        with own_attention():
-            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
-        raise KeyboardInterrupt
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+BLOCKS = attention._Blocks
+
+
+def test_models_with_attention_of_their_own_keep_it(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "bf16_is_faster", lambda device: True)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=4))
+    before = bloom.config._attn_implementation
+    use_blocked_attention(bloom, CPU)
+    assert bloom.config._attn_implementation == before and not caplog.records
+    on_gpu = tiny_llama()
+    use_blocked_attention(on_gpu, torch.device("cuda"))
+    assert on_gpu.config._attn_implementation == "sdpa"

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import check_output, describe_machine
-from sparsity.metrics import read_figures
 from sparsity.files import read_json, require_file, save_json
+from sparsity.metrics import read_metrics
 from utils import Parser, run_cli
 
 GIB = 2**30
@@ -80,7 +80,7 @@ def sat_rows(folder: Path, step: str) -> list[Row]:
 
 def eval_rows(folder: Path, step: str) -> list[Row]:
     """Speed over all processes, and ROUGE-L in percent."""
-    found = read_figures(folder / "rouge.json", "figures")
+    found = read_metrics(folder / "rouge.json")
     return [
         Row("eval", "examples per second", found["examples_per_second"]),
         Row("eval", f"rougeL of {found['examples']} examples", found["rougeL"], "%"),

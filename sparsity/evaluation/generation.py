@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from sparsity.attention import own_attention
-from sparsity.kv_cache import give_room
+from sparsity.distributed import hide_bar
 from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
+from sparsity.kv_cache import preallocate
 from sparsity.models import cache_name
 from sparsity.placement import input_device
-from sparsity.distributed import hide_bar
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that beams can share a prompt of
 
 
 def length_sorted_batches(prompts: list[list[int]], batch_size: int) -> list[list[int]]:
@@ -76,7 +80,7 @@ def generate_batch(
         "attention_mask": torch.tensor(mask, device=device),
     }
     try:
-        with torch.inference_mode(), own_attention():
+        with torch.inference_mode():
             if longest > 1:
                 inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
             output = model.generate(**inputs, generation_config=config)
@@ -101,17 +105,19 @@ def shared_prefill(
     Returns:
         {"cache": cache of the first L - 1 tokens for batch * beams rows}, for `generate` to continue from, under the
         name that the installed transformers has for it ("past_key_values" in older releases); empty for a model that
-        takes no positions or has a cache that cannot be repeated (recurrent and hybrid ones).
+        takes no positions or keeps anything but keys and values (recurrent and hybrid ones).
     """
+    decoder = model.base_model  # without its head: the logits of a prompt are not needed
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return {}
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    try:
-        # The decoder without its head: the logits of a prompt are not needed.
-        output = model.base_model(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
-        name = cache_name(output)
-        return {name: give_room(output[name], input_ids.shape[1] + new_tokens, beams)}
-    except (AttributeError, KeyError, TypeError):
+    output = decoder(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
+    name = cache_name(output)
+    cache = output.get(name)
+    if not isinstance(cache, DynamicCache) or any(type(layer) not in REPEATABLE for layer in cache.layers):
         return {}
+    return {name: preallocate(cache, input_ids.shape[1] + new_tokens, beams)}
 
 
 def predict(
@@ -121,18 +127,18 @@ def predict(
     records: list[dict[str, str]],
     batches: list[list[int]],
     config: GenerationConfig,
-    share: tuple[int, int],
+    part: tuple[int, int],
     log: PredictionLog | None,
 ) -> dict[int, str]:
-    """Generate this process's share of the batches, logging each as it is done.
+    """Generate this process's part of the batches, logging each as it is done.
 
     Args:
-        share: (index, count): every count-th batch from the index-th on.
+        part: (index, count): every count-th batch from the index-th on.
     """
     from tqdm import tqdm
 
     predictions: dict[int, str] = {}
-    index, count = share
+    index, count = part
     mine = batches[index::count]
     total = sum(map(len, mine))
     with tqdm(total=total, desc="examples", disable=hide_bar()) as progress:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsity.distributed import is_main_process
 from sparsity.errors import UserError
 from sparsity.files import (
     append_jsonl,
@@ -23,7 +23,6 @@ from sparsity.files import (
     remove_leftovers,
     save_jsonl,
 )
-from sparsity.distributed import is_main_process
 from sparsity.text import PromptTemplate, valid_unicode
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ def settings_key(
     state = file_stamp(args.modelopt_restore_path) if args.modelopt_restore_path else None
     names = ("batch_size", "beam_size", "model_max_length", "max_new_tokens", "min_new_tokens", "dtype")
     settings = {name: getattr(args, name) for name in names}
-    if args.tensor_parallel:  # the sums of a matrix product then round differently
-        settings["tensor_parallel"] = os.environ["WORLD_SIZE"]
     versions = [torch.__version__, transformers.__version__]
     prompt = list(astuple(template))
     return run_key(
@@ -102,10 +99,8 @@ class PredictionLog:
         Args:
             examples: how many the run has; a line of any other is damaged.
         """
-        found = {}
-        for path in (self.path, *self._parts()):
-            found.update({line["index"]: line["prediction"] for line in _prediction_lines(path, self.key)})
-        return {index: text for index, text in found.items() if index < examples}
+        lines = [line for path in (self.path, *self._parts()) for line in _prediction_lines(path, self.key)]
+        return {line["index"]: line["prediction"] for line in lines if line["index"] < examples}
 
     def append(self, rank: int, lines: Iterable[dict[str, Any]]) -> None:
         """Add finished examples; they are on disk when this returns."""

@@ -5,33 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError
-from sparsity.metrics import INTERVALS, ROUGE_TYPES, read_figures
 from sparsity.inspection import MatrixReport, zero_totals
+from sparsity.metrics import INTERVALS, PERPLEXITIES, ROUGE_TYPES
 from sparsity.text import valid_unicode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-def load_figures(options: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Read LABEL=FILE options into (label, figures) pairs.
-
-    Raises:
-        UserError: an option of another form, or a file that eval.py or eval_ppl.py did not write.
-    """
-    figures = []
-    for option in options:
-        label, separator, path = option.partition("=")
-        if not separator or not label or not path:
-            raise UserError(f"--figures '{option}' is not of the form LABEL=FILE, e.g. sparse=ppl.json")
-        content = read_figures(path, "figures file")
-        if not isinstance(content, dict) or not ("perplexity" in content or set(ROUGE_TYPES) <= content.keys()):
-            raise UserError(
-                f"figures file {path} holds neither perplexity nor ROUGE; give one that eval.py or eval_ppl.py wrote"
-            )
-        figures.append((label, content))
-    return figures
 
 
 def write_model_card(
@@ -46,6 +25,7 @@ def write_model_card(
     """Write `folder`/README.md; only figures that were measured appear in it.
 
     Args:
+        figures: a label such as "dense" and the content of a result file; see `read_metrics`.
         quantization: the quantization_config of a quantized model.
     """
     elements, zeros = zero_totals(reports)
@@ -107,14 +87,18 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:
     if not figures:
         return "No figures were given when this model was exported.\n"
-    perplexities = [(label, content) for label, content in figures if "perplexity" in content]
-    rouges = [(label, content) for label, content in figures if set(ROUGE_TYPES) <= content.keys()]
+    perplexities = [
+        (f"{label}, {name}" if name else label, {**content, **result})
+        for label, content in figures
+        for name, result in content.get(PERPLEXITIES, {}).items()
+    ]
+    rouges = [(label, content) for label, content in figures if ROUGE_TYPES[0] in content]
     text = ""
     if perplexities:
         text += "| model | perplexity | dtype | protocol |\n|---|---|---|---|\n"
-        for label, content in perplexities:
-            protocol = str(content.get("protocol", "")).removeprefix("protocol: ")
-            text += f"| {label} | {content['perplexity']:.2f} | {content.get('dtype', '')} | {protocol} |\n"
+        for label, result in perplexities:
+            protocol = str(result.get("protocol", "")).removeprefix("protocol: ")
+            text += f"| {label} | {result['perplexity']:.2f} | {result.get('dtype', '')} | {protocol} |\n"
         text += "\n"
     if rouges:
         text += "| model | ROUGE-1 | ROUGE-2 | ROUGE-L | ROUGE-Lsum | examples |\n|---|---|---|---|---|---|\n"

@@ -13,34 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsity.errors import UserError, first_line
-from sparsity.export.formats import Format
-from sparsity.export.weights import folded, in_checkpoint_format
-from sparsity.files import read_json, safetensors_files
 from sparsity.distributed import warn
-from sparsity.sources import Source, draw_sequences, shares
+from sparsity.errors import UserError, first_line
+from sparsity.export.weights import in_checkpoint_format
+from sparsity.files import read_json, safetensors_files
 from sparsity.modelopt_state import sparse_masks
+from sparsity.sources import Source, draw_sequences, shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def check_device(chosen: Format, device: torch.device) -> None:
-    """Check that the device computes in the format.
-
-    Raises:
-        UserError: it does not, e.g. float8 on Apple's GPUs.
-    """
-    kind = torch.float8_e4m3fn if chosen.float8 else torch.int8
-    try:
-        torch.ones(1, device=device).to(kind).float()
-    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-        raise UserError(
-            f"torch {torch.__version__} cannot compute {str(kind).removeprefix('torch.')} on {device.type} "
-            f"({first_line(error)}); choose another --device or --quantization"
-        ) from error
 
 
 def calibration_batches(
@@ -61,14 +44,6 @@ def calibration_batches(
     return list(blocks.split(1))
 
 
-def fold_masks(model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None) -> PreTrainedModel:
-    """Give a dense `model` the weights of a sparse state, as plain tensors in which what is pruned is +0.0."""
-    own = model.state_dict()
-    for name in own:
-        own[name].copy_(folded(state, name, dtype))
-    return model
-
-
 @contextlib.contextmanager
 def _quiet_modelopt() -> Iterator[None]:
     """Keep modelopt's progress lines and its warnings about code of its own from the terminal."""
@@ -77,8 +52,11 @@ def _quiet_modelopt() -> Iterator[None]:
         yield
 
 
-def quantize(model: PreTrainedModel, chosen: Format, batches: list[Tensor], device: torch.device) -> PreTrainedModel:
-    """Insert modelopt's quantizers for the format, calibrated on `batches` of token ids, in place.
+def quantize(model: PreTrainedModel, settings: str, batches: list[Tensor], device: torch.device) -> PreTrainedModel:
+    """Insert modelopt's quantizers, calibrated on `batches` of token ids, in place.
+
+    Args:
+        settings: name of a configuration in modelopt.torch.quantization.
 
     Raises:
         UserError: modelopt cannot quantize this architecture.
@@ -86,16 +64,16 @@ def quantize(model: PreTrainedModel, chosen: Format, batches: list[Tensor], devi
     import modelopt.torch.quantization as mtq
     from tqdm import tqdm
 
-    def calibrate(prepared: nn.Module) -> None:
+    def calibrate(prepared: PreTrainedModel) -> None:
         # The decoder without its head, which stays in full precision: logits would take time and memory.
-        decoder = getattr(prepared, "base_model", prepared)
+        decoder = prepared.base_model
         for batch in tqdm(batches, desc="calibration", disable=None):
             decoder(input_ids=batch.to(device), use_cache=False)
 
     model.to(device)
     try:
         with _quiet_modelopt(), torch.inference_mode():
-            return mtq.quantize(model, getattr(mtq, chosen.modelopt), calibrate if batches else None)
+            return mtq.quantize(model, vars(mtq)[settings], calibrate if batches else None)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError) as error:
         name = type(model).__name__
         raise UserError(f"modelopt cannot quantize {name}: {first_line(error)}; leave out --quantization") from error

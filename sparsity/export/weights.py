@@ -9,7 +9,7 @@ import torch
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import save_json
-from sparsity.modelopt_state import mask_name
+from sparsity.modelopt_state import folded, mask_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,15 +25,12 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return names
 
 
-def folded(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype | None) -> torch.Tensor:
-    """Tensor `name` as the sparse model uses it: what its mask prunes is +0.0, floats are cast to `dtype`."""
-    tensor = state[name]
-    mask = state.get(mask_name(name))
-    if mask is not None:
-        tensor = tensor.masked_fill(~mask, 0)
+def exported(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    """Tensor `name` as it is written: its mask folded in, floats cast to `dtype`, and no -0.0 in a pruned matrix."""
+    tensor = folded(state, name)
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
-    if mask is not None:
+    if mask_name(name) in state:
         tensor = tensor + 0.0  # IEEE 754: -0.0 + 0.0 is +0.0, and nothing else changes
     return tensor.contiguous()
 
@@ -86,7 +83,7 @@ def write_weights(
         raise UserError(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB") from error
     weight_map: dict[str, str] = {}
     for file, members in tqdm(plan.filename_to_tensors.items(), desc="shards", disable=None):
-        shard = in_checkpoint_format(model, {name: folded(state, name, dtype) for name in members})
+        shard = in_checkpoint_format(model, {name: exported(state, name, dtype) for name in members})
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del shard

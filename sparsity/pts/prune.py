@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsity.attention import own_attention
+from sparsity.attention import use_blocked_attention
 from sparsity.devices import keep_freed_memory, peak_memory_mib, return_freed_memory, tf32
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers, head_counts
@@ -269,7 +269,6 @@ def collect_last(
     return collect_residual(states, layer, index, name, linear, observed.inputs_of_last, outputs_of_parent, parent)
 
 
-@own_attention()
 def prune_model(
     model: PreTrainedModel,
     batches: list[dict[str, Tensor]],
@@ -299,6 +298,7 @@ def prune_model(
     """
     if device.type == "cpu":
         keep_freed_memory()  # from batch to batch; it is returned after every layer
+    use_blocked_attention(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     prefix, layers = decoder_layers(model)

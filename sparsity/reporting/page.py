@@ -6,16 +6,12 @@ import base64
 import html
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsity.files import atomic_path
 from sparsity.reporting.plots import COLOURS, plot_layers, plot_loss, plot_scores
 from sparsity.reporting.results import Run, text_names
 from sparsity.text import valid_unicode
-
-if TYPE_CHECKING:
-    pass
-
 
 STYLE = """
 :root { color-scheme: light; }
@@ -80,9 +76,9 @@ def protocol_notes(runs: list[Run]) -> list[str]:
     """One sentence each on how perplexity and ROUGE were measured, as far as the result files say."""
     notes = []
     for text in text_names(runs):
-        found = next(run.perplexities[text] for run in runs if text in run.perplexities)
-        if "protocol" in found:
-            notes.append(f"Perplexity{f', {text}' if text else ''}, {found['protocol']}.")
+        result = next(run.perplexities[text] for run in runs if text in run.perplexities)
+        if "protocol" in result:
+            notes.append(f"Perplexity{f', {text}' if text else ''}, {result['protocol']}.")
     for run in runs:
         if run.rouge and "examples" in run.rouge:
             notes.append(f"ROUGE: mean F-measure in percent over {run.rouge['examples']} examples.")

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.metrics import INTERVALS, ROUGE_TYPES
 from sparsity.files import atomic_path, is_number
+from sparsity.metrics import INTERVALS, ROUGE_TYPES
 from sparsity.reporting.results import Run, text_names
 
 if TYPE_CHECKING:
@@ -106,16 +106,11 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
     for number, (kind, members) in enumerate(kinds.items()):
         members.sort(key=lambda member: member[0])
         depths = [depth for depth, _ in members]
-        style = {
-            "color": COLOURS[number % len(COLOURS)],
-            "marker": "o",
-            "markersize": 3,
-            "linewidth": 1.2,
-            "label": kind,
-        }
+        colour = COLOURS[number % len(COLOURS)]
+        style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2, "label": kind}
         # Magnitude pruning without calibration text measures no errors.
-        found = [layer["relative_error"] for _, layer in members]
-        errors = [math.nan if error is None else placed(error) for error in found]
+        errors = [layer["relative_error"] for _, layer in members]
+        errors = [math.nan if error is None else placed(error) for error in errors]
         left.plot(depths, errors, **style)
         right.plot(depths, [100 * layer["sparsity"] for _, layer in members], **style)
     left.set_title("Relative output error of each pruned matrix", fontsize=10.5)

@@ -1,4 +1,4 @@
-"""What the other scripts left of each run: figures, predictions, sparsity, logs; and the table of all runs."""
+"""Results of each run (metrics, predictions, sparsity, logs) and the table of all runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_figures
 from sparsity.files import is_number, is_whole_number, read_json
 from sparsity.inspection import inspect_path, zero_totals
+from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_metrics
 
-# What the fields of a line must be.
+# Types of the fields in a JSONL file.
 KINDS: dict[str, Callable[[Any], bool]] = {
     "index": is_whole_number,
     "prediction": lambda value: isinstance(value, str),
@@ -29,7 +29,7 @@ class Run:
     """One model's results; what its folder lacks stays None or empty.
 
     Attributes:
-        perplexities: figures by the name of the text; "" for the one of ppl.json, which has none.
+        perplexities: results by the name of the text; "" for a text without a name.
     """
 
     name: str
@@ -51,15 +51,6 @@ class Sparsity:
     valid: int
 
 
-def read_fields(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A file of figures that has numbers under `keys`; ROUGE is in percent."""
-    value = read_figures(path, what)
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise UserError(f"{what} {path} has no number '{key}'; is it the --output_json of our evaluation scripts?")
-    return value
-
-
 def read_lines(path: str | Path, what: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """The objects of a JSONL file that have all of `keys`, names in `KINDS`.
 
@@ -78,18 +69,6 @@ def read_lines(path: str | Path, what: str, keys: tuple[str, ...]) -> list[dict[
     return rows
 
 
-def split_pairs(pairs: list[str], flag: str) -> dict[str, Path]:
-    named = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not separator or not name or not path:
-            raise UserError(f"{flag} takes NAME=PATH, found '{pair}'")
-        if name in named:
-            raise UserError(f"{flag} names '{name}' twice; every run needs a name of its own")
-        named[name] = Path(path)
-    return named
-
-
 def read_run(name: str, folder: Path) -> Run:
     """Load what a run's folder contains.
 
@@ -97,18 +76,15 @@ def read_run(name: str, folder: Path) -> Run:
         UserError: nothing there, or files that are not what their names say.
     """
     run = Run(name, folder)
-    for path in sorted(folder.glob("ppl*.json")):
-        text = path.stem.removeprefix("ppl").removeprefix("_")
-        run.perplexities[text] = read_fields(path, "perplexity result", ("perplexity",))
+    if (folder / "perplexity.json").is_file():
+        run.perplexities = read_metrics(folder / "perplexity.json").get(PERPLEXITIES, {})
     if (folder / "rouge.json").is_file():
-        run.rouge = read_fields(folder / "rouge.json", "ROUGE result", ROUGE_TYPES)
-        run.perplexities |= run.rouge.get(PERPLEXITIES, {})  # which eval.py measured beside it, by the name of the text
+        run.rouge = read_metrics(folder / "rouge.json")
     if (folder / "predictions.jsonl").is_file():
-        keys = ("index", "prediction", "reference")
-        lines = read_lines(folder / "predictions.jsonl", "predictions", keys)
+        lines = read_lines(folder / "predictions.jsonl", "predictions", ("index", "prediction", "reference"))
         run.predictions = {line["index"]: line for line in lines}
     if not run.perplexities and run.rouge is None and not run.predictions:
-        raise UserError(f"run folder {folder} has none of ppl.json, rouge.json and predictions.jsonl")
+        raise UserError(f"run folder {folder} has none of perplexity.json, rouge.json and predictions.jsonl")
     return run
 
 
@@ -139,14 +115,14 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
     rows = [["model", *perplexities, "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
     for run in runs:
         rouge = [f"{run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
-        found = run.sparsity
+        sparsity = run.sparsity
         rows.append(
             [
                 run.name,
                 *(f"{run.perplexities[text]['perplexity']:.2f}" if text in run.perplexities else "-" for text in texts),
                 *rouge,
-                f"{100 * found.zeros / found.weights:.2f}%" if found else "-",
-                f"{found.valid} of {found.matrices}" if found else "-",
+                f"{100 * sparsity.zeros / sparsity.weights:.2f}%" if sparsity else "-",
+                f"{sparsity.valid} of {sparsity.matrices}" if sparsity else "-",
             ]
         )
     return rows

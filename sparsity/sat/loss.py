@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsity.attention import own_attention
 from sparsity.errors import UserError
 from sparsity.sat.data import IGNORE, Collator
 
@@ -123,7 +122,7 @@ def check_packing(
         row = {"input_ids": [first, ids[2]], "labels": [nothing] * 2, "record": [0, 1], "plain": [False] * 2}
         return model(**model_inputs(model, collate([row]))).logits[0, 8:16].float()
 
-    with torch.no_grad(), own_attention(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         try:
             one, other = behind(ids[0]), behind(ids[1])
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from sparsity.attention import own_attention
+from sparsity.attention import use_blocked_attention
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
 from sparsity.distributed import any_process, report_on_main, sum_over_processes
@@ -97,7 +97,6 @@ class SparseTrainer(Trainer):
     def _train_batch_size(self, value: int) -> None:
         """Nothing: transformers 4 would set the batch of a run that is resumed on another number of processes."""
 
-    @own_attention()
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             saved_values.check_progress(Path(resume_from_checkpoint))
@@ -305,6 +304,8 @@ def build_trainer(
     """Assemble the Trainer for a model on the CPU; under FSDP it is wrapped and filled only once training starts."""
     train, evaluation = data
     training, distillation = args.training, args.distillation
+    for model in filter(None, (student.model, teacher)):
+        use_blocked_attention(model, training.device)
     layer = type(decoder_layers(student.model)[1][0]).__name__
     if training.sharded:
         configure_fsdp(training.fsdp_version, layer, training.cpu_offload, training.recompute)

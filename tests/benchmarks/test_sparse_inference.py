@@ -6,7 +6,6 @@ import json
 import sys
 
 import pytest
-import torch
 from conftest import run_script
 
 from benchmarks import sparse_inference
@@ -18,11 +17,6 @@ def test_explains_itself_without_a_gpu(tmp_path):
     assert result.returncode == 0
     assert "no CUDA GPU" in result.stdout and result.stderr == ""
     assert not (tmp_path / "out.json").exists()
-
-
-def test_magnitude_pruning_keeps_the_two_largest_of_four():
-    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.5, 0.1, -0.2, 0.4]])
-    assert sparse_inference.prune_by_magnitude(weight).tolist() == [[0, -4, 3, 0, 0.5, 0, 0, pytest.approx(0.4)]]
 
 
 def test_all_phases_run_and_a_wrong_kernel_is_caught(model_dir, tmp_path, monkeypatch, capsys):

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from sparsity.errors import UserError
 from sparsity.export import quantize
 from sparsity.export.companions import write_companions
-from sparsity.export.formats import FORMATS
+from sparsity.export.formats import CALIBRATED, FORMATS
+from sparsity.modelopt_state import load_for_inference, load_state, load_weights, sparse_masks
 from sparsity.models import load_config, load_model
 from sparsity.sources import parse_sources
-from sparsity.modelopt_state import load_for_inference, load_state, sparse_masks
 
 ALGORITHMS = {
     "int8": "W8A8_SQ_PER_CHANNEL",
@@ -45,7 +45,7 @@ def export(tmp_path_factory, model_dir, state_path, calibration):
         if not target.exists():
             command = ["export_hf.py", "--model_dir", model_dir, "--modelopt_restore_path", state_path]
             command += ["--output_dir", target, "--quantization", name, "--dtype", "fp32"]
-            if FORMATS[name].calibrated:
+            if name in CALIBRATED:
                 command += ["--calib_data", calibration, "--calib_size", 4, "--model_max_length", 32]
             result = run_inline(*command)
             assert result.returncode == 0, result.stderr
@@ -97,14 +97,13 @@ def test_the_folder_computes_nearly_what_the_sparse_model_does(export, model_dir
 def test_the_folder_computes_what_modelopt_simulates(
     export, model_dir, state_path, calibration, tokenizer, name, rounding
 ):
-    chosen, batches = FORMATS[name], []
-    if chosen.calibrated:
+    batches = []
+    if name in CALIBRATED:
         batches = quantize.calibration_batches(tokenizer, parse_sources(str(calibration)), 4, 32, seed=0)
-    state = load_state(state_path)["model_state_dict"]
-    model = quantize.fold_masks(load_model(str(model_dir)), state, None)
-    expected = logits(quantize.quantize(model, chosen, batches, torch.device("cpu")))
-    found = logits(load_for_inference(str(export(name)), None, None))
-    torch.testing.assert_close(found, expected, atol=rounding, rtol=0)
+    model = load_for_inference(str(model_dir), None, state_path)
+    expected = logits(quantize.quantize(model, FORMATS[name], batches, torch.device("cpu")))
+    ours = logits(load_for_inference(str(export(name)), None, None))
+    torch.testing.assert_close(ours, expected, atol=rounding, rtol=0)
 
 
 def test_scripts_evaluate_the_folder_and_refuse_to_prune_it(export, calibration, tmp_path):
@@ -157,7 +156,8 @@ def test_model_families(tmp_path, architecture):
     AutoModelForCausalLM.from_config(small_config(architecture)).save_pretrained(tmp_path / "dense")
     dense = str(tmp_path / "dense")
     state = mts.sparsify(load_model(dense), "sparse_magnitude").state_dict()
-    model = quantize.fold_masks(load_model(dense), state, None)
+    model = load_model(dense)
+    load_weights(model, state, "state.pth")
     expected = logits(model)
     model = quantize.quantize(model, FORMATS["int8_sq"], list(IDS.split(1)), torch.device("cpu"))
     (tmp_path / "out").mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsity.export.weights import folded
+from sparsity.export.weights import exported
 
 
 def test_negative_zeros_become_positive():
@@ -12,6 +12,6 @@ def test_negative_zeros_become_positive():
         "a.weight": torch.tensor([[-1.0, 2.0, -0.0, -1e-30]]),
         "a._weight_mask": torch.tensor([[False, True, False, True]]),
     }
-    tensor = folded(state, "a.weight", torch.float16)
+    tensor = exported(state, "a.weight", torch.float16)
     assert tensor.dtype == torch.float16 and tensor.tolist() == [[0.0, 2.0, 0.0, 0.0]]
     assert not torch.signbit(tensor).any()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 from fuzzing import REFUSED, attempt, fuzz
@@ -11,13 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsity.errors import UserError
-from sparsity.evaluation.perplexity import choose_texts, named_tasks
-from sparsity.export.model_card import load_figures
+from sparsity.evaluation.perplexity import choose_texts
 from sparsity.files import require_file
-from sparsity.placement import parse_max_memory
 from sparsity.pts.pattern import Pattern
-from sparsity.reporting.results import split_pairs
 from sparsity.sources import SELF, check_source, content_key, is_streamed, parse_sources, shares
+from utils import parse_named
 
 names = st.sampled_from(["a.jsonl", "self", "c4", "owner/name:en:train", "x=y.txt", "", "a b", "²", "a\nb", ":c"])
 numbers = st.sampled_from(
@@ -45,7 +42,7 @@ def test_sources(text):
         named = attempt(lambda source=source: check_source(source), source.spec if source.spec.isprintable() else "")
         if named is not REFUSED:
             assert isinstance(is_streamed(source), bool) and len(content_key(source)) == 64
-    assert attempt(lambda: choose_texts(text, "config", "test", "text"), "source")
+    assert attempt(lambda: choose_texts([text], "config", "test", "text"), "")
 
 
 @fuzz
@@ -59,33 +56,6 @@ def test_sources_come_back_as_they_were_written(specs, data):
     counts = attempt(lambda: shares(found, size), "source")
     assert counts is REFUSED or sum(counts) == size
     assert counts is not REFUSED or size * min(weights) < 2 * sum(weights)
-
-
-@fuzz
-@given(
-    st.one_of(
-        joined(
-            st.builds(
-                "{}={}{}".format,
-                st.sampled_from(["0", "cpu", "²", "-1", "", "gpu", "٢", "9" * 5000]),
-                numbers,
-                st.sampled_from(["GiB", "GB", "MiB", "Kb", "", "TB"]),
-            )
-        ),
-        printable,
-    )
-)
-@example("0=20GiB,cpu=64GiB")
-@example("0=infGiB")
-@example("²=20GiB")
-def test_max_memory(text):
-    from accelerate.utils import convert_file_size_to_int
-
-    found = attempt(lambda: parse_max_memory(text), "--max_memory")
-    if found is not REFUSED:
-        assert all(device == "cpu" or (isinstance(device, int) and device >= 0) for device in found)
-        assert all(convert_file_size_to_int(size) >= 0 for size in found.values())
-        assert len(found) == len(text.split(","))
 
 
 @fuzz
@@ -115,14 +85,9 @@ pairs = st.lists(st.one_of(st.builds("{}={}".format, names, names), printable), 
 @fuzz
 @given(pairs)
 def test_pairs_of_names_and_paths(given_pairs):
-    found = attempt(lambda: split_pairs(given_pairs, "--run"), "--run")
-    if found is not REFUSED:
-        assert [f"{name}={path}" for name, path in found.items()] == [
-            f"{name}={Path(path)}" for name, _, path in (pair.partition("=") for pair in given_pairs)
-        ]
-    attempt(lambda: load_figures(given_pairs), "")
-    texts = [pair for pair in given_pairs if not pair.partition("=")[2].isprintable() or "=" not in pair]
-    attempt(lambda: named_tasks(None, texts, 8, 1), "")
+    named = attempt(lambda: parse_named("--run", given_pairs), "--run")
+    if named is not REFUSED:
+        assert [f"{name}={path}" for name, path in named.items()] == given_pairs
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "nul\0", "a\nb"])

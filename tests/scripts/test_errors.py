@@ -119,7 +119,9 @@ ROWS = [
     ("hf_pts.py", "empty text", "--calib_data {empty_json}", ["holds no text"]),
     ("hf_pts.py", "tensor parallel serving", "--inference_tensor_parallel 2", ["--inference_tensor_parallel"]),
     ("eval_ppl.py", "text shorter than a window", "--text {short}", ["tokens"]),
-    ("eval_ppl.py", "several texts without a number of windows", "--text {texts},{short}", ["--max_blocks"]),
+    ("eval_ppl.py", "several texts without names", "--text {texts} {short}", ["NAME=SOURCE", "{texts}"]),
+    ("eval_ppl.py", "name given twice", "--text a={texts} a={short}", ["NAME=SOURCE", "a={short}"]),
+    ("eval_ppl.py", "window of one token", "--context 1", ["--context", "1"]),
     ("eval_ppl.py", "no such column", "--text {set} --text_column body", ["no column 'body'", "text"]),
     ("eval_ppl.py", "no such text", "--text {absent}", ["not found", "{absent}"]),
     ("eval.py", "no such template", "--prompt_template {absent}", ["prompt template not found"]),
@@ -127,16 +129,6 @@ ROWS = [
     ("eval.py", "template without a place", "--prompt_template {placeless}", ["no {{instruction}}"]),
     ("eval.py", "no chat template", "--chat_template", ["no usable chat template"]),
     ("eval.py", "two templates", "--chat_template --prompt_template {placeless}", ["exclude each other"]),
-    ("eval.py", "text without a name", "--perplexity_data {texts}", ["NAME=SOURCE", "{texts}"]),
-    ("eval.py", "name given twice", "--perplexity_data a={texts} a={texts}", ["names 'a' twice"]),
-    ("eval.py", "no such text", "--perplexity_data a={absent}", ["not found", "{absent}"]),
-    (
-        "eval.py",
-        "text shorter than a block",
-        "--perplexity_data a={short} --perplexity_context 64",
-        ["less than", "64"],
-    ),
-    ("eval.py", "block of one token", "--perplexity_context 1", ["--perplexity_context", "1"]),
     ("eval.py", "no such data", "--data_path {absent}", ["not found", "{absent}"]),
     ("eval.py", "broken JSON", "--data_path {broken}", ["{broken}", "not valid JSON"]),
     ("eval.py", "empty data", "--data_path {empty_json}", ["no records"]),
@@ -178,7 +170,7 @@ ROWS = [
     ("export_hf.py", "text without use", "--calib_data {texts}", ["--calib_data has no use"]),
     ("export_hf.py", "no float8", "--quantization fp8_pc_pt --device mps", ["float8_e4m3fn on mps", "--device"]),
     ("export_hf.py", "CUDA absent", "--quantization fp8_pc_pt --device cuda", ["no CUDA GPU"]),
-    ("verify_sparsity.py", "no such file", "{absent}", ["nothing found", "{absent}"]),
+    ("verify_sparsity.py", "no such file", "{absent}", ["does not exist", "{absent}"]),
     ("verify_sparsity.py", "cut state", "{cut}", ["{cut}"]),
     ("data_prep.py", "no such source", "--source {absent}", ["source not found", "{absent}"]),
     ("data_prep.py", "unknown type", "--source {file}", ["unknown type"]),
@@ -193,7 +185,7 @@ ROWS = [
     ("data_prep.py", "one record only", "--source {one}", ["training set is empty"]),
     ("data_prep.py", "evaluation files for the hub", "--source hub --eval_source {table}", ["--eval_source"]),
     ("data_prep.py", "hub out of reach", "--source hub", ["cnn_dailymail", "--source"]),
-    ("report.py", "no such run", "--run x={absent}", ["none of ppl.json"]),
+    ("report.py", "no such run", "--run x={absent}", ["none of perplexity.json"]),
     ("report.py", "no such layer log", "--pts_layers {absent}", ["not found"]),
     ("report.py", "cut state", "--state dense={cut}", ["not a readable modelopt state"]),
 ]
@@ -229,7 +221,7 @@ def world(tmp_path_factory, model_dir, state_path, data_dir, tokenizer):
     other["model_state_dict"].pop("model.layers.1.mlp.up_proj.weight")
     torch.save(other, root / "other.pth")
     tiny_llama(vocab_size=400).config.save_pretrained(root / "results")
-    file("results/ppl.json", {"perplexity": 3.0})
+    file("results/perplexity.json", {"perplexity": 3.0})
     (root / "set").mkdir()
     for split in ("train", "test"):
         file(f"set/{split}.jsonl", {"text": " ".join(TEXTS)})

@@ -96,34 +96,6 @@ def test_two_processes_give_the_same_predictions_and_scores(one_process, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl", "rouge.json"]
 
 
-def test_perplexity_of_named_texts_is_that_of_eval_ppl(one_process, model_dir, state_path, data_path, tmp_path):
-    """Also by two processes, of which each measures a part of the windows."""
-    *_, command = one_process
-    sources = {}
-    for name, texts in (("news", TEXTS), ("short", TEXTS[:3])):
-        sources[name] = tmp_path / f"{name}.txt"
-        sources[name].write_text(" ".join(texts))
-    common = ["--model_dir", model_dir, "--modelopt_restore_path", state_path]
-    own = {}
-    for name, source in sources.items():
-        protocol = ["--context", "16", "--max_blocks", "7", "--output_json", tmp_path / "ppl.json"]
-        run_script("eval_ppl.py", *common, "--text", source, *protocol, check=True)
-        own[name] = json.loads((tmp_path / "ppl.json").read_text())
-    command = [*command, "--limit", "2", "--output_json", tmp_path / "rouge.json"]
-    command += ["--perplexity_context", "16", "--perplexity_blocks", "7", "--perplexity_data"]
-    command += [f"{name}={source}" for name, source in sources.items()]
-    for run in (run_script, run_two_processes):
-        result = run(*command)
-        assert result.returncode == 0, result.stderr
-        found = json.loads((tmp_path / "rouge.json").read_text())["perplexities"]
-        assert list(found) == list(own)
-        for name, figures in found.items():
-            assert figures["perplexity"] == pytest.approx(own[name]["perplexity"], rel=1e-6)
-            assert (figures["tokens"], figures["protocol"]) == (own[name]["tokens"], own[name]["protocol"])
-            assert result.stdout.count(f"perplexity ({name}): {figures['perplexity']:.4f}") == 1
-        assert result.stdout.rstrip().splitlines()[-1].startswith("ROUGE scores: ")
-
-
 def test_two_processes_report_an_error_once_and_stop(model_dir, tmp_path):
     result = run_two_processes("eval.py", "--model_dir", model_dir, "--data_path", tmp_path / "absent.json")
     assert result.returncode != 0

@@ -75,6 +75,24 @@ def test_sparse_state_changes_the_figure_and_a_data_set_equals_a_file(
     assert_clear_error(wrong, "no column 'article'", "text")
 
 
+def test_several_texts_give_the_figures_of_each_alone(model_dir, text_path, tmp_path):
+    other = tmp_path / "other=text.txt"  # a path that exists is no NAME=SOURCE
+    other.write_text(" ".join(TEXTS[:2]))
+    command = ["eval_ppl.py", "--model_dir", model_dir, "--context", "16", "--max_blocks", "5"]
+    alone = {}
+    for name, path in (("news", text_path), ("more", other)):
+        run_inline(*command, "--text", path, "--output_json", tmp_path / "one.json")
+        alone[name] = json.loads((tmp_path / "one.json").read_text())
+    result = run_inline(
+        *command, "--text", f"news={text_path}", f"more={other}", "--output_json", tmp_path / "both.json"
+    )
+    both = json.loads((tmp_path / "both.json").read_text())["perplexities"]
+    assert list(both) == ["news", "more"]
+    for name, single in alone.items():
+        assert both[name]["perplexity"] == single["perplexity"] and both[name]["protocol"] == single["protocol"]
+        assert f"perplexity ({name}): {single['perplexity']:.4f}" in result.stdout
+
+
 def test_clear_errors(model_dir, text_path, tmp_path):
     command = ["eval_ppl.py", "--model_dir", model_dir]
     assert_clear_error(run_inline(*command, "--text", text_path, "--context", "900"), "less than a window of 900")

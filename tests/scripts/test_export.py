@@ -30,12 +30,13 @@ def restored(model_dir, state_path):
 def exported(tmp_path_factory, model_dir, state_path):
     """An export in several shards, made by a process of its own: (folder, CompletedProcess)."""
     folder = tmp_path_factory.mktemp("export")
-    (folder / "ppl.json").write_text(json.dumps({"perplexity": 12.345, "dtype": "float32", "protocol": "protocol: x"}))
-    rouge = {"rouge1": 0.4321, "rouge2": 0.2, "rougeL": 0.3, "rougeLsum": 0.35, "examples": 7}
+    perplexity_json = {"perplexity": 12.345, "dtype": "float32", "protocol": "protocol: x"}
+    (folder / "perplexity.json").write_text(json.dumps(perplexity_json))
+    rouge = {"rouge1": 43.21, "rouge2": 20.0, "rougeL": 30.0, "rougeLsum": 35.0, "examples": 7}
     (folder / "rouge.json").write_text(json.dumps(rouge))
     command = ["export_hf.py", "--model_dir", model_dir, "--modelopt_restore_path", state_path]
     command += ["--output_dir", folder / "sparse model", "--max_shard_size", "50KB"]
-    figures = ["--figures", f"sparse={folder / 'ppl.json'}", "--figures", f"sparse={folder / 'rouge.json'}"]
+    figures = ["--figures", f"sparse={folder / 'perplexity.json'}", "--figures", f"sparse={folder / 'rouge.json'}"]
     return folder / "sparse model", run_script(*command, *figures, check=True)
 
 
@@ -175,7 +176,7 @@ def test_clear_errors(model_dir, state_path, tokenizer, tmp_path):
     (tmp_path / "figures.json").write_text("{}")
     figures = ["--modelopt_restore_path", state_path, "--figures"]
     assert_clear_error(
-        run_inline(*command, model_dir, *figures, f"x={tmp_path / 'figures.json'}"), "neither perplexity"
+        run_inline(*command, model_dir, *figures, f"x={tmp_path / 'figures.json'}"), "no ROUGE or perplexity"
     )
-    assert_clear_error(run_inline(*command, model_dir, *figures, "figures.json"), "LABEL=FILE")
+    assert_clear_error(run_inline(*command, model_dir, *figures, "figures.json"), "NAME=VALUE")
     assert not (tmp_path / "out").exists()

@@ -50,7 +50,8 @@ def files(tmp_path_factory, model_dir, state_path, data_dir):
     rows = [{"article": f"{text} {i}", "summary": text[:20]} for i, text in enumerate(TEXTS)]
     (root / "table.json").write_text(json.dumps(rows))
     (root / "results").mkdir()
-    (root / "results" / "ppl.json").write_text(json.dumps({"perplexity": 18.2, "protocol": "protocol: 8 windows"}))
+    perplexity_json = {"perplexity": 18.2, "protocol": "protocol: 8 windows"}
+    (root / "results" / "perplexity.json").write_text(json.dumps(perplexity_json))
     (root / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 3 / n}) + "\n" for n in (1, 2)))
     return {
         "results": root / "results",

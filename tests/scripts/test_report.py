@@ -15,10 +15,11 @@ from sparsity.errors import UserError
 @pytest.fixture
 def results(tmp_path):
     """Folders of two runs as the evaluation scripts leave them, a layer log and a training log."""
-    for name, perplexity, rouge in (("dense", 18.234, 0.25), ("PTS", 47.9, 0.125)):
+    for name, perplexity, rouge in (("dense", 18.234, 25.0), ("PTS", 47.9, 12.5)):
         folder = tmp_path / "eval" / name
         folder.mkdir(parents=True)
-        (folder / "ppl.json").write_text(json.dumps({"perplexity": perplexity, "protocol": "protocol: 8 windows"}))
+        perplexity_json = {"perplexity": perplexity, "protocol": "protocol: 8 windows"}
+        (folder / "perplexity.json").write_text(json.dumps(perplexity_json))
         scores = {"rouge1": rouge, "rouge2": rouge / 2, "rougeL": rouge / 4, "rougeLsum": rouge / 5}
         intervals = {key: [value * 0.9, value * 1.1] for key, value in scores.items()}
         (folder / "rouge.json").write_text(json.dumps({**scores, "confidence_intervals_95": intervals, "examples": 3}))
@@ -92,15 +93,15 @@ def break_file(name, text):
 @pytest.mark.parametrize(
     ("damage", "arguments", "message"),
     [
-        (break_file("eval/dense/ppl.json", '{"perplexity": "low"}'), (), "has no number 'perplexity'"),
-        (break_file("eval/dense/ppl.json", "{"), (), "is not valid JSON"),
-        (break_file("eval/dense/rouge.json", "[]"), (), "has no number 'rouge1'"),
+        (break_file("eval/dense/perplexity.json", '{"perplexity": "low"}'), (), "has no ROUGE or perplexity"),
+        (break_file("eval/dense/perplexity.json", "{"), (), "is not valid JSON"),
+        (break_file("eval/dense/rouge.json", "[]"), (), "has no ROUGE or perplexity"),
         (break_file("eval/dense/predictions.jsonl", ""), (), "has no line with the fields index"),
-        (None, ("--run", "x=/nowhere/at all"), "has none of ppl.json"),
-        (None, ("--run", "x"), "takes NAME=PATH"),
-        (None, ("--run", "PTS=elsewhere"), "names 'PTS' twice"),
+        (None, ("--run", "x=/nowhere/at all"), "has none of perplexity.json"),
+        (None, ("--run", "x"), "takes NAME=VALUE"),
+        (None, ("--run", "PTS=elsewhere"), "got the name 'PTS' twice"),
         (None, ("--state", "SAT=a.pth"), "which is no --run"),
-        (None, ("--state", "PTS=/nowhere.pth"), "nothing found at /nowhere.pth"),
+        (None, ("--state", "PTS=/nowhere.pth"), "/nowhere.pth does not exist"),
         (None, ("--pts_layers", "/nowhere.jsonl"), "layer log not found"),
         (break_file("log.jsonl", '{"loss": 1}'), ("--train_log", "log.jsonl"), "no line with the fields step"),
     ],

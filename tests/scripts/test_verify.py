@@ -61,7 +61,7 @@ def test_state(state_path, tmp_path):
 
 
 def test_clear_errors(folder, tmp_path):
-    assert_clear_error(run_inline("verify_sparsity.py", tmp_path / "absent"), "nothing found", "absent")
+    assert_clear_error(run_inline("verify_sparsity.py", tmp_path / "absent"), "does not exist", "absent")
     shard = folder / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) - 100])
