@@ -42,7 +42,6 @@ from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
-from sparsity.generated_text import self_text
 from sparsity.models import load_model, load_tokenizer
 from sparsity.pts.calibration_set import load_calibration
 from sparsity.pts.recipe import QUALITY
