@@ -94,7 +94,7 @@ def generate_text(
             tokens = write_batch(model, rows, length, generator, len(tokenizer), prompt, bar)
             with atomic_path(prepare_output_dir(folders[number]) / TOKENS) as temporary:
                 save_file({"input_ids": tokens}, temporary)
-            seal(folders[number], TOKENS)
+            seal(folders[number])
         bar.close()
     except torch.OutOfMemoryError as error:
         raise UserError(f"'{model_name}' and its cache do not fit on {device}; give text files, not 'self'") from error

@@ -9,8 +9,8 @@ from typing import Any
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import read_json, read_jsonl
-from sparsity.sources import pick_column, stream_rows
-from sparsity.text import DEFAULT_INSTRUCTION
+from sparsity.sources import stream_rows
+from sparsity.text import DEFAULT_INSTRUCTION, pick_column
 
 Triple = tuple[str, str, str]
 

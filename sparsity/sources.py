@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import file_digest, is_file, path_exists
-from sparsity.text import TEXT_FIELDS, read_texts, sample_blocks, valid_unicode
+from sparsity.text import TEXT_FIELDS, pick_column, read_texts, sample_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -221,28 +221,6 @@ def draw_sequences(
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
-
-
-def pick_column(row: dict[str, Any], chosen: str | None, known: Sequence[str], where: str, hint: str = "") -> str:
-    """The text in column `chosen` of a row, or in the first of `known` that the row has; "" for a missing value.
-
-    Args:
-        where: names the row in messages.
-        hint: what to do about a wrong column; ends the message.
-
-    Raises:
-        UserError: no such column, or its value is not text.
-    """
-    name = chosen or next((column for column in known if column in row), None)
-    if name not in row:
-        missing = f"'{chosen}'" if chosen else " or ".join(known)
-        raise UserError(f"{where} has no column {missing}; its columns are {', '.join(map(str, row))}{hint}")
-    value = row[name]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: column '{name}' holds a {type(value).__name__}, not text{hint}")
-    return valid_unicode(value)
 
 
 def stream_rows(path: Path) -> Any:

@@ -1,8 +1,9 @@
-"""Text on its way to a model: reading records and documents, the prompt, blocks of tokens."""
+"""Text for a model: records and documents from files, blocks of tokens, and the prompt around an article."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What stands before and after a record's article; training and evaluation must see the very same text.
+    """The text around a record's article, the same in training and evaluation.
 
     Attributes:
         head: the text before the article, with {instruction} where the record's instruction goes.
@@ -30,30 +31,50 @@ class PromptTemplate:
     special_tokens: bool = True
 
     def prompt(self, instruction: str, article: str) -> str:
-        """The whole prompt of a record."""
         return self.head.replace(INSTRUCTION, instruction) + article + self.tail
 
 
 INSTRUCTION = "{instruction}"  # its place in a template
-
-
 # Headed sections in the manner of Alpaca.
 DEFAULT_TEMPLATE = PromptTemplate(
     "The task below comes with a text to work on. Write an answer that carries out the task.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n",
     "\n\n### Response:\n",
 )
-
-
 DEFAULT_INSTRUCTION = "Summarize the following article."
+TEXT_FIELDS = ("text", "input", "article", "document", "content")  # columns of plain text, in order of preference
+RUN_RECORD = "run.json"  # the record that finetune.py writes beside its result
+PROMPT_FIELD = "prompt"  # the template in it
 
 
-TEXT_FIELDS = ("text", "input", "article", "document", "content")  # of a JSON item or a data set's row, first found
+# ------------------------------------------------------------------------------------------------------------- files
 
 
 def valid_unicode(text: str) -> str:
     """`text` with "?" for half surrogate pairs, which broken scrapers leave in JSON and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def pick_column(row: dict[str, Any], chosen: str | None, known: Sequence[str], where: str, hint: str = "") -> str:
+    """The text in column `chosen` of a row, or in the first of `known` that the row has; "" for a missing value.
+
+    Args:
+        where: names the row in messages.
+        hint: what to do about a wrong column; ends the message.
+
+    Raises:
+        UserError: no such column, or its value is not text.
+    """
+    name = chosen or next((column for column in known if column in row), None)
+    if name not in row:
+        missing = f"'{chosen}'" if chosen else " or ".join(known)
+        raise UserError(f"{where} has no column {missing}; its columns are {', '.join(map(str, row))}{hint}")
+    value = row[name]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: column '{name}' holds a {type(value).__name__}, not text{hint}")
+    return valid_unicode(value)
 
 
 def read_records(path: str | Path) -> list[dict[str, str]]:
@@ -64,7 +85,7 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
     """
     records = read_json(path, "data file")
     if not isinstance(records, list):
-        raise UserError(f"data file {path} must hold a list of records, found {type(records).__name__}")
+        raise UserError(f"data file {path} must hold a list of records, got {type(records).__name__}")
     if not records:
         raise UserError(f"data file {path} has no records; make it with data_prep.py")
     for number, record in enumerate(records):
@@ -80,34 +101,39 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Read plain documents: .txt (documents parted by blank lines stay one text), .json or .jsonl.
+    """Read plain documents: .txt, which is one document, .json or .jsonl.
 
     JSON items are strings, or objects with one of TEXT_FIELDS.
+
+    Raises:
+        UserError: missing, malformed or empty file, or an item without text.
     """
     path = require_file(path, "text file")
-    if path.suffix.lower() not in (".json", ".jsonl"):
+    if path.suffix.lower() in (".json", ".jsonl"):
+        items = read_json(path, "text file")
+        if not isinstance(items, list):
+            raise UserError(f"text file {path} must hold a list, got {type(items).__name__}")
+        texts = [_text_of(item, f"text file {path}: item {number}") for number, item in enumerate(items)]
+    else:
         try:
             texts = [path.read_text(encoding="utf-8-sig")]
         except UnicodeDecodeError as error:
             raise UserError(f"text file {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    else:
-        items = read_json(path, "text file")
-        if not isinstance(items, list):
-            raise UserError(f"text file {path} must hold a list, found {type(items).__name__}")
-        texts = [_text_of(item, number, path) for number, item in enumerate(items)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"text file {path} holds no text")
     return texts
 
 
-def _text_of(item: Any, number: int, path: Path) -> str:
+def _text_of(item: Any, where: str) -> str:
     if isinstance(item, str):
         return valid_unicode(item)
-    for key in TEXT_FIELDS:
-        if isinstance(item, dict) and isinstance(item.get(key), str):
-            return valid_unicode(item[key])
-    raise UserError(f"text file {path}: item {number} has no field {', '.join(TEXT_FIELDS)}")
+    if not isinstance(item, dict):
+        raise UserError(f"{where} is a {type(item).__name__}, not text or an object with named fields")
+    return pick_column(item, None, TEXT_FIELDS, where)
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
 
 
 def token_blocks(
@@ -225,34 +251,32 @@ def choose_template(path: str | Path | None, chat: bool, tokenizer: PreTrainedTo
         UserError: both are given, or the chosen one cannot be used.
     """
     if path and chat:
-        raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
+        raise UserError("--prompt_template cannot be combined with --chat_template; give one of them")
     if chat:
         return chat_template(tokenizer)
     return read_template(path) if path else DEFAULT_TEMPLATE
 
 
-RUN_RECORD = "run.json"  # what finetune.py keeps of a run beside its result
-PROMPT_FIELD = "prompt"  # the template in it
-
-
 def template_record(template: PromptTemplate) -> dict[str, Any]:
-    """What a run record keeps of a template."""
+    """A template as it stands in a run record."""
     return asdict(template)
 
 
 def trained_template(state: str | Path) -> PromptTemplate | None:
-    """The template that a fine-tuned state was trained with, from the run record beside it; None if there is none."""
+    """The template that a fine-tuned state was trained with, from the run record beside it; None without a record.
+
+    Raises:
+        UserError: the record is malformed.
+    """
     record = Path(state).parent / RUN_RECORD
     if not record.is_file():
         return None
     content = read_json(record, "run record")
-    found = content.get(PROMPT_FIELD) if isinstance(content, dict) else None
-    if found is None:  # written before there were other templates
-        return DEFAULT_TEMPLATE
+    fields = content.get(PROMPT_FIELD) if isinstance(content, dict) else None
     kinds = {name: type(value) for name, value in asdict(DEFAULT_TEMPLATE).items()}
-    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
         raise UserError(f"run record {record} holds no valid '{PROMPT_FIELD}'; was it changed by hand?")
-    return PromptTemplate(**found)
+    return PromptTemplate(**fields)
 
 
 def encode_prompt(

@@ -58,7 +58,7 @@ def test_read_texts(tmp_path):
     assert read_texts(tmp_path / "a.txt") == ["one\n\ntwo"]
     assert read_texts(tmp_path / "b.json") == ["one", "two", "three"]
     (tmp_path / "c.json").write_text('[{"body": "x"}]')
-    with pytest.raises(UserError, match="item 0 has no field text"):
+    with pytest.raises(UserError, match="item 0 has no column text"):
         read_texts(tmp_path / "c.json")
     (tmp_path / "d.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):

@@ -451,7 +451,7 @@ def check_arguments(args: SatArguments) -> None:
                     f"--text_ratio 1 would read all of the hub set '{source.spec}'; say how much with --text_tokens"
                 )
     if args.data.prompt_template and args.data.chat_template:
-        raise UserError("--prompt_template and --chat_template exclude each other; give one of them")
+        raise UserError("--prompt_template cannot be combined with --chat_template; give one of them")
     if args.data.prompt_template:
         read_template(args.data.prompt_template)
     if values["mask_schedule"] == "saliency" and not values["optim"].startswith("adamw_torch"):

@@ -20,17 +20,15 @@ from fuzzing import (
     parsed,
     parsed_lines,
     planted_pickles,
-    tensors_file,
-    tensors_parts,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sparsity import generated_text as self_text_module
+from sparsity import generated_text
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.export.model_card import _figures_text
-from sparsity.files import SEAL, is_number, is_whole_number, release_locks
+from sparsity.files import SEAL, is_number, is_sealed, is_whole_number, release_locks
 from sparsity.metrics import read_metrics
 from sparsity.reporting.page import html_samples, protocol_notes, write_report
 from sparsity.reporting.results import markdown, read_lines, read_run, table_rows
@@ -212,38 +210,30 @@ def writer():
 def text_cache(folder, tokenizer, model_dir):
     """Calls for a text of the tiny model from its cache, the file of its only batch, and that file's content."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_text_module, "SEQUENCES_AT_ONCE", 2)
-        patch.setattr(self_text_module, "load_model", lambda *args: writer())
+        patch.setattr(generated_text, "SEQUENCES_AT_ONCE", 2)
+        patch.setattr(generated_text, "load_model", lambda *args: writer())
         cache = folder / "self_text"
 
         def read():
             options = (2, 5, torch.device("cpu"))
-            return self_text_module.generate_text(str(model_dir), tokenizer, *options, folder=cache, dense=writer())
+            return generated_text.generate_text(str(model_dir), tokenizer, *options, folder=cache, dense=writer())
 
         read()
         (file,) = cache.rglob("*.safetensors")
-        yield read, file, file.read_bytes()
+        yield read, file, file.read_bytes(), json.loads(file.with_name(SEAL).read_bytes())
 
 
 @settings(fuzz, max_examples=300)
-@given(st.data())
-def test_text_of_the_model(folder, text_cache, tokenizer, data):
-    read, file, whole = text_cache
+@given(st.sampled_from(["tokens", "seal", "planted"]), st.data())
+def test_self_generated_text(folder, text_cache, kind, data):
+    read, file, whole, seal = text_cache
     mark = folder / "code has run"
-    header, values = tensors_parts(whole)
-    kind = data.draw(st.sampled_from(["bytes", "header", "tokens", "planted"]))
-    if kind == "header":
-        header = data.draw(json_files(header))
-        content = len(header).to_bytes(8, "little") + header + values
-    elif kind == "tokens":
-        content = tensors_file(header, values[:8] + data.draw(st.binary(min_size=8, max_size=8)) + values[16:])
+    if kind == "seal":
+        file.with_name(SEAL).write_bytes(data.draw(json_files(seal)))
     else:
-        content = data.draw(damaged(whole) if kind == "bytes" else planted_pickles(mark))
-    file.write_bytes(content)
-    found = read()
-    assert torch.equal(found, load_file(file)["input_ids"])
-    assert found.shape == (2, 5) and found.min() >= 0 and found.max() < len(tokenizer)
-    assert file.read_bytes() in (content, whole) and not mark.exists()
+        file.write_bytes(data.draw(damaged(whole) if kind == "tokens" else planted_pickles(mark)))
+    assert torch.equal(read(), load_file(file)["input_ids"])
+    assert file.read_bytes() == whole and is_sealed(file.parent, file.name) and not mark.exists()
 
 
 BLOCKS = [[index, index + 1] for index in range(5)]
