@@ -66,7 +66,9 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_llama(seed: int = 0, vocab_size: int = 400, hidden: int = 32, layers: int = 2):
+def tiny_llama(
+    seed: int = 0, vocab_size: int = 400, hidden: int = 32, layers: int = 2, intermediate: int | None = None
+):
     """A random Llama of two layers with grouped-query attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,7 +76,7 @@ def tiny_llama(seed: int = 0, vocab_size: int = 400, hidden: int = 32, layers: i
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=intermediate or 2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -32,87 +31,84 @@ def run_forked(script: str, *arguments, setup: Callable[[], None] = lambda: None
     with FORK:
         child = os.fork()
     if child == 0:
-        code = 1
-        try:
-            os.dup2(write_out, 1)
-            os.dup2(write_err, 2)
-            for descriptor in (read_out, write_out, read_err, write_err):
-                os.close(descriptor)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            for handler in logging.getLogger("transformers").handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    handler.setStream(sys.stderr)  # from before the fork it has pytest's, which is a file
-            remove_handlers_of_pytest()
-            sys.argv = [script, *map(str, arguments)]
-            setup()
-            run_as_main(script)
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else 1)
+        os.dup2(write_out, 1)
+        os.dup2(write_err, 2)
+        for descriptor in (read_out, write_out, read_err, write_err):
+            os.close(descriptor)
+        os._exit(_exit_code(script, arguments, setup))
     os.close(write_out)
     os.close(write_err)
     with ThreadPoolExecutor(2) as pool:
-        out, err = pool.map(read_all, (read_out, read_err))
+        out, err = pool.map(_read_all, (read_out, read_err))
     _, status = os.waitpid(child, 0)
     return subprocess.CompletedProcess([script, *arguments], os.waitstatus_to_exitcode(status), out, err)
 
 
-def remove_handlers_of_pytest() -> None:
-    """Let no logger write what a process of its own would not."""
-    for logger in (logging.getLogger(), *logging.getLogger().manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger):
-            logger.handlers = [entry for entry in logger.handlers if not type(entry).__module__.startswith("_pytest")]
+def _exit_code(script: str, arguments: tuple, setup: Callable[[], None]) -> int:
+    """Run the script in this process with its output on descriptors 1 and 2."""
+    code = 1
+    try:
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        for logger in (logging.getLogger(), *logging.getLogger().manager.loggerDict.values()):
+            for handler in getattr(logger, "handlers", [])[:]:
+                if type(handler).__module__.startswith("_pytest"):
+                    logger.removeHandler(handler)
+                elif isinstance(handler, logging.StreamHandler):
+                    handler.setStream(sys.stderr)  # until now it writes where pytest captures
+        sys.argv = [script, *map(str, arguments)]
+        setup()
+        run_as_main(script)
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
-def read_all(descriptor: int) -> str:
+def _read_all(descriptor: int) -> str:
     with os.fdopen(descriptor, encoding="utf-8", errors="replace") as stream:
         return stream.read()
 
 
-def dies_replacing(name: str) -> Callable[[], None]:
-    """A setup under which the process is killed (as by kill -9) when the new file `name` is about to take its place."""
+def before_replacing(name: str, action: Callable[[], None]) -> Callable[[], None]:
+    """A setup that calls `action` whenever the new file or folder `name` is about to take its place."""
 
     def setup() -> None:
         replace = os.replace
 
-        def deadly(source, target, **options):
+        def acts(source, target, **options):
             if os.path.basename(target) == name:
-                os.kill(os.getpid(), signal.SIGKILL)
+                action()
             replace(source, target, **options)
 
-        os.replace = deadly
+        os.replace = acts
 
     return setup
+
+
+def dies_replacing(name: str) -> Callable[[], None]:
+    """A setup under which the process is killed (as by kill -9) when `name` is about to take its place."""
+    return before_replacing(name, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def waits_replacing(name: str, waiting: str, release: str) -> Callable[[], None]:
+    """A setup under which the process, before `name` takes its place, creates `waiting` and waits for `release`."""
+
+    def wait() -> None:
+        open(waiting, "w").close()
+        while not os.path.exists(release):
+            time.sleep(0.05)
+
+    return before_replacing(name, wait)
 
 
 def small_files(size: int) -> Callable[[], None]:
     """A setup under which no file can grow beyond `size` bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def without_locks(code: int) -> Callable[[], None]:
-    """A setup under which no file can be locked, as on some network file systems; `code` is the system's errno."""
-
-    def flock(*_):
-        raise OSError(code, os.strerror(code))
-
-    return lambda: setattr(fcntl, "flock", flock)
-
-
-def jumping_clock() -> None:
-    """A setup under which the system's clock jumps by days, forwards and backwards, each time it is read."""
-    import tqdm.std
-
-    real, jumps = time.time, itertools.cycle((0.0, 3e5, -3e5, 1e6, -2e6))
-    time.time = lambda: real() + next(jumps)
-    tqdm.std.time = time.time  # which has it by a name of its own
 
 
 def lacks_memory_in(owner: object, name: str, after: int = 0) -> Callable[[], None]:
@@ -129,16 +125,5 @@ def lacks_memory_in(owner: object, name: str, after: int = 0) -> Callable[[], No
             return real(*args, **options)
 
         setattr(owner, name, greedy)
-
-    return setup
-
-
-def little_memory(extra: int) -> Callable[[], None]:
-    """A setup under which the process can grow by `extra` bytes of address space."""
-
-    def setup() -> None:
-        with open("/proc/self/statm") as stream:
-            size = int(stream.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + extra, size + extra))
 
     return setup

@@ -38,7 +38,10 @@ def test_an_installation_holds_the_package_alone(tmp_path):
     """Not "utils", "eval" or "report", which would hide modules of other projects."""
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(ROOT / "sparsity", source / "sparsity", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"))]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
+    ]:
         shutil.copy(path, source)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--target", target, source], check=True, timeout=120)

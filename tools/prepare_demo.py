@@ -63,7 +63,10 @@ def convert(gguf: Path, output_dir: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__, prog="python -m tools.prepare_demo")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("demo/SmolLM2-135M-Instruct"), help="folder to create; kept if it exists"
+        "--output_dir",
+        type=Path,
+        default=Path("demo/SmolLM2-135M-Instruct"),
+        help="folder to create; kept if it exists",
     )
     folder = parser.parse_args().output_dir
     if (folder / "model.safetensors").is_file():
