@@ -16,11 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent  # the folder of the scripts
 
 
 def run_command(*command: Any) -> str:
-    """Run a command, whose messages and progress go to the terminal as they come.
+    """Run a command with this interpreter as the launcher's; its messages and progress go to the terminal.
 
-    The launcher of fine-tuning is told to use this very interpreter.
-
-    If the command fails, this process ends with the same exit code: the command itself has said why.
+    If the command fails, this process ends with the same exit code: the command has printed the reason.
 
     Returns:
         its standard output.

@@ -1,4 +1,4 @@
-"""What a benchmark reports beside its figures: the machine and the settings; and where it writes them."""
+"""What every benchmark reports besides its results: the machine, the settings, and the output file."""
 
 from __future__ import annotations
 
@@ -44,24 +44,19 @@ def add_output_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check_output(path: Path | None) -> None:
-    """Check before measuring that the figures can be saved, and create the folder of `path`; None saves nothing.
+    """Check before measuring that the figures can be saved, and create the folder of `path`.
 
     Raises:
         UserError: `path` is a folder, or its own folder cannot be created or written.
     """
-    if path is None:
-        return
-    prepare_output_dir(path.parent)
-    if path.is_dir():
+    if path and path.is_dir():
         raise UserError(f"--output {path} is a folder; give a file name")
+    if path:
+        prepare_output_dir(path.parent)
 
 
 def save_figures(figures: dict[str, Any], args: argparse.Namespace, device: torch.device, quiet: bool = False) -> None:
-    """Write the figures with the machine and the settings to --output, whole or not at all.
-
-    Args:
-        quiet: do not say so.
-    """
+    """Write the figures with the machine and the settings to --output; `quiet` prints nothing."""
     facts = {"machine": describe_machine(device), "torch": torch.__version__, "arguments": settings(args)}
     save_json({**figures, **facts}, args.output)
     if not quiet:

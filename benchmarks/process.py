@@ -1,4 +1,4 @@
-"""What a block of code takes of its process: time, CPU time, memory. Imports nothing but Python's own modules."""
+"""Time, CPU time and memory of a block of code. Imports the standard library alone, so that it adds no memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROCESS_STATUS = Path("/proc/self/status")
-INTERVAL = 0.01  # seconds between two looks at the memory
+INTERVAL = 0.01  # seconds between two samples of the memory
 
 
 def memory_kib(field: str) -> int:
-    """VmRSS (now), RssAnon (of that, what no file backs) or VmHWM (peak) of this process in KiB, from Linux."""
+    """VmRSS (now), RssAnon (the part of it that no file backs) or VmHWM (peak) of this process, in KiB."""
     return next(int(line.split()[1]) for line in PROCESS_STATUS.read_text().splitlines() if line.startswith(field))
 
 
@@ -21,7 +21,7 @@ def memory_kib(field: str) -> int:
 def measured() -> Iterator[dict[str, float]]:
     """Fill the dictionary, once the block has ended, with `seconds`, `cpu_seconds` and `memory_mib`.
 
-    Memory is the peak within the block, less what the process held before.
+    Memory is the peak within the block minus the memory before it.
     """
     figures: dict[str, float] = {}
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -34,20 +34,17 @@ def measured() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def anonymous_memory() -> Iterator[dict[str, float]]:
-    """Fill the dictionary, once the block has ended, with `memory_mib`: as `measured`, without what a file backs.
-
-    Pages of mapped weights are read again when memory is short, so they are no need of the block's.
-    """
+    """As `measured`, for `memory_mib` without memory-mapped files, whose pages the system can drop and read again."""
     figures: dict[str, float] = {}
     before = peak = memory_kib("RssAnon")
     ended = threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         nonlocal peak
         while not ended.wait(INTERVAL):
             peak = max(peak, memory_kib("RssAnon"))
 
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=sample, daemon=True)
     watcher.start()
     yield figures
     ended.set()

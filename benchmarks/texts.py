@@ -1,11 +1,10 @@
-"""Held-out texts of several kinds for the pruning benchmark, from what Python and packages ship.
+"""Held-out texts of several kinds for the benchmarks, from Python itself and from Debian packages.
 
     python -m benchmarks.texts demo/texts
 
-writes what the Debian packages hold (downloaded with apt-get, not installed): jargon.txt, an encyclopedia (the Jargon
-File 4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from
-`r-cran-janeaustenr`, MIT). The Python manual and the source code of Python's standard library (PSF license) come with
-Python itself.
+downloads two packages with apt-get, without installing them, and writes jargon.txt, an encyclopedia (the Jargon File
+4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from `r-cran-janeaustenr`,
+MIT). The Python manual and the source code of the standard library (PSF license) come with Python.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-KINDS = ("papers", "manual", "code", "jargon", "novel")  # the first is what is calibrated and trained on
+KINDS = ("papers", "manual", "code", "jargon", "novel")  # calibration and training use the first
 
 PACKAGES = {"jargon": "jargon-text", "novel": "r-cran-janeaustenr"}
 CUT = 20_000  # characters of a piece of one long text, so that samples come from all of it
@@ -38,7 +37,7 @@ R_STRINGS = b"\0\0\0\x10"  # in R's serialization, the type of a vector of strin
 
 
 def source_code() -> list[str]:
-    """The modules straight in Python's standard library."""
+    """The top-level modules of Python's standard library."""
     return [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
 
 
@@ -49,7 +48,7 @@ def pieces(path: Path) -> list[str]:
 
 
 def flowing(text: str) -> str:
-    """Paragraphs without line breaks and indentation."""
+    """Text with one line per paragraph."""
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n") if part.strip())
 
 
@@ -77,21 +76,21 @@ def novel(folder: Path) -> str:
 def held_out(
     tokenizer: PreTrainedTokenizerBase, papers: Path, folder: Path, length: int, count: int
 ) -> dict[str, torch.Tensor]:
-    """Blocks [count, length] of every kind of text; see KINDS.
+    """Blocks of tokens, int64 [count, length], of every kind of text; see KINDS.
 
     Args:
         papers: JSONL file of held-out papers.
-        folder: what this module has written.
+        folder: the output folder of this module.
     """
     read = {"papers": read_texts(papers), "code": source_code()}
     read |= {name: pieces(folder / f"{name}.txt") for name in PACKAGES}
-    blocks = {name: sample_blocks(tokenizer, found, length, count, 0) for name, found in read.items()}
+    blocks = {name: sample_blocks(tokenizer, texts, length, count, 0) for name, texts in read.items()}
     blocks["manual"] = token_blocks(tokenizer, [python_manual()], length, count)
     return {kind: blocks[kind] for kind in KINDS}
 
 
 def require_texts(folder: Path) -> None:
-    """Check that this module has written its texts.
+    """Check that the texts exist.
 
     Raises:
         UserError: one is missing.
@@ -102,7 +101,7 @@ def require_texts(folder: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__, prog="python -m benchmarks.texts")
-    parser.add_argument("folder", type=Path, help="where the texts are written")
+    parser.add_argument("folder", type=Path, help="output folder")
     folder = prepare_output_dir(parser.parse_args().folder)
     readers = {"jargon": jargon, "novel": novel}
     for name, package in PACKAGES.items():

@@ -32,8 +32,8 @@ def test_a_replayed_function_serves_arguments_of_any_shape_and_leaves_them_as_th
     for size in (3, 3, 5, 3):
         left, right = torch.randn(size, 4, device=device), torch.randn(4, size, device=device)
         before = left.clone()
-        found = replayed(function, left, right)
-        torch.testing.assert_close(found, function(left, right))
+        result = replayed(function, left, right)
+        torch.testing.assert_close(result, function(left, right))
         assert torch.equal(left, before)
 
 
@@ -42,14 +42,14 @@ def test_a_replayed_function_serves_arguments_of_any_shape_and_leaves_them_as_th
 def test_sparsegpt(cols):
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(48, cols, generator=generator), torch.randn(cols, 2 * cols, generator=generator)
-    found = {}
+    results = {}
     for device in ("cpu", "cuda"):
         _, factor, _ = damp((inputs @ inputs.t() / 2 / cols).to(device), 0.01)
         pruned, mask = sparsegpt(weight.to(device), factor, Pattern(2, 4))
-        found[device] = pruned.cpu(), mask.cpu()
-    assert is_2_4(found["cuda"][0])
-    assert float((found["cpu"][1] == found["cuda"][1]).float().mean()) > 0.995  # rounding may tip a choice
-    assert float((found["cpu"][0] - found["cuda"][0]).norm() / found["cpu"][0].norm()) < 0.05
+        results[device] = pruned.cpu(), mask.cpu()
+    assert is_2_4(results["cuda"][0])
+    assert float((results["cpu"][1] == results["cuda"][1]).float().mean()) > 0.995  # rounding may tip a choice
+    assert float((results["cpu"][0] - results["cuda"][0]).norm() / results["cpu"][0].norm()) < 0.05
 
 
 @needs_gpu
