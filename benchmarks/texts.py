@@ -3,8 +3,8 @@
     python -m benchmarks.texts demo/texts
 
 downloads two packages with apt-get, without installing them, and writes jargon.txt, an encyclopedia (the Jargon File
-4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from `r-cran-janeaustenr`,
-MIT). The Python manual and the source code of the standard library (PSF license) come with Python.
+4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from the package
+`r-cran-janeaustenr`, MIT). The Python manual and the source code of the standard library (PSF license) come with Python.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsity.demo_data import python_manual
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, prepare_output_dir, require_file
-from sparsity.demo_data import python_manual
 from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, run_cli
 

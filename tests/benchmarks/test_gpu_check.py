@@ -41,7 +41,7 @@ def test_rehearsal_of_pruning_ends_with_the_table(tmp_path):
 
 def test_a_failing_part_is_named_and_the_others_still_run(tmp_path):
     python = tmp_path / "python"
-    python.write_text(f"""#!/bin/bash
+    python.write_text("""#!/bin/bash
 case "$*" in
   -c*) echo 1 ;;
   *--arm\\ fast*) echo "error: the card is on fire" >&2; exit 1 ;;

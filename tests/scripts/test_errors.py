@@ -77,7 +77,7 @@ ROWS = [
     ("hf_pts.py", "folder without text", "--calib_data {empty}", ["{empty}"]),
     ("hf_pts.py", "no such split", "--calib_data {set}::dev", ["dev", "train, test"]),
     ("hf_pts.py", "no such configuration", "--calib_data {set}:german", ["german"]),
-    ("hf_pts.py", "too many parts", "--calib_data a:b:c:d", ["too many parts"]),
+    ("hf_pts.py", "too many parts", "--calib_data a:b:c:d", ["a:b:c:d", "NAME:CONFIG:SPLIT"]),
     ("hf_pts.py", "weight that is no number", "--calib_data {texts}=much", ["weight", "much"]),
     ("hf_pts.py", "negative weight", "--calib_data {texts}=-1 self=2", ["weight", "-1"]),
     ("hf_pts.py", "weights of zero", "--calib_data {texts}=0 {short}=0", ["sum to 0"]),

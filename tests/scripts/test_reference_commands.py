@@ -18,9 +18,9 @@ import torch
 from conftest import ROOT, TEXTS, run_inline
 
 from sparsity.files import read_jsonl
+from sparsity.modelopt_state import load_for_inference, load_state, restore_sparse, sparse_masks
 from sparsity.models import load_model
 from sparsity.sat.callbacks import read_log
-from sparsity.modelopt_state import load_for_inference, load_state, restore_sparse, sparse_masks
 from sparsity.text import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE
 
 
