@@ -3,8 +3,8 @@
     python -m benchmarks.texts demo/texts
 
 downloads two packages with apt-get, without installing them, and writes jargon.txt, an encyclopedia (the Jargon File
-4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from the package
-`r-cran-janeaustenr`, MIT). The Python manual and the source code of the standard library (PSF license) come with Python.
+4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from
+`r-cran-janeaustenr`, MIT). The Python manual and the source code of the standard library come with Python (PSF license).
 """
 
 from __future__ import annotations
