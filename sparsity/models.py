@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, first_line
 from sparsity.distributed import warn
+from sparsity.errors import UserError, first_line
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Fields of a configuration that only models with rotary embeddings or ALiBi fill: transformers 5 has the first, which
-# is None elsewhere, transformers 4 the others.
+# Configuration fields that only models with rotary embeddings or ALiBi set: the first in transformers 5, the others in
+# transformers 4.
 ROTARY_FIELDS = ("rope_parameters", "rope_theta", "rotary_emb_base", "alibi")
 
 
@@ -38,40 +38,36 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON of a wrong shape
         raise UserError(f"cannot load a model from '{model}': {first_line(error)}") from error
-    decoders = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    named = config.architectures or []
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in getattr(
-        config, "auto_map", {}
-    )
-    if config.is_encoder_decoder or not known or (named and not any(name.endswith(decoders) for name in named)):
-        kind = named[0] if named else config.model_type
+    architectures = config.architectures or []
+    auto_classes = getattr(config, "auto_map", {})  # of code that comes with a checkpoint
+    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in auto_classes
+    suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    has_head = not architectures or any(name.endswith(suffixes) for name in architectures)
+    if config.is_encoder_decoder or not is_causal or not has_head:
+        kind = architectures[0] if architectures else config.model_type
         raise UserError(f"'{model}' is a {kind}, not a decoder-only causal language model such as Llama")
     return config
 
 
 def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
-    """Check that token counts, named by their options, together stay within the model's positions.
+    """Check that token counts, by option, together stay within the model's positions.
 
-    Rotary models compute the angles of any position, so more tokens than they were trained on are possible, though of
-    unknown quality: that is a warning. ALiBi has no bound. A learned position table ends, and so do the tables that
-    GPT-J and MPT compute once.
+    Rotary models can compute any position, with unknown quality beyond those they were trained on: that is a warning.
+    ALiBi has no limit. A learned position table has, and so have the tables that GPT-J and MPT compute once.
 
     Raises:
         UserError: more tokens than a table of positions holds.
     """
-    text_config = config.get_text_config()
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        positions = getattr(text_config, key, None)
-        if not isinstance(positions, int) or sum(lengths.values()) <= positions:
-            continue
-        asked = " plus ".join(f"{name} {value}" for name, value in lengths.items())
-        if not any(getattr(text_config, name, None) for name in ROTARY_FIELDS):
-            raise UserError(f"{asked} is more than the model's {positions} positions; choose a smaller value")
-        if not getattr(text_config, "alibi", False):
-            warn(
-                f"{asked} is more than the {positions} positions that the model was trained with; its quality may drop"
-            )
+    fields = config.get_text_config().to_dict()
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len")
+    positions = next((fields[key] for key in keys if isinstance(fields.get(key), int)), None)
+    if positions is None or sum(lengths.values()) <= positions:
         return
+    given = " plus ".join(f"{name} {value}" for name, value in lengths.items())
+    if not any(fields.get(name) for name in ROTARY_FIELDS):
+        raise UserError(f"{given} is more than the model's {positions} positions; choose a smaller value")
+    if not fields.get("alibi"):
+        warn(f"{given} is more than the {positions} positions that the model was trained with; its quality may drop")
 
 
 def load_model(
@@ -81,14 +77,15 @@ def load_model(
     quantized: bool = False,
     placing: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM on the CPU in eval mode; `dtype` "auto" keeps the checkpoint's own.
+    """Load a causal LM in eval mode, by default on the CPU.
 
     Args:
+        dtype: "auto" keeps the checkpoint's own.
         quantized: accept a model that modelopt quantized, for evaluation only; see `sparsity.quantized`.
         placing: arguments of `from_pretrained` that put the weights elsewhere; see `sparsity.placement`.
 
     Raises:
-        UserError: the model cannot be found, its weight files are missing, truncated or misshapen, or it is quantized.
+        UserError: not found, weight files that are missing, truncated or misshapen, or a quantized model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -115,12 +112,12 @@ def _load_quantized(
 ) -> PreTrainedModel:
     if not Path(model).is_dir():
         raise UserError(f"'{model}' is quantized ({algorithm}) and on the hub; download it and give its folder")
-    del config.quantization_config  # transformers would look for a program that opens it
-    wanted = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-    tensors, scales = read_dequantized(Path(model), wanted)
-    create: Any = type(empty_model(config, wanted, trust_remote_code)).from_pretrained
+    del config.quantization_config  # transformers would look for a library that opens it
+    target = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    tensors, scales = read_dequantized(Path(model), target)
+    create: Any = type(empty_model(config, target, trust_remote_code)).from_pretrained
     try:
-        loaded = create(None, config=config, state_dict=tensors, dtype=wanted)
+        loaded = create(None, config=config, state_dict=tensors, dtype=target)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
     round_inputs(loaded, scales, algorithm)
@@ -130,11 +127,11 @@ def _load_quantized(
 def empty_model(
     config: PretrainedConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a configuration without memory for its weights (on the meta device), for shapes and estimates."""
+    """The model of a configuration on the meta device, for shapes and estimates."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        # Eager attention builds its masks without looking at values, which an empty model has not got.
+        # Eager attention builds its masks without looking at values, which an empty model does not have.
         options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
 
@@ -142,9 +139,9 @@ def empty_model(
 def model_without_weights(
     model: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal LM in eval mode whose parameters are on the meta device, for weights that come from elsewhere.
+    """A causal LM in eval mode with its parameters on the meta device and its buffers on the CPU.
 
-    Buffers are on the CPU with their values: those that no checkpoint holds, such as rotary frequencies, are complete.
+    For weights that come from elsewhere: buffers that no checkpoint holds, such as rotary frequencies, are complete.
 
     Raises:
         UserError: the model cannot be found, or is quantized.
@@ -156,17 +153,17 @@ def model_without_weights(
     _refuse_quantized(config, model)
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    empty.tie_weights()  # registering a parameter on the meta device makes a new one of it, also where it was shared
+    empty.tie_weights()  # parameters that were shared have become two on the meta device
     return empty.eval()
 
 
 def few_values(weight: torch.Tensor) -> list:
-    """About sixteen values spread over a weight, which distinguish checkpoints without reading all of them."""
+    """About sixteen values spread over a weight, to tell checkpoints apart without reading all of them."""
     return weight.flatten()[:: max(1, weight.numel() // 16)].tolist()
 
 
 def cache_name(output: Mapping[str, Any]) -> str:
-    """Under which name the installed transformers returns and takes the cache of keys and values."""
+    """Name under which the installed transformers returns and takes the cache of keys and values."""
     return "cache" if "cache" in output else "past_key_values"
 
 
@@ -192,7 +189,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Attention heads of queries; of keys and values; channels of each."""
+    """Number of query heads, number of key and value heads, channels per head."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -209,6 +206,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     if not lists:
         raise UserError(
-            f"found no list of {count} decoder layers in {type(model).__name__}; this architecture is not supported"
+            f"{type(model).__name__} has no list of {count} decoder layers; this architecture is not supported"
         )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))

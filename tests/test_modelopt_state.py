@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_llama
 
 from sparsity.errors import UserError
-from sparsity.models import load_model
 from sparsity.modelopt_state import load_for_inference, load_state, load_weights, restore_sparse, sparse_masks
+from sparsity.models import load_model
 
 
 def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):

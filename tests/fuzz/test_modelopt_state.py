@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 
 from sparsity.files import safetensors_files
 from sparsity.inspection import inspect_path
+from sparsity.modelopt_state import apply_state, check_state_fits, is_mask, load_state, require_masks
 from sparsity.quantized import read_dequantized
 from sparsity.reporting.results import Run, count_zeros, table_rows
-from sparsity.modelopt_state import apply_state, check_state_fits, is_mask, load_state, require_masks
 
 LAYER = "model.layers.0.mlp.up_proj"
 
