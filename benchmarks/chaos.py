@@ -1,13 +1,12 @@
-r"""No run is ever lost: kill every script at random moments, repeat the same command until it ends, compare.
+r"""Kill every script at random moments, repeat the same command until it ends, and compare the results.
 
     python -m benchmarks.chaos 40 --output benchmarks/results/chaos.json
     python -m benchmarks.chaos 10 --model_dir demo/SmolLM2-135M-Instruct --jobs PTS
 
-Each script is first run once without interruption. Then it is started again and again in new folders; at a random
-moment of its running time all its processes are killed with SIGKILL, and the same command is given again, until N kills
-have happened. Results must equal those of the first run: to the bit for pruning, data, evaluation and export, to 1e-5
-for training. Files that the first run did not leave count as left over. Without --model_dir a small random Llama is
-used, whose runs take seconds, most of which is start-up; kills hit that too.
+Each script first runs once without interruption. Then it starts again and again in new folders; at a random moment all
+its processes are killed with SIGKILL, and the same command is given again, until N kills have happened. Results must
+equal those of the first run: to the bit for pruning, data, evaluation and export, to 1e-5 for training. Files that the
+first run did not leave count as left over. Without --model_dir a small random Llama is used, whose runs take seconds.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from sparsity.files import read_json, save_json
 from utils import Parser, check_at_least, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
-TAG = "SPARSITY_CHAOS_RUN"  # environment variable by which the processes of a run are found
-VOLATILE = {"seconds", "layer_seconds", "peak_memory_mib", "generated", "examples_per_second", "arguments", "run"}
-VOLATILE |= {"tokens_per_second"}
+TAG = "SPARSITY_CHAOS_RUN"  # environment variable that all processes of a run inherit
+VOLATILE = {"seconds", "layer_seconds", "peak_memory_mib", "generated", "examples_per_second", "tokens_per_second"}
+VOLATILE |= {"arguments", "run"}
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Job:
     Attributes:
         command: words, with {out} for the output folder and {inputs} for the folder of the inputs.
         results: files in the output folder to compare.
-        tolerance: largest difference of a weight; 0 asks for the same bits.
+        tolerance: largest difference of a weight or number; 0 asks for the same bits.
     """
 
     command: str
@@ -55,11 +54,11 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of the runs of one job."""
+    """Counts of one job, and a line for each failure."""
 
     kills: int = 0
     runs: int = 0
-    lost: list[str] = field(default_factory=list)  # runs that ended with an error, or never
+    lost: list[str] = field(default_factory=list)  # ended with an error, or never
     different: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
 
@@ -70,6 +69,7 @@ TRAIN = (
 TRAIN += "--text_path {inputs}/texts.json=0.5,self=0.5 --text_ratio 0.5 --self_tokens 1600 --distill --distill_kl 0.5 "
 TRAIN += "--max_steps 6 --save_steps 2 --eval_steps 3 --logging_steps 1 --train_bs 1 --workers 1 --mixed_precision no "
 TRAIN += "--output_dir {out} --resume"
+TRAINED = ("finetuned_modelopt_state.pth", "train_log.jsonl")
 JOBS = {
     "data": Job(
         "{python} data_prep.py --source {inputs}/table.json --save_path {out}", ("cnn_train.json", "cnn_eval.json")
@@ -79,12 +79,8 @@ JOBS = {
         "--calib_size 8 --calib_data {inputs}/texts.json=0.5,self=0.5 --output_dir {out}",
         ("pts_modelopt_state.pth", "pts_layers.jsonl"),
     ),
-    "SAT": Job("bash launch_finetune.sh " + TRAIN, ("finetuned_modelopt_state.pth", "train_log.jsonl"), 1e-5),
-    "SAT, two processes": Job(
-        "bash launch_finetune.sh --num_processes 2 " + TRAIN,
-        ("finetuned_modelopt_state.pth", "train_log.jsonl"),
-        1e-5,
-    ),
+    "SAT": Job("bash launch_finetune.sh " + TRAIN, TRAINED, 1e-5),
+    "SAT, two processes": Job("bash launch_finetune.sh --num_processes 2 " + TRAIN, TRAINED, 1e-5),
     "eval": Job(
         "{python} eval.py --model_dir {inputs}/model --modelopt_restore_path {inputs}/pts_modelopt_state.pth "
         "--data_path {inputs}/data/cnn_eval.json --beam_size 2 --model_max_length 200 --max_new_tokens 8 "
@@ -107,24 +103,21 @@ def start(job: Job, out: Path, inputs: Path) -> tuple[subprocess.Popen, str]:
     words = [word.format(python=sys.executable, out=out, inputs=inputs) for word in job.command.split()]
     tag = f"{out}-{random.getrandbits(64):x}"
     environment = {**os.environ, TAG: tag, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["XDG_CACHE_HOME"] = str(out / "cache")  # of the text that the model writes, compared like all files
+    environment["XDG_CACHE_HOME"] = str(out.with_suffix(".cache"))  # leftovers in shared caches are removed by age
     with open(out.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-    return process, tag
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log), tag
 
 
 def kill_tagged(tag: str) -> None:
     """SIGKILL for every process that has the tag in its environment, until there is none."""
-    marker = f"{TAG}={tag}".encode()
-    while True:
-        found = False
-        for entry in Path("/proc").iterdir():
+    marker, running = f"{TAG}={tag}".encode(), True
+    while running:
+        running = False
+        for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and marker in (entry / "environ").read_bytes().split(b"\0"):
+                if marker in (entry / "environ").read_bytes().split(b"\0"):
                     os.kill(int(entry.name), signal.SIGKILL)
-                    found = True
-        if not found:
-            return
+                    running = True
         time.sleep(0.02)
 
 
@@ -132,7 +125,7 @@ def run_with_kills(job: Job, out: Path, inputs: Path, seconds: float, kills_left
     """Run a job in `out`, killing it at random moments and repeating the command, until it ends.
 
     Args:
-        seconds: how long an uninterrupted run takes.
+        seconds: duration of an uninterrupted run.
 
     Returns:
         The number of kills.
@@ -143,16 +136,13 @@ def run_with_kills(job: Job, out: Path, inputs: Path, seconds: float, kills_left
     kills = 0
     while True:
         process, tag = start(job, out, inputs)
+        is_victim = kills < kills_left and (kills == 0 or rng.random() < 0.7)
         try:
-            if kills < kills_left and (kills == 0 or rng.random() < 0.7):
-                process.wait(timeout=rng.uniform(0.0, seconds))
-            else:
-                process.wait(timeout=20 * seconds + 60)
-                kills_left = 0
+            process.wait(timeout=rng.uniform(0.0, seconds) if is_victim else 20 * seconds + 60)
         except subprocess.TimeoutExpired:
             kill_tagged(tag)
             process.wait()
-            if kills_left == 0:
+            if not is_victim:
                 raise UserError(f"{out.name} did not end") from None
             kills += 1
             continue
@@ -165,21 +155,20 @@ def run_with_kills(job: Job, out: Path, inputs: Path, seconds: float, kills_left
 # -------------------------------------------------------------------------------------------------------- comparing
 
 
-def stable(value: Any) -> Any:
-    """A JSON value without what may differ between two equal runs: times and paths."""
+def leaves(value: Any) -> list[Any]:
+    """All values inside a JSON value, in order, but for those that differ between equal runs: times and paths."""
     if isinstance(value, dict):
-        return {key: stable(item) for key, item in value.items() if key not in VOLATILE}
-    return [stable(item) for item in value] if isinstance(value, list) else value
+        return [leaf for key, item in value.items() if key not in VOLATILE for leaf in (key, *leaves(item))]
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
 
 
 def tensors_of(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """All tensors of a safetensors file or a modelopt state, by name."""
+    from safetensors.torch import load_file
 
-        return load_file(path)
     from sparsity.modelopt_state import load_state
 
-    return load_state(path)["model_state_dict"]
+    return load_file(path) if path.suffix == ".safetensors" else load_state(path)["model_state_dict"]
 
 
 def differs(first: Path, second: Path, tolerance: float) -> bool:
@@ -189,27 +178,18 @@ def differs(first: Path, second: Path, tolerance: float) -> bool:
         if weights.keys() != others.keys():
             return True
         return any((w.float() - others[name].float()).abs().max().item() > tolerance for name, w in weights.items())
-    ours, theirs = (stable(read_json(path, "result")) for path in (first, second))
-    if tolerance == 0:
+    ours, theirs = (leaves(read_json(path, "result")) for path in (first, second))
+    if tolerance == 0 or len(ours) != len(theirs):
         return ours != theirs
-    first_numbers, second_numbers = numbers(ours), numbers(theirs)
-    if len(first_numbers) != len(second_numbers):
-        return True
-    pairs = zip(first_numbers, second_numbers, strict=True)
-    return any(abs(a - b) > 1e-4 + tolerance * abs(a) for a, b in pairs)
-
-
-def numbers(value: Any) -> list[float]:
-    """All numbers of a JSON value, in order."""
-    if isinstance(value, dict):
-        return [number for item in value.values() for number in numbers(item)]
-    if isinstance(value, list):
-        return [number for item in value for number in numbers(item)]
-    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    slack = 1e-4  # of numbers that are printed, such as losses
+    return any(
+        abs(a - b) > slack + tolerance * abs(a) if isinstance(a, float) and isinstance(b, float) else a != b
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def listing(folder: Path) -> set[str]:
-    """Files of a result folder, but for names that carry a time or a process."""
+    """Files of a result folder, except those whose names contain a time or a process."""
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     return {name for name in names if "events.out" not in name and "/runs/" not in f"/{name}"}
 
@@ -232,26 +212,18 @@ TEXT = (
 
 
 def make_inputs(folder: Path, model_dir: str | None) -> None:
-    """Model, state, records and texts that the jobs read."""
+    """Write the model, records and texts that the jobs read."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from sparsity.models import load_tokenizer
 
-    tokenizer_dir = model_dir or str(ROOT / "demo/SmolLM2-135M-Instruct")
     if model_dir:
         (folder / "model").symlink_to(Path(model_dir).resolve())
     else:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        tokenizer = load_tokenizer(tokenizer_dir)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
+        tokenizer = load_tokenizer(str(ROOT / "demo/SmolLM2-135M-Instruct"))
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+        ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        LlamaForCausalLM(LlamaConfig(**sizes, **ids, num_key_value_heads=2)).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
     records = [
         {"instruction": "Summarize.", "input": f"{TEXT} Case {i}.", "output": f"Water rose, case {i}."}
@@ -265,7 +237,7 @@ def make_inputs(folder: Path, model_dir: str | None) -> None:
 
 
 def run_job(name: str, job: Job, kills: int, work: Path, inputs: Path, rng: random.Random) -> Outcome:
-    """Kill a job `kills` times and compare every run that came of it."""
+    """Kill a job `kills` times and compare every finished run."""
     from tqdm import tqdm
 
     outcome = Outcome()
@@ -294,7 +266,7 @@ def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) ->
     """Kill every named job `kills` times; jobs that need a state get the one of an uninterrupted pruning run.
 
     Yields:
-        The name of a job and what became of its runs, as soon as it is finished.
+        The name and outcome of each job as soon as it is finished.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="chaos ") as folder:
@@ -312,9 +284,8 @@ def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) ->
 
 
 def print_outcome(name: str, outcome: Outcome) -> None:
-    counts = f"{outcome.kills:>4} kills in {outcome.runs:>3} runs"
-    found = f"{len(outcome.lost)} lost, {len(outcome.different)} different, {len(outcome.left_over)} left over"
-    print(f"{name:<20} {counts}: {found}", flush=True)
+    failures = f"{len(outcome.lost)} lost, {len(outcome.different)} different, {len(outcome.left_over)} left over"
+    print(f"{name:<20} {outcome.kills:>4} kills in {outcome.runs:>3} runs: {failures}", flush=True)
     for line in (outcome.lost + outcome.different + outcome.left_over)[:5]:
         print(f"    {line}", flush=True)
 
@@ -337,8 +308,8 @@ def main() -> None:
         outcomes[name] = outcome
         print_outcome(name, outcome)
         if args.output:
-            found = {name: asdict(outcome) for name, outcome in outcomes.items()}
-            save_json({"machine": describe_machine(resolve_device("auto")), "jobs": found}, args.output)
+            jobs = {name: asdict(outcome) for name, outcome in outcomes.items()}
+            save_json({"machine": describe_machine(resolve_device("auto")), "jobs": jobs}, args.output)
     if any(outcome.lost or outcome.different or outcome.left_over for outcome in outcomes.values()):
         raise UserError("not every run survived; see above")
 

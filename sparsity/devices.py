@@ -1,14 +1,14 @@
-"""Devices: which one to use, what it computes fast, and how much memory was used.
+"""Devices: choosing one, the dtypes it is fast with, and memory.
 
-torch is imported inside the functions, so that scripts can name DTYPES in their `--help` without loading it.
+torch is imported inside the functions, so that scripts can show DTYPES in `--help` without loading it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import platform
 import resource
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -51,15 +51,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are faster: on any GPU, and on a CPU with instructions for them."""
+    """Whether bf16 matrix products are faster: on any GPU, and on a CPU with instructions for them."""
     import torch
 
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type != "cpu" or any(getattr(torch.cpu, name, bool)() for name in names)
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def inference_dtype(name: str | None, device: torch.device) -> str | None:
-    """The key of `DTYPES` for a --dtype of `INFERENCE_DTYPES`; None keeps the checkpoint's own precision."""
+    """Resolve a --dtype of `INFERENCE_DTYPES` to a key of `DTYPES`; None keeps the checkpoint's own dtype."""
     if name != FASTEST:
         return name
     return "bf16" if bf16_is_faster(device) else None
@@ -67,9 +66,9 @@ def inference_dtype(name: str | None, device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 matrix products on CUDA may round their factors to TF32 (10 bits of mantissa) inside the block.
+    """Allow or forbid TF32 (10 bits of mantissa) in fp32 matrix products on CUDA, inside the block or function.
 
-    Forward passes may, Hessians and what is solved with them must not. Also a decorator. The CPU is not concerned.
+    Forward passes may use it; Hessians and the systems solved with them must not.
     """
     import torch
 
@@ -82,7 +81,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def use_tf32(allowed: bool) -> None:
-    """What `tf32` sets for a block, from now on."""
+    """Like `tf32`, from now on."""
     import torch
 
     torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
@@ -98,23 +97,26 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the operating system, where the C library is glibc.
+    """Return freed memory to the operating system.
 
-    glibc would keep it, and where small long-lived objects lie between the freed pieces, it could not reuse them for
-    large tensors: after thirty decoder layers the unusable part was as large as the part in use.
+    glibc keeps it, and cannot reuse it for large tensors if small long-lived objects lie in between: after thirty
+    decoder layers the unusable part was as large as the part in use.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory for the next tensors from now on, where the C library is glibc.
+    """Keep freed memory for the next tensors from now on; the process then never shrinks.
 
-    glibc would fetch every large tensor from the operating system and return it, and the system fills each page with
-    zeros when it is first written: a third of the time of an evaluation. The process stays as large as it ever was.
+    glibc gets every large tensor from the operating system, which fills each page with zeros when it is first written:
+    a third of the time of an evaluation.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        if not libc.mallopt(mmap_threshold, 2**30):
-            libc.mallopt(mmap_threshold, 2**25)  # the most that older releases take
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    if libc := _glibc():
+        libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25)  # the limit of older versions
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -182,8 +182,8 @@ def folded_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_weights(model: PreTrainedModel, state_dict: dict[str, Tensor], path: str | Path) -> None:
     """Copy the weights of a sparse state, read from `path`, into a freshly loaded dense `model`, which keeps its dtype.
 
-    Pruned weights are zero, and layers stay plain. Their outputs equal those of modelopt's masked layers, which multiply
-    weight and mask in every forward pass and so take longer than decoding a token.
+    Pruned weights are zero, and layers stay plain. Their outputs equal those of modelopt's masked layers, which
+    multiply weight and mask in every forward pass and so take longer than decoding a token.
 
     Raises:
         UserError: the state belongs to another model.
