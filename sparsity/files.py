@@ -46,8 +46,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it takes target's place only if the block ends without error.
 
-    Its name is fixed, so that the next run removes what a killed run left there, and restores an earlier `target` that
-    was killed between two renames.
+    Its name is fixed: the next run cleans up after one that was killed, also between the two renames at the end.
 
     Args:
         overwrite: replace a `target` that is not empty.
@@ -63,9 +62,8 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         if not is_ours:
             raise _in_use(target)
-        for entry in new.iterdir():
-            if entry.name != LOCK:
-                _remove(entry)
+        for leftover in set(new.iterdir()) - {new / LOCK}:
+            _remove(leftover)
         if old.exists() and not target.exists():
             os.replace(old, target)
         shutil.rmtree(old, ignore_errors=True)
@@ -173,20 +171,18 @@ def lock_output_dir(path: str | Path) -> None:
     Raises:
         UserError: another run holds the folder.
     """
-    hold_until_exit(Path(path) / LOCK, path)
+    _held_locks.enter_context(_acquire(Path(path) / LOCK, path))
     remove_leftovers(Path(path), age=0)
 
 
-def hold_until_exit(lock: Path, target: str | Path) -> None:
-    """Hold the file `lock`, created if missing, until `release_locks` or the end of the process.
-
-    Args:
-        target: what only this run may write, for messages.
+def lock_output_file(path: Path) -> None:
+    """Reserve one file of a folder that runs share; see `lock_output_dir`.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another run holds the file.
     """
-    _held_locks.enter_context(_acquire(lock, target))
+    _held_locks.enter_context(_acquire(path.with_name(f".{path.name}{LOCK}"), path))
+    remove_leftovers(path.parent, path.name, age=0)
 
 
 def release_locks() -> None:
@@ -223,10 +219,10 @@ def _in_use(target: str | Path) -> UserError:
 
 
 def path_exists(path: str | Path) -> bool:
-    """Whether the path exists; False for invalid paths."""
+    """Whether the path exists; False for invalid paths: empty, too long, or with a null byte."""
     try:
         return bool(str(path)) and Path(path).exists()
-    except (OSError, ValueError):  # too long a name, a null byte
+    except (OSError, ValueError):
         return False
 
 
@@ -236,11 +232,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def require_file(path: str | Path, what: str) -> Path:
-    """Return `path` if it is a file.
-
-    Raises:
-        UserError: it is not; the message names `what` it should be.
-    """
+    """Return `path` if it is a file, else raise a UserError that calls it `what`."""
     if not is_file(path):
         raise UserError(f"{what} not found: {path}")
     return Path(path)
@@ -324,10 +316,8 @@ def read_json(path: str | Path, what: str) -> Any:
         return list(read_jsonl(path, what))
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except NOT_JSON as error:
-        raise UserError(f"{what} {path} is not valid JSON: {error}") from error
+        raise UserError(f"{what} {path} is not valid JSON in UTF-8: {error}") from error
 
 
 def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Iterator[Any]:
@@ -339,25 +329,17 @@ def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Itera
     Raises:
         UserError: a line is malformed (unless `skip_damaged`); the message calls the file `what`.
     """
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape" if skip_damaged else "strict") as stream:
-            for line in stream:
-                number += 1
-                if not line.strip():
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except NOT_JSON as error:
+                if skip_damaged:
                     continue
-                try:
-                    line.encode()  # fails where the file is not UTF-8
-                    value = json.loads(line)
-                except NOT_JSON:
-                    if skip_damaged:
-                        continue
-                    raise
-                yield value
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except NOT_JSON as error:
-        raise UserError(f"{what} {path} line {number} is not valid JSON: {error}") from error
+                raise UserError(f"{what} {path} line {number} is not valid JSON in UTF-8: {error}") from error
+            yield value
 
 
 def json_lines(values: Iterable[Any]) -> Iterator[str]:

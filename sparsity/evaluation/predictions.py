@@ -16,11 +16,10 @@ from sparsity.distributed import is_main_process
 from sparsity.errors import UserError
 from sparsity.files import (
     append_jsonl,
-    hold_until_exit,
     is_whole_number,
+    lock_output_file,
     prepare_output_dir,
     read_jsonl,
-    remove_leftovers,
     save_jsonl,
 )
 from sparsity.text import PromptTemplate, valid_unicode
@@ -90,8 +89,7 @@ class PredictionLog:
         if self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path)):
             raise UserError(f"--predictions {self.path} exists and holds something else; choose another file name")
         if is_main_process():
-            hold_until_exit(self.path.with_name(f".{self.path.name}.lock"), self.path)
-            remove_leftovers(self.path.parent, self.path.name, age=0)
+            lock_output_file(self.path)
 
     def load(self, examples: int) -> dict[int, str]:
         """Predictions of this very run that are already on disk, by example index.
