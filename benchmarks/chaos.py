@@ -1,12 +1,12 @@
 r"""Kill every script at random moments, repeat the same command until it ends, and compare the results.
 
     python -m benchmarks.chaos 40 --output benchmarks/results/chaos.json
-    python -m benchmarks.chaos 10 --model_dir demo/SmolLM2-135M-Instruct --jobs PTS
+    python -m benchmarks.chaos 10 --jobs PTS SAT
 
 Each script first runs once without interruption. Then it starts again and again in new folders; at a random moment all
 its processes are killed with SIGKILL, and the same command is given again, until N kills have happened. Results must
 equal those of the first run: to the bit for pruning, data, evaluation and export, to 1e-5 for training. Files that the
-first run did not leave count as left over. Without --model_dir a small random Llama is used, whose runs take seconds.
+first run did not leave count as left over. The model is a small random Llama, whose runs take seconds.
 """
 
 from __future__ import annotations
@@ -95,9 +95,6 @@ JOBS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- running and killing
-
-
 def start(job: Job, out: Path, inputs: Path) -> tuple[subprocess.Popen, str]:
     """Start a job; its output goes to a log beside `out`. Returns the process and the tag of all its processes."""
     words = [word.format(python=sys.executable, out=out, inputs=inputs) for word in job.command.split()]
@@ -152,9 +149,6 @@ def run_with_kills(job: Job, out: Path, inputs: Path, seconds: float, kills_left
         return kills
 
 
-# -------------------------------------------------------------------------------------------------------- comparing
-
-
 def leaves(value: Any) -> list[Any]:
     """All values inside a JSON value, in order, but for those that differ between equal runs: times and paths."""
     if isinstance(value, dict):
@@ -202,29 +196,23 @@ def check(name: str, job: Job, out: Path, reference: Path, outcome: Outcome) -> 
     outcome.left_over += [f"{name} {out.name}: {file}" for file in sorted(listing(out) - listing(reference))]
 
 
-# ---------------------------------------------------------------------------------------------------------- the inputs
-
-
 TEXT = (
     "The river rose slowly through the night, and by morning the lower fields lay under water. Some engineers "
     "met on Tuesday to discuss why the new bridge had been closed for a third time since the spring of last year."
 )
 
 
-def make_inputs(folder: Path, model_dir: str | None) -> None:
+def make_inputs(folder: Path) -> None:
     """Write the model, records and texts that the jobs read."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sparsity.models import load_tokenizer
 
-    if model_dir:
-        (folder / "model").symlink_to(Path(model_dir).resolve())
-    else:
-        tokenizer = load_tokenizer(str(ROOT / "demo/SmolLM2-135M-Instruct"))
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-        ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-        LlamaForCausalLM(LlamaConfig(**sizes, **ids, num_key_value_heads=2)).save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+    tokenizer = load_tokenizer(str(ROOT / "demo/SmolLM2-135M-Instruct"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(**sizes, **ids, num_key_value_heads=2)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     records = [
         {"instruction": "Summarize.", "input": f"{TEXT} Case {i}.", "output": f"Water rose, case {i}."}
         for i in range(12)
@@ -238,31 +226,26 @@ def make_inputs(folder: Path, model_dir: str | None) -> None:
 
 def run_job(name: str, job: Job, kills: int, work: Path, inputs: Path, rng: random.Random) -> Outcome:
     """Kill a job `kills` times and compare every finished run."""
-    from tqdm import tqdm
-
     outcome = Outcome()
     reference = work / "uninterrupted"
     reference.mkdir()
     started = time.perf_counter()
     run_with_kills(job, reference, inputs, 600, 0, rng)
     seconds = time.perf_counter() - started
-    with tqdm(total=kills, desc=f"{name}, kills", disable=None) as bar:
-        while outcome.kills < kills and len(outcome.lost) < 3:
-            out = work / f"run {outcome.runs}"
-            out.mkdir()
-            outcome.runs += 1
-            try:
-                done = run_with_kills(job, out, inputs, seconds, kills - outcome.kills, rng)
-            except UserError as error:
-                outcome.lost.append(str(error))
-                continue
-            outcome.kills += done
-            bar.update(done)
+    while outcome.kills < kills and len(outcome.lost) < 3:
+        out = work / f"run {outcome.runs}"
+        out.mkdir()
+        outcome.runs += 1
+        try:
+            outcome.kills += run_with_kills(job, out, inputs, seconds, kills - outcome.kills, rng)
+        except UserError as error:
+            outcome.lost.append(str(error))
+        else:
             check(name, job, out, reference, outcome)
     return outcome
 
 
-def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) -> Iterator[tuple[str, Outcome]]:
+def run_chaos(kills: int, names: list[str], seed: int) -> Iterator[tuple[str, Outcome]]:
     """Kill every named job `kills` times; jobs that need a state get the one of an uninterrupted pruning run.
 
     Yields:
@@ -272,7 +255,7 @@ def run_chaos(kills: int, names: list[str], model_dir: str | None, seed: int) ->
     with tempfile.TemporaryDirectory(prefix="chaos ") as folder:
         inputs = Path(folder) / "inputs"
         inputs.mkdir()
-        make_inputs(inputs, model_dir)
+        make_inputs(inputs)
         pruned = Path(folder) / "pruned"
         pruned.mkdir()
         run_with_kills(JOBS["PTS"], pruned, inputs, 600, 0, rng)
@@ -294,7 +277,6 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("kills", type=int, help="how often each script is killed")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="which scripts")
-    parser.add_argument("--model_dir", help="a real model, in place of a small random one")
     parser.add_argument("--seed", type=int, default=0, help="moments of the kills")
     parser.add_argument("--output", metavar="FILE", help="JSON file for the counts")
     return parser.parse_args()
@@ -304,7 +286,7 @@ def main() -> None:
     args = parse_args()
     check_at_least(args, 1, "kills")
     outcomes = {}
-    for name, outcome in run_chaos(args.kills, args.jobs, args.model_dir, args.seed):
+    for name, outcome in run_chaos(args.kills, args.jobs, args.seed):
         outcomes[name] = outcome
         print_outcome(name, outcome)
         if args.output:

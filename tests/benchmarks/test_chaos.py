@@ -8,9 +8,10 @@ import torch
 from benchmarks import chaos
 
 
-def test_no_kill_loses_a_run(tmp_path):
+@pytest.mark.slow
+def test_no_kill_loses_a_run():
     names = [name for name in chaos.JOBS if name != "SAT, two processes"]  # takes minutes on one core
-    outcomes = dict(chaos.run_chaos(2, names, None, seed=0))
+    outcomes = dict(chaos.run_chaos(2, names, seed=0))
     assert sum(outcome.kills for outcome in outcomes.values()) >= 10
     for name, outcome in outcomes.items():
         assert not outcome.lost + outcome.different + outcome.left_over, name
