@@ -41,7 +41,7 @@ def test_read_records_takes_json_with_bom_and_jsonl(tmp_path, records):
         (b'[{"instruction": "a", "input": 3, "output": "c"}]', "no text field 'input'"),
         (b'[{"instruction": "a", "input": "b", "output": " "}]', "empty 'output'"),
         (b'["text"]', "no text field 'instruction'"),
-        (b'[{"instruction": "\xff"}]', "not UTF-8"),
+        (b'[{"instruction": "\xff"}]', "JSON in UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
         (b'[{"instruction": "a\x00"}]', "not valid JSON"),
     ],
