@@ -121,62 +121,34 @@ def add_template_options(group: argparse._ArgumentGroup) -> None:
 
 
 def parse_pairs(option: str, pairs: Sequence[str]) -> list[tuple[str, str]]:
-    """The (name, value) pairs of an option that takes NAME=VALUE.
-
-    Raises:
-        UserError: one of another form.
+    """The (name, value) pairs of an option that takes NAME=VALUE, or raise a UserError that names the wrong one.
 
     >>> parse_pairs("--run", ["dense=eval/dense"])
     [('dense', 'eval/dense')]
     """
-    split = [pair.partition("=") for pair in pairs]
-    for (name, _, value), pair in zip(split, pairs, strict=True):
-        if not name or not value:
+    split = [(name, value) for name, _, value in (pair.partition("=") for pair in pairs)]
+    for pair, names in zip(pairs, split, strict=True):
+        if not all(names):
             raise UserError(f"{option} takes NAME=VALUE, got '{pair}'")
-    return [(name, value) for name, _, value in split]
+    return split
 
 
 def parse_named(option: str, pairs: Sequence[str]) -> dict[str, str]:
-    """`parse_pairs` for an option that takes each name once.
-
-    Raises:
-        UserError: as `parse_pairs`, or a name is given twice.
-    """
-    split = parse_pairs(option, pairs)
-    named = dict(split)
-    for name in named:
-        if [other for other, _ in split].count(name) > 1:
+    """`parse_pairs` for an option that takes each name once."""
+    named: dict[str, str] = {}
+    for name, value in parse_pairs(option, pairs):
+        if name in named:
             raise UserError(f"{option} got the name '{name}' twice")
+        named[name] = value
     return named
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """Check that options, where given, are at least `least`.
-
-    Raises:
-        UserError: names the option and its value.
-    """
+    """Raise a UserError if one of these options is given and less than `least`."""
     for name in names:
         value = vars(args)[name]
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
-
-
-def named_values(pairs: Sequence[str], flag: str, example: str) -> dict[str, str]:
-    """Values of an option that takes NAME=VALUE several times, by name; only the first '=' separates.
-
-    Raises:
-        UserError: a pair without a name or value, or a name given twice; shows `example`.
-    """
-    values: dict[str, str] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if not name or not value:
-            raise UserError(f"{flag} takes NAME=VALUE, e.g. {example}; got '{pair}'")
-        if name in values:
-            raise UserError(f"{flag} has the name '{name}' twice; choose another for one of them")
-        values[name] = value
-    return values
 
 
 # ------------------------------------------------------------------------------------------------------------- failing
@@ -186,8 +158,8 @@ def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a 
     """Run a script's `main` and report foreseeable failures in one line on stderr.
 
     Exit codes: 1 for a wrong input, a full disk or too little memory, 2 for a wrong option, 130 for Ctrl-C. Any other
-    error is a defect of ours and keeps its traceback. A process of several exits as soon as it fails, and the launcher
-    stops the others; only the first process that fails reports it.
+    error is a defect of ours and keeps its traceback. One of several processes exits as soon as it fails, and the
+    launcher stops the others; only the first one reports.
 
     Args:
         memory_advice: what the user can do when memory runs out; ends a sentence.

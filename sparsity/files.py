@@ -29,8 +29,12 @@ _held_locks = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error."""
+    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error.
+
+    Temporary files of the same name that killed processes left are removed once they are a day old.
+    """
     path = Path(path)
+    remove_leftovers(path.parent, path.name)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -109,14 +113,14 @@ def scratch_folder(parent: str | Path | None = None, prefix: str = ".scratch.") 
 
 
 def remove_leftovers(folder: Path, name: str | None = None, age: float = DAY) -> None:
-    """Remove temporary files of `atomic_path` that killed processes left in a folder and the folders inside it.
+    """Remove temporary files of `atomic_path` that killed processes left in a folder.
 
     Args:
-        name: only those of the file of this name.
-        age: only those that were last written this many seconds ago; 0 if no other process can be writing here.
+        name: of the file that they were for; None: of all files, in the folders inside it as well.
+        age: seconds since they were last written; 0 if no other process can be writing them.
     """
-    pattern = "*" if name is None else glob.escape(name)
-    _remove_old(folder.rglob(f".{pattern}.????????{TEMPORARY}"), age)
+    pattern = "**/.*" if name is None else f".{glob.escape(name)}"
+    _remove_old(folder.glob(f"{pattern}.????????{TEMPORARY}"), age)
 
 
 def _remove_old(paths: Iterable[Path], age: float) -> None:

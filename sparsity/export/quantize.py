@@ -19,7 +19,7 @@ from sparsity.distributed import warn
 from sparsity.errors import UserError, first_line
 from sparsity.export.weights import in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
-from sparsity.modelopt_state import sparse_masks
+from sparsity.modelopt_state import pruned_errors, sparse_masks
 from sparsity.sources import Source, draw_sequences, shares
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ def check_zeros(folder: Path, model: PreTrainedModel, state: dict[str, Tensor]) 
                 mask, weight = masks.pop(name), tensors.get_tensor(name)
                 if weight.shape != mask.shape:
                     raise UserError(f"{name} is stored as {list(weight.shape)}, its mask is {list(mask.shape)}")
-                nonzero = weight.view(torch.uint8).view(*mask.shape, -1)[~mask].count_nonzero().item()
-                if nonzero:
-                    raise UserError(f"{nonzero} bytes under the mask of {name} are not 0 in the quantized files")
+                if wrong := pruned_errors(weight, mask):
+                    raise UserError(f"{wrong} pruned weights of {name} are not 0 in the quantized files")
                 pruned += int((~mask).sum())
     if masks:
         raise UserError(f"the quantized files lack {len(masks)} pruned matrices, the first is {min(masks)}")

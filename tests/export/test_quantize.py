@@ -130,7 +130,7 @@ def test_anything_under_a_mask_is_found(export, masks, state_path, model_dir, tm
     tensors[weight].view(torch.uint8)[row, column] = byte
     save_file(tensors, tmp_path / "model.safetensors")
     state = load_state(state_path)["model_state_dict"]
-    with pytest.raises(UserError, match=f"1 bytes under the mask of {weight}"):
+    with pytest.raises(UserError, match=f"1 pruned weights of {weight} are not 0"):
         quantize.check_zeros(tmp_path, load_model(str(model_dir)), state)
 
 
