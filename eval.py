@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ def read_inputs(
         files.prepare_output_dir(Path(args.output_json).parent)
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
     template = text.choose_template(args.prompt_template, args.chat_template, tokenizer)
-    if args.modelopt_restore_path and text.trained_template(args.modelopt_restore_path) not in (None, template):
+    trained = text.trained_prompt(args.modelopt_restore_path) if args.modelopt_restore_path else None
+    if trained not in (None, asdict(template)):
         warn(
             f"{args.modelopt_restore_path} was trained with another prompt template (see {text.RUN_RECORD} beside "
             "it); give the --prompt_template or --chat_template of its training"

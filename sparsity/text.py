@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,12 +211,10 @@ def read_template(path: str | Path) -> PromptTemplate:
         UserError: the file is missing or malformed, or the head has no place for the instruction.
     """
     content = read_json(path, "prompt template")
-    wrong = sorted(content.keys() ^ {"head", "tail"}) if isinstance(content, dict) else ["head", "tail"]
-    if wrong or not all(isinstance(value, str) for value in content.values()):
-        raise UserError(
-            f"prompt template {path} must hold the two texts 'head' and 'tail'"
-            + (f"; missing or unknown: {', '.join(wrong)}" if wrong else "")
-        )
+    if not (isinstance(content, dict) and content.keys() == {"head", "tail"}) or not all(
+        isinstance(value, str) for value in content.values()
+    ):
+        raise UserError(f"prompt template {path} must hold the two texts 'head' and 'tail', and nothing else")
     if INSTRUCTION not in content["head"]:
         raise UserError(f"prompt template {path}: 'head' has no {INSTRUCTION}, the place of a record's instruction")
     if "{input}" in content["head"] + content["tail"]:
@@ -257,26 +255,11 @@ def choose_template(path: str | Path | None, chat: bool, tokenizer: PreTrainedTo
     return read_template(path) if path else DEFAULT_TEMPLATE
 
 
-def template_record(template: PromptTemplate) -> dict[str, Any]:
-    """A template as it stands in a run record."""
-    return asdict(template)
-
-
-def trained_template(state: str | Path) -> PromptTemplate | None:
-    """The template that a fine-tuned state was trained with, from the run record beside it; None without a record.
-
-    Raises:
-        UserError: the record is malformed.
-    """
+def trained_prompt(state: str | Path) -> Any:
+    """The prompt template in the run record beside a fine-tuned state, as a dict; None without one."""
     record = Path(state).parent / RUN_RECORD
-    if not record.is_file():
-        return None
-    content = read_json(record, "run record")
-    fields = content.get(PROMPT_FIELD) if isinstance(content, dict) else None
-    kinds = {name: type(value) for name, value in asdict(DEFAULT_TEMPLATE).items()}
-    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
-        raise UserError(f"run record {record} holds no valid '{PROMPT_FIELD}'; was it changed by hand?")
-    return PromptTemplate(**fields)
+    content = read_json(record, "run record") if record.is_file() else None
+    return content.get(PROMPT_FIELD) if isinstance(content, dict) else None
 
 
 def encode_prompt(

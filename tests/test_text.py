@@ -107,8 +107,8 @@ def test_short_prompt_is_left_as_it_is(tokenizer):
     ("content", "message"),
     [
         ([], "must hold the two texts"),
-        ({"head": "{instruction}"}, "missing or unknown: tail"),
-        ({"head": "{instruction}", "tail": "", "body": ""}, "missing or unknown: body"),
+        ({"head": "{instruction}"}, "must hold the two texts"),
+        ({"head": "{instruction}", "tail": "", "body": ""}, "and nothing else"),
         ({"head": "{instruction}", "tail": 3}, "must hold the two texts"),
         ({"head": "Task:", "tail": ""}, "'head' has no {instruction}"),
         ({"head": "{instruction} {input}", "tail": ""}, "leave out {input}"),

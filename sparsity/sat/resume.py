@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sparsity.files import file_digest, is_whole_number, read_json, save_json
 from sparsity.sat import checkpoints, training_state
 from sparsity.sat.arguments import MASK_OPTIONS, SatArguments, option_values
 from sparsity.sources import content_key, parse_sources
-from sparsity.text import DEFAULT_TEMPLATE, PROMPT_FIELD, RUN_RECORD, PromptTemplate, template_record
+from sparsity.text import DEFAULT_TEMPLATE, PROMPT_FIELD, RUN_RECORD, PromptTemplate
 
 # Options that shape the course of training, under the launcher's names: a resumed run must have the same.
 RESUME_KEYS = [
@@ -59,7 +60,7 @@ EARLIER = {
     "lora_alpha": 32.0,
     "dataloader_drop_last": False,
     "order_batch": None,
-    PROMPT_FIELD: template_record(DEFAULT_TEMPLATE),
+    PROMPT_FIELD: asdict(DEFAULT_TEMPLATE),
 }
 # What decides the batches: it may change as long as every optimizer step sees the same samples.
 BATCH_KEYS = ("train_bs", "num_processes", "gradient_accumulation_steps", "order_batch")
@@ -72,7 +73,7 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
     values = option_values(args)
     settings = {name: values[name] for name in RESUME_KEYS} | {"num_processes": args.training.processes}
     settings["order_batch"] = args.training.order_batch
-    settings[PROMPT_FIELD] = template_record(template)
+    settings[PROMPT_FIELD] = asdict(template)
     files: dict[str, Any] = {"restore_path": args.model.modelopt_restore_path}
     if args.data.uses_records:
         files["data_path"] = args.data.train_file

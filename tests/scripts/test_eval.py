@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, ti
 
 from sparsity.devices import bf16_is_faster
 from sparsity.evaluation.rouge import rouge_f_measures
-from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate, template_record
+from sparsity.text import DEFAULT_TEMPLATE, PromptTemplate
 
 LENGTHS = ("--model_max_length", "400", "--max_new_tokens", "40")
 
@@ -177,7 +178,7 @@ def test_prompts_of_another_template(model_dir, data_path, state_path, tmp_path,
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     shutil.copy(state_path, tmp_path / "state.pth")
-    (tmp_path / "run.json").write_text(json.dumps({"prompt": template_record(DEFAULT_TEMPLATE)}))
+    (tmp_path / "run.json").write_text(json.dumps({"prompt": asdict(DEFAULT_TEMPLATE)}))
     (tmp_path / "t.json").write_text(json.dumps({"head": "{instruction}: ", "tail": "=>"}))
     chat = {"chat_template": "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"}
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -192,7 +193,7 @@ def test_prompts_of_another_template(model_dir, data_path, state_path, tmp_path,
     assert other.stderr.count("was trained with another prompt template") == 1
     own = PromptTemplate("{instruction}: ", "=>")
     template = own if len(words) > 1 else PromptTemplate("<s>{instruction}\n\n", "</s>", special_tokens=False)
-    (tmp_path / "run.json").write_text(json.dumps({"prompt": template_record(template)}))
+    (tmp_path / "run.json").write_text(json.dumps({"prompt": asdict(template)}))
     again = run_inline(*command, tmp_path / "again.json", *words)
     assert "another prompt template" not in again.stderr
 

@@ -552,15 +552,15 @@ def test_frozen_embeddings_stay_as_they_are(run_here, state_path, tmp_path):
 
 
 def test_runs_share_tokenized_data_and_record_the_prompt(run_here, data_dir, tmp_path, monkeypatch):
-    from sparsity.sat import dataset
-    from sparsity.text import PromptTemplate, trained_template
+    from sparsity.sat import data
+    from sparsity.text import trained_prompt
 
     (tmp_path / "t.json").write_text(json.dumps({"head": "{instruction}\n", "tail": "\n=>"}))
     more = ["--max_steps", 1, "--train_bs", 2, "--max_length", 400, "--prompt_template", tmp_path / "t.json"]
     first = run_here(*more, output_dir=tmp_path / "first")
     assert not (first / "cache").exists() and (data_dir / "cache").is_dir()
-    assert trained_template(first / STATE_NAME) == PromptTemplate("{instruction}\n", "\n=>")
-    monkeypatch.setattr(dataset, "encode_records", lambda *_: pytest.fail("tokenized again"))
+    assert trained_prompt(first / STATE_NAME) == {"head": "{instruction}\n", "tail": "\n=>", "special_tokens": True}
+    monkeypatch.setattr(data, "encode_records", lambda *_: pytest.fail("tokenized again"))
     run_here(*more, output_dir=tmp_path / "second")
 
 
