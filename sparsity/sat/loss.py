@@ -61,14 +61,12 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
     accepted = inspect.signature(model.forward).parameters
     names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in accepted]
     inputs = {name: batch[name] for name in names}
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 4 and model.config._attn_implementation != "sdpa":
-        if "flash" in model.config._attn_implementation:
-            del inputs["attention_mask"]  # flash attention reads the samples' bounds from position_ids
-        else:  # eager attention adds its mask to the scores
-            inputs["attention_mask"] = torch.zeros(mask.shape, device=mask.device).masked_fill(
-                ~mask, torch.finfo(torch.float32).min
-            )
+    mask, attention = inputs.get("attention_mask"), model.config._attn_implementation
+    if mask is not None and mask.dim() == 4 and "flash" in attention:
+        del inputs["attention_mask"]  # flash attention reads the samples' bounds from position_ids
+    elif mask is not None and mask.dim() == 4 and attention == "eager":  # which adds its mask to the scores
+        hidden = torch.finfo(torch.float32).min
+        inputs["attention_mask"] = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, hidden)
     return inputs
 
 
@@ -106,20 +104,19 @@ def logits_at(
 def check_packing(
     model: PreTrainedModel, collate: Collator, vocabulary: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Run a short sample packed behind two others in turn, and alone.
+    """Check that packed samples do not see each other, by a short sample behind each of two others and alone.
 
     Args:
-        dtype: to compute in, where parts of the model are more precise.
+        dtype: the compute dtype, where parts of the model are more precise.
 
     Raises:
-        UserError: it sees the one before it or takes its place into account, because this model does not take a mask
-            and positions for each row.
+        UserError: the model does not take a mask and positions for each row.
     """
     ids = torch.randint(vocabulary, (3, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    nothing = [IGNORE] * 8
+    unlabelled = [IGNORE] * 8
 
     def behind(first: list[int]) -> torch.Tensor:
-        row = {"input_ids": [first, ids[2]], "labels": [nothing] * 2, "record": [0, 1], "plain": [False] * 2}
+        row = {"input_ids": [first, ids[2]], "labels": [unlabelled] * 2, "record": [0, 1], "plain": [False] * 2}
         return model(**model_inputs(model, collate([row]))).logits[0, 8:16].float()
 
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
@@ -127,7 +124,7 @@ def check_packing(
             one, other = behind(ids[0]), behind(ids[1])
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(f"{type(model).__name__} does not take packed rows ({error}); drop --packing") from error
-        row = {"input_ids": ids[2], "labels": nothing, "record": 1, "plain": False}
+        row = {"input_ids": ids[2], "labels": unlabelled, "record": 1, "plain": False}
         alone = model(**model_inputs(model, collate([row]))).logits[0, :8].float()
     # Rows of one shape are rounded alike; of another shape a pruned model in 16 bits is rounded 3% apart.
     rounding = 1e-2 if dtype == torch.float32 else 0.1

@@ -7,8 +7,8 @@ et al. 2024, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation
 update can be merged into W without losing a zero. Factors, normalizations and biases are trained in float32; all other
 weights stay in the compute dtype and have neither gradients nor optimizer state.
 
-During training the frozen weight itself carries the mask: a pruned weight is stored as +0.0, and a kept weight whose
-value is zero as -0.0, which computes the same. A mask thus needs no memory, and is sharded with its weight.
+During training the frozen weight itself carries the mask: pruned weights are stored as +0.0, retained weights that are
+zero as -0.0, which computes the same. A mask thus needs no memory, and is sharded with its weight.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer dtype of 
 
 
 def mark_pruned(weight: torch.Tensor, mask: torch.Tensor) -> None:
-    """Store the bool mask (True is kept) in the weight, in place: +0.0 is pruned, a kept zero becomes -0.0."""
+    """Store the bool mask (True is retained) in the weight, in place: +0.0 is pruned, a retained zero becomes -0.0."""
     weight.masked_fill_(mask & (weight == 0), -0.0).masked_fill_(~mask, 0.0)
 
 
 def marked_kept(weight: torch.Tensor) -> torch.Tensor:
-    """The bool mask (True is kept) of a weight that `mark_pruned` has prepared."""
+    """The bool mask (True is retained) of a weight that `mark_pruned` has prepared."""
     return weight.view(BITS[weight.itemsize]) != 0
 
 
@@ -54,7 +54,7 @@ def masked_sum(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: fl
 
 
 class MaskedLowRankProduct(torch.autograd.Function):
-    """Y = X W_effᵀ, which keeps X for the backward pass and computes W_eff again.
+    """Y = X W_effᵀ, saving only X for the backward pass, which computes W_eff again.
 
     With G = Yᵀ' X ⊙ mask, where Y' is the gradient of the output, the chain rule gives the gradients scale · G Aᵀ of B
     and scale · Bᵀ G of A. G has the size of the weight and lives for one layer's backward pass.
@@ -73,15 +73,15 @@ class MaskedLowRankProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         gradient = gradients[0].to(weight.dtype)
-        of_x = of_A = of_B = None
+        grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ masked_sum(weight, A, B, ctx.scale)).to(ctx.input_dtype)
+            grad_x = (gradient @ masked_sum(weight, A, B, ctx.scale)).to(ctx.input_dtype)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             G = gradient.flatten(0, -2).T @ x.flatten(0, -2)
             G.mul_(marked_kept(weight))
-            of_A = ((B.to(G.dtype).T @ G) * ctx.scale).to(A.dtype)
-            of_B = ((G @ A.to(G.dtype).T) * ctx.scale).to(B.dtype)
-        return of_x, None, of_A, of_B, None
+            grad_A = ((B.to(G.dtype).T @ G) * ctx.scale).to(A.dtype)
+            grad_B = ((G @ A.to(G.dtype).T) * ctx.scale).to(B.dtype)
+        return grad_x, None, grad_A, grad_B, None
 
 
 class LowRankLinear(nn.Linear):
@@ -116,8 +116,8 @@ def add_low_rank(
     The model may be on the meta device; the updates are not. `loading.fill` gives it weights that carry their masks.
 
     Args:
-        state: with the masks, by name.
-        seed: of the initial factors, which are thus the same on all processes.
+        state: weights and masks by name.
+        seed: for the initial factors, which are the same on all processes.
         embeddings: train the embeddings and the output head too, in full and in float32.
 
     Raises:
@@ -138,7 +138,8 @@ def add_low_rank(
         if train_vectors(module) and not isinstance(module, LowRankLinear):
             module.register_forward_hook(keep_dtype)
         if isinstance(module, LowRankLinear):
-            module.lora_A.requires_grad_(True), module.lora_B.requires_grad_(True)
+            module.lora_A.requires_grad_(True)
+            module.lora_B.requires_grad_(True)
     if embeddings:
         for outer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if outer is not None:
@@ -146,7 +147,7 @@ def add_low_rank(
 
 
 def train_vectors(module: nn.Module) -> bool:
-    """Train the module's own vectors, that is the weights of normalizations and all biases; whether it has any."""
+    """Train the vectors of the module itself, weights of normalizations and biases; returns whether it has any."""
     vectors = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 1]
     for vector in vectors:
         train_in_float32(vector)
@@ -159,7 +160,7 @@ def train_in_float32(parameter: nn.Parameter) -> None:
 
 
 def keep_dtype(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook. A float32 weight would make a normalization's output float32, which takes twice the memory."""
+    """Forward hook that undoes the promotion of a normalization's output to float32, which takes twice the memory."""
     if isinstance(output, torch.Tensor) and inputs and isinstance(inputs[0], torch.Tensor):
         return output.to(inputs[0].dtype)
     return output
@@ -167,7 +168,7 @@ def keep_dtype(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 
 @contextlib.contextmanager
 def trained_only(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's state dict has the trained parameters only, and loads where the frozen are missing.
+    """Inside the block the model's state dict has only trained parameters, and loads without the frozen ones.
 
     Checkpoints thus hold what training changes; everything else comes from the model and the pruned state.
     """
@@ -197,8 +198,8 @@ def trained_only(model: nn.Module) -> Iterator[None]:
 def merge(state: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
     """The sparse state with the trained values in it, in its own names, shapes and dtypes.
 
-    Updates are added in float32 to the weights of the state, which may be more precise than those that were trained
-    with. Pruned weights are +0.0.
+    Updates are added in float32 to the weights of the state, which may be more precise than those used in training.
+    Pruned weights are +0.0.
     """
     result = {name: trained[name].to(tensor.dtype) if name in trained else tensor for name, tensor in state.items()}
     for name, weight, mask in sparse_masks(state):

@@ -200,17 +200,3 @@ def test_aclsum_keeps_test_papers_out_of_training_and_calibration(prepare, aclsu
     assert read_texts(folder / "calib.jsonl") == ["A body\nmore"]
     assert "import" in read_texts(folder / "manual.txt")[0]  # Python's manual explains its statements
     assert read_texts(folder / "heldout.jsonl") == ["C body\nmore", "D body\nmore"]
-
-
-def test_real_aclsum_wheel_if_installed(prepare):
-    try:
-        demo_data.aclsum_folder()
-    except UserError:
-        pytest.skip("the wheel aclsum is not installed")
-    folder = prepare("--source", "aclsum")
-    train, held_out = splits(folder)
-    assert (len(train), len(held_out)) == (150, 100)
-    assert all(len(record["output"].splitlines()) == 3 for record in train + held_out)
-    calibration, held_out_text = read_texts(folder / "calib.jsonl"), read_texts(folder / "heldout.jsonl")
-    assert len(calibration) == len(held_out_text) == 100
-    assert not set(calibration) & set(held_out_text)
