@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--eval_fraction",
         type=float,
         default=0.05,
-        help="share of a local source set aside for evaluation if it has no evaluation files",
+        help="fraction of a local source set aside for evaluation if it has no evaluation files",
     )
     source.add_argument(
         "--eval_split",
@@ -68,9 +68,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read."""
+    """Refuse invalid options before anything is read."""
     if not 0 < args.eval_fraction < 1:
-        raise UserError(f"--eval_fraction must lie between 0 and 1, found {args.eval_fraction}")
+        raise UserError(f"--eval_fraction must be between 0 and 1, got {args.eval_fraction}")
     check_at_least(args, 1, "max_samples", "max_train", "max_eval")
     if args.eval_source and args.source in ("hub", "aclsum"):
         raise UserError(f"--eval_source goes with local files; --source {args.source} has its own evaluation split")
@@ -101,14 +101,14 @@ def open_splits(args: argparse.Namespace) -> tuple[Iterator[records.Triple], Ite
     if eval_files:
         return read(train_files), read(eval_files)
 
-    def share(wanted: bool) -> Iterator[records.Triple]:
+    def part(evaluation: bool) -> Iterator[records.Triple]:
         """The evaluation part takes the first record and then every further (1/fraction)-th, the same in every run."""
         for index, triple in enumerate(read(train_files)):
             is_eval = index == 0 or int(index * args.eval_fraction) != int((index - 1) * args.eval_fraction)
-            if is_eval == wanted:
+            if is_eval == evaluation:
                 yield triple
 
-    return share(False), share(True)
+    return part(evaluation=False), part(evaluation=True)
 
 
 # ----------------------------------------------------------------------------------------------- writing

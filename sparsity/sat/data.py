@@ -46,14 +46,11 @@ def encode_record(
     record: dict[str, str],
     max_length: int,
     template: PromptTemplate = DEFAULT_TEMPLATE,
-) -> Sample | None:
+) -> Sample:
     """Prompt, answer and end-of-text token, with loss on the answer only.
 
     An overlong sample loses the end of its article first, and once that is empty the end of its answer, end-of-text
-    token included: the model is not taught to stop there.
-
-    Returns:
-        None if the prompt without its article leaves no room for any token of the answer.
+    token included: the model is not taught to stop there. It is empty if the prompt alone takes up all tokens.
     """
     answer = tokenizer(record["output"].strip(), add_special_tokens=False, verbose=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
@@ -62,7 +59,8 @@ def encode_record(
     except UserError:  # not even an empty article leaves room for the whole answer
         prompt = encode_prompt(tokenizer, {**record, "input": ""}, sys.maxsize, template)
     answer = answer[: max(0, max_length - len(prompt))]
-    return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer} if answer else None
+    prompt = prompt if answer else []
+    return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
 
 
 def encode_records(
@@ -80,7 +78,7 @@ def encode_records(
     from datasets import Dataset
 
     def encode(record: dict[str, str], index: int) -> dict[str, Any]:
-        sample = encode_record(tokenizer, record, max_length, template) or {"input_ids": [], "labels": []}
+        sample = encode_record(tokenizer, record, max_length, template)
         return {**sample, "record": index, "plain": False, "length": len(sample["input_ids"])}
 
     columns = ("instruction", "input", "output")
