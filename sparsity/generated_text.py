@@ -88,7 +88,9 @@ def generate_text(
             model = model if dense is None else load_model(model_name, dtype, trust_remote_code)
             model.to(device)
             use_blocked_attention(model, device)
-        bar = tqdm(total=len(missing) * length, desc="text", unit="step", disable=hide_bar() or not missing)
+        bar = tqdm(
+            total=len(missing) * length, desc="self-generated text", unit="step", disable=hide_bar() or not missing
+        )
         for number in missing:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             tokens = write_batch(model, rows, length, generator, len(tokenizer), prompt, bar)
