@@ -5,7 +5,7 @@
     python -m benchmarks.pruning
 
 Arms: modelopt's SparseGPT; llm-compressor's, where it is installed; SparseGPT as in the paper (reference_sparsegpt.py);
-hf_pts.py's three qualities. Each arm runs in a process of its own, with as many calibration sequences. They are papers;
+hf_pts.py's two qualities. Each arm runs in a process of its own, with as many calibration sequences. They are papers;
 for hf_pts.py's qualities two fifths of them are text that the model wrote itself, as by `--calib_data
 calib.jsonl=0.6,self=0.4`, and `balanced_read` has papers alone. Writing that text is measured apart, since it is done
 once for a model.
@@ -42,17 +42,17 @@ from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError
 from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
-from sparsity.models import load_model, load_tokenizer
-from sparsity.pts.calibration_set import load_calibration
-from sparsity.pts.recipe import QUALITY
 from sparsity.generated_text import generate_text
+from sparsity.models import load_model, load_tokenizer
+from sparsity.pts.calibration import CalibrationSet, load_calibration
+from sparsity.pts.recipe import QUALITY
 from sparsity.sources import SELF, Source, parse_sources
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "best", "reference")
+ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "reference")
 BASELINES = ("modelopt", "llmcompressor")
 MIXED = "calib.jsonl=0.6,self=0.4"
 CPU = torch.device("cpu")
@@ -179,7 +179,8 @@ def calibration(args: argparse.Namespace, text: str) -> tuple[torch.Tensor, torc
         Source(str(args.data / source.spec) if source.spec != SELF else SELF, source.weight)
         for source in parse_sources(text)
     ]
-    batches, weights = load_calibration(tokenizer, sources, args.calib_size, args.length, args.batch_size, 0, write)
+    wanted = CalibrationSet(sources, args.calib_size, args.length, args.batch_size)
+    batches, weights = load_calibration(tokenizer, wanted, write)
     sequences = [batch["input_ids"] for batch in batches]
     return torch.cat(sequences), torch.tensor([len(part) for part in sequences]), torch.tensor(weights)
 

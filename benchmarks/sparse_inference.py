@@ -25,8 +25,7 @@ from sparsity.devices import resolve_device, torch_dtype
 from sparsity.errors import UserError, first_line
 from sparsity.inspection import is_2_4, kernel_support
 from sparsity.models import load_model
-from sparsity.pts.masks import magnitude_mask
-from sparsity.pts.pattern import Pattern
+from sparsity.pts.recipe import Pattern, score_mask
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def load_2_4(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     model = load_model(args.model_dir, torch_dtype(args.dtype)).to(device)
     for layer in linear_layers(model).values():
         if not is_2_4(layer.weight):
-            layer.weight.data = layer.weight.data.masked_fill(~magnitude_mask(layer.weight.data, Pattern(2, 4)), 0)
+            layer.weight.data = layer.weight.data.masked_fill(~score_mask(layer.weight.data.abs(), Pattern(2, 4)), 0)
     return model
 
 

@@ -16,9 +16,8 @@ from sparsity.evaluation.generation import shared_prefill
 from sparsity.inspection import is_2_4
 from sparsity.pts.cuda_graphs import replayed
 from sparsity.pts.layer_store import LayerStore
-from sparsity.pts.pattern import Pattern
 from sparsity.pts.prune import prune_model
-from sparsity.pts.recipe import QUALITY
+from sparsity.pts.recipe import QUALITY, Pattern
 from sparsity.pts.solvers import damp, sparsegpt
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")

@@ -1,4 +1,4 @@
-"""Finished decoder layers on disk, so that a pruning run that was killed can resume where it stopped."""
+"""Finished decoder layers on disk, so that a pruning run that was killed can resume where it stopped; the log."""
 
 from __future__ import annotations
 
@@ -6,19 +6,50 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsity.errors import UserError
-from sparsity.files import NOT_JSON, atomic_path, is_number, save_json
+from sparsity.files import atomic_path, is_sealed, save_json, save_jsonl, seal
 from sparsity.models import few_values
-from sparsity.pts.log import MatrixLog
 from sparsity.pts.recipe import Recipe
+
+KEY = "key.json"
+
+
+@dataclass
+class MatrixLog:
+    """One pruned weight matrix: a row in memory, a line in pts_layers.jsonl.
+
+    Attributes:
+        name: of the linear layer within the model.
+        shape: [out, in].
+        relative_error: ‖S X - W X‖² / ‖W X‖² on the calibration set, S being the pruned and W the dense weight;
+            None without a calibration set.
+        sparsity: fraction of zeros.
+        percdamp: damping that was used, as a fraction of the Hessian's mean diagonal; None without a Hessian.
+        seconds: this matrix's part of the time to prune its group.
+        layer_seconds: the whole decoder layer, calibration passes included.
+        peak_memory_mib: of the device so far, in MiB; of the process on the CPU.
+    """
+
+    name: str
+    shape: list[int]
+    relative_error: float | None
+    sparsity: float
+    percdamp: float | None
+    seconds: float
+    layer_seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+
+
+def save_log(rows: list[MatrixLog], path: Path) -> None:
+    """Write pts_layers.jsonl, one line per matrix, whole or not at all."""
+    save_jsonl((asdict(row) for row in rows), path)
 
 
 def calibration_key(
@@ -33,19 +64,19 @@ def calibration_key(
     Args:
         settings: JSON values that decide the result in addition to the recipe.
         batches: this run's calibration batches.  model: dense, on the CPU.
-        token_weights: what the tokens of each batch count; None if all count alike.
+        token_weights: weight of the tokens of each batch; None if all are equal.
     """
     decisive = [asdict(recipe), settings, list(token_weights or [])]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for batch in batches:
         digest.update(batch["input_ids"].numpy().tobytes())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + repr(few_values(tensor)).encode())
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {few_values(tensor)}".encode())
     return digest.hexdigest()
 
 
 class LayerStore:
-    """A folder with one safetensors file per finished layer, valid for one `calibration_key`.
+    """A folder with one sealed safetensors file per finished layer, valid for one `calibration_key`.
 
     The hidden states are not stored: running the finished layers again gives the same bits and needs no disk. Finished
     layers are mapped from their files into the model, so that they need no more of the host's memory than the mapped
@@ -60,19 +91,27 @@ class LayerStore:
     """
 
     def __init__(self, folder: Path | None, key: str, writer: bool = True):
-        self.folder, self.writer = folder, writer
-        if folder is None or not writer:
+        self.folder, self.key, self.writer = folder, key, writer
+        if folder is None or not writer or self._is_ours():
             return
-        try:
-            known = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
-        except (OSError, *NOT_JSON):
-            known = None
-        if known != key:
-            shutil.rmtree(folder, ignore_errors=True)
-            if folder.exists():
-                raise UserError(f"cannot remove {folder}, which another run has left; remove it by hand")
-            folder.mkdir(parents=True)
-            save_json(key, folder / "fingerprint.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            raise UserError(f"cannot remove {folder}, which another run has left; remove it by hand")
+        folder.mkdir(parents=True)
+        save_json(key, folder / KEY)
+        seal(folder, KEY)
+
+    def _is_ours(self) -> bool:
+        """Whether the folder was made for our key."""
+        return (
+            self.folder is not None
+            and is_sealed(self.folder, KEY)
+            and json.loads((self.folder / KEY).read_text(encoding="utf-8")) == self.key
+        )
+
+    def has(self, index: int) -> bool:
+        """Whether the layer is finished."""
+        return self._is_ours() and self.folder is not None and is_sealed(self.folder, _file(index))
 
     def save(self, index: int, layer: nn.Module, masks: dict[str, Tensor], rows: list[MatrixLog]) -> dict[str, Tensor]:
         """Write the layer's weights, its masks (by name within the model) and its log rows, whole or not at all.
@@ -84,33 +123,10 @@ class LayerStore:
             return masks
         tensors = {f"weight.{name}": tensor.contiguous() for name, tensor in layer.state_dict().items()}
         tensors |= {f"mask.{name}": mask.contiguous() for name, mask in masks.items()}
-        with atomic_path(self._path(index)) as temporary:
+        with atomic_path(self.folder / _file(index)) as temporary:
             save_file(tensors, temporary, metadata={"rows": json.dumps([asdict(row) for row in rows])})
+        seal(self.folder, _file(index))
         return self.load(index, layer)[0]
-
-    def has(self, index: int, layer: nn.Module, linears: dict[str, nn.Linear]) -> bool:
-        """Whether the layer's file is whole and fits the model.
-
-        Args:
-            layer: the layer of the model.
-            linears: those of its linear layers that are pruned, by name within the model.
-        """
-        if self.folder is None:
-            return False
-        try:
-            weights, masks, rows = self._read(index)
-        except (SafetensorError, OSError, KeyError, TypeError, *NOT_JSON):
-            return False
-        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
-        shapes = {name: linear.weight.shape for name, linear in linears.items()}
-        return (
-            {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()} == expected
-            and {name: (mask.shape, mask.dtype) for name, mask in masks.items()}
-            == {name: (shape, torch.bool) for name, shape in shapes.items()}
-            and len(rows) == len(shapes)
-            and all([name, list(shape)] in [[row.name, row.shape] for row in rows] for name, shape in shapes.items())
-            and all(_is_measured(row) for row in rows)
-        )
 
     def load(self, index: int, layer: nn.Module) -> tuple[dict[str, Tensor], list[MatrixLog]]:
         """Map the weights of a layer that the store has into `layer` (on the CPU).
@@ -118,30 +134,20 @@ class LayerStore:
         Returns:
             masks by name, log rows.
         """
-        weights, masks, rows = self._read(index)
-        layer.load_state_dict(weights, assign=True)
-        return masks, rows
-
-    def _read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[MatrixLog]]:
-        """Weights and masks, mapped from the layer's file, and the log rows."""
-        tensors = load_file(self._path(index))
-        with safe_open(self._path(index), framework="pt") as file:
+        assert self.folder is not None  # `has` says so
+        path = self.folder / _file(index)
+        with safe_open(path, framework="pt") as file:
             rows = [MatrixLog(**row) for row in json.loads(file.metadata()["rows"])]
+        tensors = load_file(path)
         weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-        return weights, {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows
+        layer.load_state_dict(weights, assign=True)
+        return {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows
 
     def remove(self) -> None:
         """Forget everything: the run is finished and saved."""
         if self.folder is not None and self.writer:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, index: int) -> Path:
-        assert self.folder is not None  # callers ask before
-        return self.folder / f"layer_{index:04d}.safetensors"
 
-
-def _is_measured(row: MatrixLog) -> bool:
-    """Whether a row from a file holds numbers where it must."""
-    measured = [row.relative_error, row.percdamp]
-    always = [row.sparsity, row.seconds, row.layer_seconds, row.peak_memory_mib]
-    return all(map(is_number, always)) and all(value is None or is_number(value) for value in measured)
+def _file(index: int) -> str:
+    return f"layer_{index:04d}.safetensors"

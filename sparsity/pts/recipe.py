@@ -1,26 +1,122 @@
-"""How each weight is pruned, and the named choices of effort."""
+"""How each weight is pruned: sparsity patterns, methods, and named trade-offs between speed and quality.
+
+Imported before torch is, so that `hf_pts.py --help` and wrong options take no time.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from sparsity.pts.pattern import Pattern
+from sparsity.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------- patterns
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern: keep `n` of every `m` consecutive inputs, or (m == 0) prune a `fraction` of all weights."""
+
+    n: int = 2
+    m: int = 4
+    fraction: float = 0.5
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "N:M" or "unstructured:FRACTION".
+
+        >>> Pattern.parse("2:4")
+        Pattern(n=2, m=4, fraction=0.5)
+        >>> str(Pattern.parse("unstructured:0.6"))
+        'unstructured:0.6'
+
+        Raises:
+            UserError: any other text.
+        """
+        if match := re.fullmatch(r"([0-9]):([0-9])", text):
+            n, m = int(match[1]), int(match[2])
+            if 0 < n < m <= 8:
+                return cls(n, m, 1 - n / m)
+        match = re.fullmatch(r"unstructured:(0?\.[0-9]+)", text)
+        if match and 0 < float(match[1]) < 1:
+            return cls(0, 0, float(match[1]))
+        raise UserError(f"--pattern: got '{text}'; use 2:4, 4:8 (N:M with M up to 8) or unstructured:0.5")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else f"unstructured:{self.fraction}"
+
+
+def score_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Bool mask [rows, cols] that keeps the weights with the highest scores, per group of m or (unstructured) per row.
+
+    >>> import torch
+    >>> score_mask(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), Pattern(2, 4))
+    tensor([[ True, False,  True, False]])
+    """
+    import torch
+
+    grouped = scores.unflatten(1, (-1, pattern.m)) if pattern.m else scores
+    size = grouped.shape[-1]
+    kept = grouped.topk(pattern.n if pattern.m else size - round(pattern.fraction * size), dim=-1).indices
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, kept, True).view_as(scores)
+
+
+# ------------------------------------------------------------------------------------------------------------ methods
+
+
+def magnitude(weight: Tensor, input_norms: Tensor | None) -> Tensor:
+    """|W|."""
+    return weight.abs()
+
+
+def wanda(weight: Tensor, input_norms: Tensor) -> Tensor:
+    """|W_ij| · ‖X_j‖₂ (Sun et al., "Wanda", 2023, section 3)."""
+    return weight.abs() * input_norms
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method.
+
+    Attributes:
+        scores: from the weight of one linear layer [rows, cols] float32 and the root mean square of each of its inputs
+            [cols] to scores [rows, cols]; the highest are kept as they are. None: SparseGPT, which also updates them.
+        mode: modelopt's mode for a state pruned so. Both restore in the same way; modelopt has none for Wanda.
+        needs_text: False if the scores depend on nothing but the weight.
+    """
+
+    scores: Callable[..., Tensor] | None = None
+    mode: str = "sparse_magnitude"
+    needs_text: bool = True
+
+
+METHODS = {  # by value of --sparsity_fmt
+    "sparsegpt": Method(mode="sparsegpt"),
+    "sparse_magnitude": Method(magnitude, needs_text=False),
+    "wanda": Method(wanda),
+}
+
+# ------------------------------------------------------------------------------------------------------------ recipes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each weight is pruned. `QUALITY` holds the three named choices for SparseGPT."""
+    """How each weight is pruned. `QUALITY` holds the two named choices for SparseGPT."""
 
-    method: str = "sparsegpt"  # or "wanda", "magnitude"
+    method: str = "sparsegpt"  # a key of METHODS
     pattern: Pattern = field(default_factory=Pattern)
-    percdamp: float = 0.01  # damping, as a share of the Hessian's mean diagonal
-    shrinkage: float = 0.0  # damping of each input, as a share of its own diagonal entry
+    percdamp: float = 0.01  # damping, as a fraction of the Hessian's mean diagonal
+    shrinkage: float = 0.0  # damping of each input, as a fraction of its own diagonal entry
     block_size: int = 128
     refit_iterations: int = 0  # conjugate-gradient steps of the least-squares refit
-    admm_iterations: int = 0  # mask search, in place of SparseGPT's column loop
     dense_inputs: bool = False  # Hessians of the dense model's activations: fewer forward passes
-    permute: bool = False  # deal channels to the pattern's groups by their importance, where that changes no output
-    asymmetric: bool = False  # fit what adds to the residual stream to the dense model's stream, not to its own output
+    permute: bool = False  # deal channels to the pattern's groups by importance, where that changes no output
+    asymmetric: bool = False  # fit layers that write to the residual stream to the dense model's stream
 
     @property
     def needs_dense(self) -> bool:
@@ -29,34 +125,24 @@ class Recipe:
 
     @property
     def needs_pruned(self) -> bool:
-        """Whether the pruned model's hidden states are kept: always, unless all is taken from the dense model's."""
+        """Whether the pruned model's hidden states are kept: unless everything is taken from the dense model's."""
         return self.asymmetric or not self.dense_inputs
 
 
 # Shrinkage keeps the refitted weights closer to the dense ones along directions that only the calibration text has:
 # slightly worse on text of its kind, clearly better on other text (docs/measurements.md).
 _FAST = Recipe(percdamp=0.01, shrinkage=0.3, refit_iterations=4, dense_inputs=True, permute=True)
-QUALITY = {
-    "fast": _FAST,
-    "balanced": replace(_FAST, asymmetric=True),
-    "best": replace(_FAST, asymmetric=True, admm_iterations=16),
-}
-
-
-METHODS = ("sparsegpt", "sparse_magnitude", "wanda")  # values of --sparsity_fmt
+QUALITY = {"fast": _FAST, "balanced": replace(_FAST, asymmetric=True)}
 
 
 def make_recipe(sparsity_fmt: str, quality: str, pattern: str, percdamp: float | None) -> Recipe:
-    """The recipe of hf_pts.py's options.
+    """The recipe for hf_pts.py's options.
 
     Args:
-        percdamp: in place of the quality's own; None keeps it.
+        percdamp: replaces the recipe's own unless None.
 
     Raises:
         UserError: an unknown pattern.
     """
-    parsed = Pattern.parse(pattern)
-    if sparsity_fmt != "sparsegpt":
-        return Recipe(method=sparsity_fmt.removeprefix("sparse_"), pattern=parsed)
-    recipe = replace(QUALITY[quality], pattern=parsed)
-    return replace(recipe, percdamp=percdamp) if percdamp else recipe
+    recipe = QUALITY[quality] if sparsity_fmt == "sparsegpt" else Recipe(sparsity_fmt)
+    return replace(recipe, pattern=Pattern.parse(pattern), percdamp=percdamp or recipe.percdamp)

@@ -14,14 +14,10 @@ from torch import Tensor
 
 from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
-from sparsity.pts.masks import score_mask
-from sparsity.pts.pattern import Pattern
 from sparsity.pts.cuda_graphs import replayed
+from sparsity.pts.recipe import Pattern
 
-# ADMM's penalty, first and last, in units of the scaled Hessian, whose diagonal is 1. Larger starts freeze the mask
-# early, smaller ones let it wander; on random correlated problems errors after the refit were lowest near these.
-RHO_FIRST, RHO_LAST = 0.1, 0.6
-HALF_FROM = 256  # columns from which on products with H gain by bfloat16
+BF16_FROM = 256  # columns from which bf16 speeds up products with H
 
 
 def damp(
@@ -69,19 +65,19 @@ def damp(
 
 
 def layer_error(delta: Tensor, factor: Tensor) -> Tensor:
-    """tr(Δ H Δᵀ) per row [rows], for a weight change Δ [rows, cols] and H, itself or as `half_hessian` gave it."""
+    """tr(Δ H Δᵀ) per row [rows], for a weight change Δ [rows, cols] and H, itself or as `fast_hessian` gave it."""
     return times(delta, factor).mul_(delta).sum(1)
 
 
-def half_hessian(hessian: Tensor) -> Tensor:
+def fast_hessian(hessian: Tensor) -> Tensor:
     """H in bfloat16 where its products are faster so, for those that need no more; else H itself."""
-    half = hessian.device.type == "cpu" and bf16_is_faster(hessian.device) and len(hessian) >= HALF_FROM
-    return hessian.bfloat16() if half else hessian
+    in_bf16 = hessian.device.type == "cpu" and bf16_is_faster(hessian.device) and len(hessian) >= BF16_FROM
+    return hessian.bfloat16() if in_bf16 else hessian
 
 
 @tf32(True)
 def times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """A matrix [rows, cols] float32 times H, in TF32 on GPUs, or in what `half_hessian` gave; [rows, cols] float32."""
+    """A matrix [rows, cols] float32 times H, in TF32 on GPUs, or in what `fast_hessian` gave; [rows, cols] float32."""
     return (matrix.to(factor.dtype) @ factor).to(matrix.dtype)
 
 
@@ -185,38 +181,6 @@ def sparsegpt_unstructured(
     return w.t().contiguous().masked_fill_(~mask, 0.0), mask
 
 
-def admm(weight: Tensor, hessian: Tensor, start: Tensor, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:
-    """Search a better mask by the alternating direction method of multipliers (ALPS, Meng et al. 2024, section 3).
-
-    Minimizes ‖W X - S X‖² + ρ/2 ‖S - D + V/ρ‖² alternately in S (ridge regression, through the eigenvectors of H) and D
-    (the nearest weight that keeps the pattern), V being the multipliers of S = D and ρ growing until D is stable.
-    The products may be rounded to bfloat16: only the choice of the mask is taken from them.
-
-    Args:
-        weight: dense W [rows, cols] float32.  hessian: damped H.  start: first D, a pruned weight [rows, cols].
-
-    Returns:
-        D, a pruned weight [rows, cols] that is near the least-squares optimum for its mask; the mask [rows, cols].
-    """
-    # In the metric of diag(H) the nearest D is the one that keeps the weights whose inputs carry most energy.
-    scale = hessian.diagonal().sqrt()
-    values, vectors = torch.linalg.eigh(hessian / scale / scale[:, None])
-    values = values.clamp(min=0)
-    target = ((weight * scale) @ vectors) * values  # W H in the eigenbasis
-    d, v = start * scale, torch.zeros_like(weight)
-    mask, rho, half = start != 0, RHO_FIRST, bf16_is_faster(weight.device)
-    growth = (RHO_LAST / RHO_FIRST) ** (1 / iterations)
-    for _ in range(iterations):
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=half):
-            s = ((target + (rho * d - v) @ vectors) / (values + rho)) @ vectors.t()
-        candidate = v / rho + s
-        mask = score_mask(candidate.abs(), pattern)
-        d = candidate * mask
-        v += rho * (s - d)
-        rho *= growth
-    return d / scale, mask
-
-
 def least_squares(weight: Tensor, cross: Tensor, inverse_factor: Tensor) -> Tensor:
     """The dense weight W' [rows, cols] that minimizes ‖W' X - (W X + E)‖² + ‖W' - W‖²_D, D being what H was damped by.
 
@@ -243,7 +207,7 @@ def refit(
         S [rows, cols]; its error per row [rows], larger than that of `start` in no row but for rounding.
     """
     inverse_diagonal = hessian.diagonal().reciprocal()
-    factor = half_hessian(hessian)
+    factor = fast_hessian(hessian)
     s = start.clone()
     direction = weight - start  # at first the change of the weights: matrices of this size are what memory goes to
     residual = times(direction, factor)

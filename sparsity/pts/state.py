@@ -11,19 +11,13 @@ from torch import Tensor, nn
 
 from sparsity.errors import UserError
 from sparsity.files import atomic_path
-from sparsity.pts.pattern import Pattern
-from sparsity.pts.recipe import Recipe
 from sparsity.modelopt_state import restore_sparse, sparse_masks
+from sparsity.pts.recipe import METHODS, Pattern, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-# The mode of modelopt that a state records. "sparsegpt" means that the weights that remain were updated with
-# second-order information, "sparse_magnitude" that a score of each weight chose the masks and the weights that remain
-# kept their values. The latter is true of Wanda, whose score is the magnitude times the norm of the input; modelopt has
-# no mode of its own for it. Both modes restore in the same way.
-MODES = {"sparsegpt": "sparsegpt", "magnitude": "sparse_magnitude", "wanda": "sparse_magnitude"}
+PROBE_TOKENS = 64
 
 
 def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, method: str) -> None:
@@ -37,7 +31,7 @@ def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, met
         name: None for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in masks
     }
     rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
-    model = apply_mode(model, [(MODES[method], rules)], registry=SparsityModeRegistry)
+    model = apply_mode(model, [(METHODS[method].mode, rules)], registry=SparsityModeRegistry)
     for name, mask in masks.items():
         model.get_submodule(name).set_mask(mask)
     mto.save(model, path)
@@ -47,6 +41,13 @@ def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Logits [batch, length, vocabulary] without a cache."""
     with torch.inference_mode():
         return model(input_ids=input_ids, use_cache=False).logits
+
+
+def probe_of(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Token ids [1, length] to compare logits on: the beginning of the calibration set, or without one any tokens."""
+    if batches:
+        return batches[0]["input_ids"][:1, :PROBE_TOKENS]
+    return torch.arange(PROBE_TOKENS)[None] % model.config.get_text_config().vocab_size
 
 
 def verify(model: PreTrainedModel, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:
@@ -76,18 +77,19 @@ def write_verified_state(
     masks: dict[str, Tensor],
     path: Path,
     recipe: Recipe,
-    probe: Tensor,
+    batches: list[dict[str, Tensor]],
     load_dense: Callable[[], PreTrainedModel],
 ) -> None:
     """Write the state of a pruned model, which replaces an earlier one only if it restores to the same model.
 
     Args:
-        model: pruned; its memory is given up afterwards.  probe: token ids [1, length] to compare logits on.
+        model: pruned; its memory is given up afterwards.  batches: the calibration set, if any.
         load_dense: loads the dense model that the state is restored into.
 
     Raises:
         UserError: the logits are not finite, or the state does not restore to the pruned model.
     """
+    probe = probe_of(model, batches)
     expected = logits_of(model, probe)
     if not torch.isfinite(expected).all():
         dtype = str(model.dtype).removeprefix("torch.")

@@ -1,14 +1,14 @@
-"""What a running decoder-only model reveals of its structure, so that no architecture needs to be named.
+"""The structure of a decoder-only model, read off a running forward pass so that no architecture needs to be named.
 
-Which linear layers there are to prune, which of them read one tensor, and with which arguments each decoder layer is
-called.
+Which linear layers can be pruned, which of them read the same tensor, and the arguments of each decoder layer.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,21 +16,36 @@ from torch import Tensor, nn
 
 from sparsity.errors import UserError
 from sparsity.models import decoder_layers
-from sparsity.pts.pattern import Pattern
+from sparsity.pts.recipe import Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Call = tuple[tuple, dict[str, Any]]  # what a layer is called with in addition to the hidden states: args, kwargs
+Call = tuple[tuple, dict[str, Any]]  # args and kwargs of a decoder layer, apart from the hidden states
+Group = dict[str, nn.Linear]  # linear layers that read the same tensor, by name within the model
+
+
+@dataclass
+class DecoderLayer:
+    """A decoder layer, its place in the model, and its linear layers to prune as groups in running order."""
+
+    module: nn.Module
+    index: int
+    groups: list[Group]
 
 
 class Stop(Exception):
-    """Ends a forward pass once what was wanted has been seen."""
+    """Ends a forward pass early."""
+
+
+def reader(group: Group) -> nn.Linear:
+    """The linear layer that stands for its group: all read the same input."""
+    return next(iter(group.values()))
 
 
 def choose_linears(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
-    """Which weights to prune.
+    """Choose the weights to prune.
 
     Returns:
         names of the linear layers to prune; name → reason for every other weight matrix inside the decoder layers.
@@ -66,35 +81,25 @@ def choose_linears(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
 def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[str]]]:
     """For each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order.
 
-    Found with one forward pass over eight tokens. Layers that did not run in it (experts) come last, one to a group.
+    One forward pass over eight tokens tells. Layers that did not run in it (experts) come last, one to a group.
     """
     prefix, layers = decoder_layers(model)
-    calls: dict[str, Tensor] = {}  # holding the tensors keeps their ids apart
-
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            calls.setdefault(name, args[0])
-
-        return hook
-
-    modules = dict(layers.named_modules(prefix=prefix))
-    handles = [modules[name].register_forward_pre_hook(note(name)) for name in chosen]
-    try:
-        with _without_autocast() if model.device.type == "meta" else nullcontext(), torch.inference_mode():
-            tokens = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-            # With a mask given, transformers does not look at position ids, which an empty model has not got.
+    names = {module: name for name, module in layers.named_modules(prefix=prefix) if name in chosen}
+    with _without_autocast() if model.device.type == "meta" else nullcontext(), torch.inference_mode():
+        tokens = torch.zeros(1, 8, dtype=torch.long, device=model.device)
+        with watched(names) as calls:
+            # With a mask, transformers does not look at position ids, which an empty model does not have.
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+        # `calls` holds the tensors, which keeps their ids apart.
+        inputs = {names[module]: pairs[0][0] for module, pairs in calls.items()}
     grouped: list[list[list[str]]] = []
     for index in range(len(layers)):
         inside = f"{prefix}.{index}."
         groups: dict[int, list[str]] = {}
-        for name, tensor in calls.items():
+        for name, tensor in inputs.items():
             if name.startswith(inside):
                 groups.setdefault(id(tensor), []).append(name)
-        idle = sorted(name for name in chosen if name.startswith(inside) and name not in calls)
+        idle = sorted(name for name in chosen if name.startswith(inside) and name not in inputs)
         grouped.append([*groups.values(), *([name] for name in idle)])
     return grouped
 
@@ -103,7 +108,7 @@ def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[st
 def _without_autocast() -> Iterator[None]:
     """Make `torch.autocast` do nothing, for the meta device, which has none.
 
-    transformers 4 switches autocast off around position embeddings, whatever the device.
+    transformers 4 switches autocast off around position embeddings on any device.
     """
     original = torch.autocast
     torch.autocast = lambda *args, **options: nullcontext()  # type: ignore[assignment,misc]
@@ -111,6 +116,29 @@ def _without_autocast() -> Iterator[None]:
         yield
     finally:
         torch.autocast = original  # type: ignore[misc]
+
+
+@contextmanager
+def watched(modules: Collection[nn.Module], stop: bool = False) -> Iterator[dict[nn.Module, list[tuple[Any, Any]]]]:
+    """Record the (input, output) pairs of modules that run within the block, in running order.
+
+    Args:
+        stop: end the forward pass, and with it the block, once all of them have run.
+    """
+    calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        calls.setdefault(module, []).append((args[0] if args else None, output))
+        if stop and len(calls) == len(modules):
+            raise Stop
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        with suppress(Stop):
+            yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -125,23 +153,16 @@ def replaced_forward(modules: Iterable[nn.Module], forward: Callable[[int], Call
             del module.forward
 
 
+def hidden_states_of(output: Any) -> Tensor:
+    """The hidden states in a decoder layer's output, a tensor or (older architectures) a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
     """Whether each decoder layer returns a tuple (older architectures) or the hidden states themselves."""
-    tuples: list[bool] = [False] * len(layers)
-
-    def watch(index: int) -> Callable:
-        original = layers[index].forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            tuples[index] = isinstance(output, tuple)
-            return output
-
-        return forward
-
-    with replaced_forward(layers, watch), torch.inference_mode():
+    with torch.inference_mode(), watched(list(layers)) as calls:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    return tuples
+    return [isinstance(calls[layer][0][1], tuple) for layer in layers]
 
 
 def record_calls(

@@ -34,8 +34,6 @@ from torch import nn
 
 from sparsity.errors import UserError
 from sparsity.files import is_number
-from sparsity.pts.layer_store import LayerStore
-from sparsity.pts.log import MatrixLog
 from sparsity.sat import checkpoints, resume, saved_values, training_state
 
 DEEP = b"[" * 100_000
@@ -395,70 +393,3 @@ def test_pieces_of_two_processes(folder, first, second, begin, follow):
     assert (found is not REFUSED) == (covered == [0, 1, 2, 3])
     if found is not REFUSED and begin == 0 and first + second == 4:
         assert model.weight.tolist() == ROWS
-
-
-# ------------------------------------------------------------------------------------------------- layers of pruning
-
-NAME = "model.layers.0.inner"
-ROW = MatrixLog(NAME, [4, 8], 0.25, 0.5, 0.1, 1.5, 2.5, 100.0)
-
-
-def layer() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.ModuleDict({"inner": nn.Linear(8, 4, bias=False), "norm": nn.LayerNorm(4)})
-
-
-@functools.cache
-def store_files() -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as name:
-        store = LayerStore(Path(name) / "store", "key")
-        store.save(0, layer(), {NAME: torch.ones(4, 8, dtype=torch.bool)}, [ROW])
-        return {path.name: path.read_bytes() for path in store.folder.iterdir()}
-
-
-@st.composite
-def stored_layers(draw: st.DrawFn, mark: Path) -> bytes:
-    """The file of a layer with a changed header, changed rows of the log, damaged bytes, or planted code."""
-    whole = store_files()["layer_0000.safetensors"]
-    header, values = tensors_parts(whole)
-    kind = draw(st.sampled_from(["header", "rows", "rows", "damaged", "planted"]))
-    if kind == "header":
-        return tensors_file(draw(changed(header)), values)
-    if kind == "rows":
-        rows = draw(json_files(json.loads(header["__metadata__"]["rows"]))).decode(errors="replace")
-        return tensors_file({**header, "__metadata__": {"rows": rows}}, values)
-    return draw(damaged(whole) if kind == "damaged" else planted_pickles(mark))
-
-
-@fuzz
-@given(st.data())
-def test_stored_layers(folder, data):
-    root, mark = folder / "store", folder / "code has run"
-    content = data.draw(stored_layers(mark))
-    write(root, {**store_files(), "layer_0000.safetensors": content})
-    store, own = LayerStore(root, "key"), layer()
-    if store.has(0, own, {NAME: own["inner"]}):
-        before = {name: (tensor.shape, tensor.dtype) for name, tensor in own.state_dict().items()}
-        masks, rows = store.load(0, own)
-        assert {name: (tensor.shape, tensor.dtype) for name, tensor in own.state_dict().items()} == before
-        assert masks.keys() == {NAME} and masks[NAME].shape == (4, 8) and masks[NAME].dtype == torch.bool
-        assert [row.name for row in rows] == [NAME] and sum(row.seconds + row.layer_seconds for row in rows) is not None
-        assert sum(row.relative_error or 0.0 for row in rows) is not None
-    assert (root / "layer_0000.safetensors").read_bytes() == content and not mark.exists()
-
-
-def test_a_whole_layer_is_used(folder):
-    write(folder / "whole", store_files())
-    own = layer()
-    assert LayerStore(folder / "whole", "key").has(0, own, {NAME: own["inner"]})
-
-
-@settings(fuzz, max_examples=100)
-@given(json_files("key"))
-@example(DEEP)
-def test_key_of_the_store(folder, content):
-    root = folder / "keyed"
-    write(root, {**store_files(), "fingerprint.json": content})
-    LayerStore(root, "key")
-    assert (root / "layer_0000.safetensors").exists() is (parsed(content) == "key")
-    assert json.loads((root / "fingerprint.json").read_text()) == "key"

@@ -8,7 +8,7 @@ from fuzzing import REFUSED, attempt
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparsity.pts.pattern import Pattern
+from sparsity.pts.recipe import Pattern
 from sparsity.sources import parse_sources
 from utils import parse_named
 

@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_llama
 from pruning import calibration, prune
 
-from sparsity.pts.state import save_state
 from sparsity.modelopt_state import sparse_masks
+from sparsity.pts.state import save_state
 
 
 @pytest.fixture(scope="module")

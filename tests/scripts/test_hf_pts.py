@@ -41,7 +41,7 @@ def command(model_dir, calib, output_dir, *more):
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory, model_dir, calib):
     output = tmp_path_factory.mktemp("pts") / "saved model"
-    return output, run_script(*command(model_dir, calib, output, "--quality", "best"), check=True).stdout
+    return output, run_script(*command(model_dir, calib, output), check=True).stdout
 
 
 def test_plain_modelopt_restores_the_pruned_model_in_a_fresh_process(pruned, model_dir, tmp_path):
@@ -78,9 +78,10 @@ def test_log_has_a_row_for_every_pruned_weight_and_the_screen_says_what_was_done
     assert sorted(path.name for path in output.glob("[!.]*")) == ["pts_layers.jsonl", "pts_modelopt_state.pth"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1])
 def test_killed_run_resumes_and_ends_with_the_same_bits(pruned, model_dir, calib, tmp_path, after):
-    arguments = [str(item) for item in command(model_dir, calib, tmp_path, "--quality", "best")]
+    arguments = [str(item) for item in command(model_dir, calib, tmp_path)]
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -102,12 +103,13 @@ def states_equal(left, right) -> bool:
 
 def test_hidden_states_on_disk_change_no_bit_and_leave_no_file(pruned, model_dir, calib, tmp_path):
     folder = tmp_path / "hidden states"
-    more = ["--quality", "best", "--activations_dir", folder]
+    more = ["--activations_dir", folder]
     run_script(*command(model_dir, calib, tmp_path / "out", *more), check=True)
     assert states_equal(tmp_path / "out", pruned[0])
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_save_one_state_and_report_a_mistake_once(model_dir, calib, tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     run_script(*launch, *command(model_dir, calib, tmp_path / "out", "--batch_size", 1), check=True)
@@ -138,7 +140,7 @@ def test_model_can_be_pruned_without_any_text(model_dir, calib, tmp_path):
 
 def test_dry_run_counts_the_text_that_the_model_writes(model_dir, calib, tmp_path):
     result = run_inline(*command(model_dir, calib, tmp_path, "--calib_data", f"{calib}=1,self=1", "--dry_run"))
-    assert "self text: 6 sequences of 48 tokens" in result.stdout
+    assert "self-generated text: 6 sequences of 48 tokens" in result.stdout
     assert "calibration: 12 sequences" in result.stdout
 
 
