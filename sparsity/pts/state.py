@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparsity.attention import use_blocked_attention
 from sparsity.errors import UserError
 from sparsity.files import atomic_path
 from sparsity.modelopt_state import restore_sparse, sparse_masks
@@ -37,17 +38,11 @@ def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, met
     mto.save(model, path)
 
 
-def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits [batch, length, vocabulary] without a cache."""
+def logits_of(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] without a cache, by the attention that pruning uses."""
+    use_blocked_attention(model, model.device)
     with torch.inference_mode():
         return model(input_ids=input_ids, use_cache=False).logits
-
-
-def probe_of(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Token ids [1, length] to compare logits on: the beginning of the calibration set, or without one any tokens."""
-    if batches:
-        return batches[0]["input_ids"][:1, :PROBE_TOKENS]
-    return torch.arange(PROBE_TOKENS)[None] % model.config.get_text_config().vocab_size
 
 
 def verify(model: PreTrainedModel, path: Path, pattern: Pattern, input_ids: Tensor, expected: Tensor) -> None:
@@ -89,7 +84,9 @@ def write_verified_state(
     Raises:
         UserError: the logits are not finite, or the state does not restore to the pruned model.
     """
-    probe = probe_of(model, batches)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = batches[0]["input_ids"][:1] if batches else torch.arange(PROBE_TOKENS)[None] % vocabulary
+    probe = tokens[:, :PROBE_TOKENS]
     expected = logits_of(model, probe)
     if not torch.isfinite(expected).all():
         dtype = str(model.dtype).removeprefix("torch.")

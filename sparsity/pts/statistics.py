@@ -153,7 +153,9 @@ def collect(
             weight, outputs, scales = states.token_weights[batch], None, None
             if targets is not None:
                 target, without = states.load(targets.stream[batch]), output if at_end else states.load(buffer)
-                outputs, scales = outputs_to_fit(linears[0], target, without), relative_scales(target.flatten(0, -2))
+                bias = 0.0 if linears[0].bias is None else linears[0].bias
+                outputs = (target.float() - without.float() - bias).flatten(0, -2)
+                scales = relative_scales(target.flatten(0, -2))
             for linear, statistics in zip(linears, collected, strict=True):
                 for inputs, _ in calls.get(linear, ()):
                     flat = inputs.flatten(0, -2).to(states.linear_dtype)
@@ -168,16 +170,6 @@ def collect(
     for group, linear, statistics in zip(groups, linears, collected, strict=True):
         statistics.finish(next(iter(group)), linear.weight)
     return collected
-
-
-def outputs_to_fit(linear: nn.Linear, target: Tensor, without: Tensor) -> Tensor:
-    """Products W X [tokens, rows] that bring the residual stream to its target.
-
-    Args:
-        target, without: the residual stream as it should be, and without the linear's output [batch, length, width].
-    """
-    outputs = (target.float() - without.float()).flatten(0, -2)
-    return outputs if linear.bias is None else outputs - linear.bias
 
 
 @contextmanager

@@ -155,6 +155,7 @@ def test_dry_run_prints_shapes_and_memory_and_writes_no_state(model_dir, calib, 
     ("choice", "group", "kept"),
     [
         (["--pattern", "4:8"], 8, 4),
+        (["--dtype", "bf16"], 4, 2),
         (["--pattern", "unstructured:0.5"], None, None),
         (["--sparsity_fmt", "wanda"], 4, 2),
         (["--sparsity_fmt", "sparse_magnitude"], 4, 2),
