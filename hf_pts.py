@@ -106,7 +106,7 @@ def check_args(args: argparse.Namespace) -> tuple[Recipe, CalibrationSet]:
     for source in sources:
         check_source(source)
     calibration = CalibrationSet(sources, args.calib_size, args.model_max_length, args.batch_size, args.seed)
-    calibration.counts()
+    calibration.counts()  # an error if a source gets no sequence
     return recipe, calibration
 
 

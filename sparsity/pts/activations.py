@@ -54,29 +54,24 @@ class HiddenStates:
         self.device, self.folder = device, folder
         self.token_weights = list(token_weights or [1.0] * len(batches))
         self.calls: list[list[Call]] = []
+        self.pruned: list[Tensor] | None = None
+        self.dense: list[Tensor] | None = None
         self._moved: tuple[Call, Call] | None = None  # a layer's arguments, and the same on the device
         tuples = returns_tuple(model, layers)
-        hidden: list[Tensor] = []
         seen: dict[torch.Size, list[Call]] = {}
         for number, batch in enumerate(batches):
             embedded, calls = record_calls(model, layers, tuples, batch)
-            if not hidden:
-                self.dtype = embedded.dtype
-                shapes = [torch.Size((*batch["input_ids"].shape, embedded.shape[-1])) for batch in batches]
-                hidden = self.allocate(shapes, embedded.dtype)
-            self.store(embedded, hidden[number])
+            if number == 0:
+                in_bf16 = device.type == "cpu" and embedded.dtype == torch.float32 and bf16_is_faster(device)
+                self.dtype, self.linear_dtype = embedded.dtype, torch.bfloat16 if in_bf16 else embedded.dtype
+                self.shapes = [torch.Size((*batch["input_ids"].shape, embedded.shape[-1])) for batch in batches]
+                self.pruned = self.allocate(self.shapes, self.dtype) if needs_pruned else None
+                # Only targets and inputs of linear layers are taken from the dense model: they need no more precision.
+                self.dense = self.allocate(self.shapes, self.linear_dtype) if needs_dense else None
+            for stream in (self.pruned, self.dense):
+                if stream is not None:
+                    self.store(embedded, stream[number])
             self.calls.append(seen.setdefault(embedded.shape, calls))
-        in_bf16 = device.type == "cpu" and self.dtype == torch.float32 and bf16_is_faster(device)
-        self.linear_dtype = torch.bfloat16 if in_bf16 else self.dtype
-        self.shapes = [tensor.shape for tensor in hidden]
-        self.pruned = hidden if needs_pruned else None
-        self.dense: list[Tensor] | None = None
-        if needs_dense and needs_pruned:
-            self.dense = self.allocate(self.shapes, self.linear_dtype)  # only targets, which need no more precision
-            for source, buffer in zip(hidden, self.dense, strict=True):
-                self.store(source, buffer)
-        elif needs_dense:
-            self.dense = hidden
 
     def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
         """One buffer for each batch, where activations are kept: memory, pinned for CUDA, or a mapped file.

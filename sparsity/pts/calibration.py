@@ -35,16 +35,8 @@ class CalibrationSet:
     seed: int = 0
 
     def counts(self) -> list[int]:
-        """Number of sequences of each source.
-
-        Raises:
-            UserError: the weights leave a source without a sequence.
-        """
+        """Number of sequences of each source."""
         return shares(self.sources, self.size)
-
-    def self_generated(self) -> int:
-        """Number of sequences that the model writes."""
-        return sum(n for source, n in zip(self.sources, self.counts(), strict=True) if source.spec == SELF)
 
 
 def load_calibration(

@@ -105,10 +105,15 @@ def prune_layer(
 
     Returns:
         masks on the CPU; log rows.
+
+    Raises:
+        UserError: a weight or an activation is NaN or infinite.
     """
     masks: Masks = {}
     rows: list[MatrixLog] = []
-    check_weights(layer.groups)
+    for name, linear in [item for group in layer.groups for item in group.items()]:
+        if not torch.isfinite(linear.weight).all():  # calibration would pass a NaN on and blame a later layer
+            raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")
     statistics, targets = {}, {}
     if states and states.dense is not None:
         permute(states, layer, recipe, heads)
@@ -286,15 +291,3 @@ def plan(model: PreTrainedModel, recipe: Recipe, ignore: Sequence[str], with_tex
         DecoderLayer(layers[index], index, [{name: modules[name] for name in group} for group in groups])
         for index, groups in enumerate(names)
     ]
-
-
-def check_weights(groups: list[Group]) -> None:
-    """Refuse non-finite weights before calibration passes a NaN on, for which later layers would then be blamed.
-
-    Raises:
-        UserError: a weight is NaN or infinite; names it.
-    """
-    for group in groups:
-        for name, linear in group.items():
-            if not torch.isfinite(linear.weight).all():
-                raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")

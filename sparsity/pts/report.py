@@ -14,6 +14,7 @@ from sparsity.pts.calibration import CalibrationSet
 from sparsity.pts.layer_store import MatrixLog
 from sparsity.pts.recipe import Recipe
 from sparsity.pts.structure import choose_linears, shared_inputs
+from sparsity.sources import SELF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,8 @@ def estimate(
     in_bf16 = kind == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
     widest = max(layer[-1][2] for layer in sizes if layer)
     streams = calibration.size * length * stream_bytes(model, recipe, widest, in_bf16)
-    written = calibration.self_generated()
+    counts = zip(calibration.sources, calibration.counts(), strict=True)
+    written = sum(count for source, count in counts if source.spec == SELF)
     writer = empty_model(model.config, writing_dtype(device), trust_remote_code) if written else None
     speed = FLOPS[kind] * (BF16_GAIN if in_bf16 else 1)
     lines = [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -172,15 +171,13 @@ def collect(
     return collected
 
 
-@contextmanager
-def zero_output(linear: nn.Linear, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block the linear returns zeros of this dtype, without computing anything."""
+def zero_output(linear: nn.Linear, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """A block in which the linear returns zeros of this dtype, without computing anything."""
 
     def zeros(inputs: Tensor) -> Tensor:
         return inputs.new_zeros(*inputs.shape[:-1], linear.out_features, dtype=dtype)
 
-    with replaced_forward([linear], lambda index: zeros):
-        yield
+    return replaced_forward([linear], lambda index: zeros)
 
 
 @torch.no_grad()
