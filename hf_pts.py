@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> tuple[Recipe, CalibrationSet]:
-    """Refuse wrong options before anything is loaded.
+    """Check the options before anything is loaded.
 
     Returns:
         how to prune; the calibration text, which is empty for magnitude pruning unless some is given.

@@ -34,7 +34,7 @@ class PromptTemplate:
         return self.head.replace(INSTRUCTION, instruction) + article + self.tail
 
 
-INSTRUCTION = "{instruction}"  # its place in a template
+INSTRUCTION = "{instruction}"  # placeholder in a template
 # Headed sections in the manner of Alpaca.
 DEFAULT_TEMPLATE = PromptTemplate(
     "The task below comes with a text to work on. Write an answer that carries out the task.\n\n"
@@ -216,7 +216,7 @@ def read_template(path: str | Path) -> PromptTemplate:
     ):
         raise UserError(f"prompt template {path} must hold the two texts 'head' and 'tail', and nothing else")
     if INSTRUCTION not in content["head"]:
-        raise UserError(f"prompt template {path}: 'head' has no {INSTRUCTION}, the place of a record's instruction")
+        raise UserError(f"prompt template {path}: 'head' has no {INSTRUCTION}, the placeholder of a record's instruction")
     if "{input}" in content["head"] + content["tail"]:
         raise UserError(f"prompt template {path}: leave out {{input}}; the article goes between 'head' and 'tail'")
     return PromptTemplate(valid_unicode(content["head"]), valid_unicode(content["tail"]))

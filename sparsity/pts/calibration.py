@@ -20,7 +20,7 @@ DEFAULT_SOURCES = f"{CALIBRATION_TEXT}=0.6,{SELF}=0.4"
 
 @dataclass
 class CalibrationSet:
-    """What to calibrate on.
+    """The texts to calibrate on, and how they are cut.
 
     Attributes:
         sources: plain texts with weights; none for pruning without text.

@@ -1,4 +1,4 @@
-"""What a pruning run will cost, and what it did: the texts that hf_pts.py prints."""
+"""Reports of hf_pts.py: the plan, the estimated cost and the results of a pruning run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BANDWIDTH = {"cpu": 8e9, "cuda": 1.5e12}  # sustained bytes a second from memory
 
 
 def error_table(rows: list[MatrixLog]) -> str:
-    """A line per kind of linear layer (q_proj, …): how many, sparsity, relative error, seconds."""
+    """A table with a row per kind of linear layer (q_proj, …): count, sparsity, relative error, seconds."""
     kinds: dict[str, list[MatrixLog]] = {}
     for row in rows:
         kinds.setdefault(row.name.rsplit(".", 1)[-1], []).append(row)
@@ -46,7 +46,7 @@ def error_table(rows: list[MatrixLog]) -> str:
 
 
 def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
-    """How many weights are zero, of the pruned layers and of the whole model."""
+    """Number of zero weights, in the pruned layers and in the whole model."""
     zeros = sum(int((~mask).sum()) for mask in masks.values())
     pruned = sum(mask.numel() for mask in masks.values())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -159,7 +159,7 @@ def writing_estimate(model: PreTrainedModel, sequences: int, length: int, kind: 
 
 
 def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> str:
-    """What will be pruned, and a line per reason for what stays dense; lines that end with a line break.
+    """The layers to prune, and a line per reason why others stay dense; every line ends with a line break.
 
     Raises:
         UserError: nothing can be pruned, or a glob of `ignore` matches nothing.

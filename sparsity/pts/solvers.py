@@ -82,7 +82,7 @@ def times(matrix: Tensor, factor: Tensor) -> Tensor:
 
 
 def group_costs(inverse_factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """For each group of m columns and each way P of pruning m - n of them: what it costs, in closed form.
+    """The cost of each way P of pruning m - n of the m columns of each group, in closed form.
 
     With S = (H_F)⁻¹ over the columns F from the group on (those still free to compensate), the cheapest update that
     zeroes w_P costs w_Pᵀ (S_PP)⁻¹ w_P and needs the multipliers c = (S_PP)⁻¹ w_P (Hassibi & Stork, "Optimal Brain

@@ -1,4 +1,4 @@
-"""The modelopt state that a pruning run leaves: how it is written, and the proof that it restores."""
+"""Writing the modelopt state of a pruning run, and proving that it restores."""
 
 from __future__ import annotations
 
