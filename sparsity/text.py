@@ -216,7 +216,9 @@ def read_template(path: str | Path) -> PromptTemplate:
     ):
         raise UserError(f"prompt template {path} must hold the two texts 'head' and 'tail', and nothing else")
     if INSTRUCTION not in content["head"]:
-        raise UserError(f"prompt template {path}: 'head' has no {INSTRUCTION}, the placeholder of a record's instruction")
+        raise UserError(
+            f"prompt template {path}: 'head' has no {INSTRUCTION}, the placeholder of a record's instruction"
+        )
     if "{input}" in content["head"] + content["tail"]:
         raise UserError(f"prompt template {path}: leave out {{input}}; the article goes between 'head' and 'tail'")
     return PromptTemplate(valid_unicode(content["head"]), valid_unicode(content["tail"]))
