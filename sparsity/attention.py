@@ -44,8 +44,8 @@ def blocked_attention(
 
     Args:
         query: [batch, heads, positions, width].  key, value: [batch, key/value heads, length, width].
-        attention_mask: bool (True is visible) or additive [batch or 1, heads or 1, positions, length]; None shows all
-            keys, or those that are not later.
+        attention_mask: bool (True is visible) [batch or 1, 1, positions, length]; None shows all keys, or those that
+            are not later. Any other mask is left to `sdpa`.
 
     Returns:
         [batch, positions, heads, width]; None for the weights.
@@ -58,7 +58,7 @@ def blocked_attention(
         or query.device.type != "cpu"
         or query.shape[2] == 1
         or (causal and query.shape[2] != key.shape[2])
-        or (attention_mask is not None and attention_mask.shape[1] > 1)
+        or (attention_mask is not None and (attention_mask.shape[1] > 1 or attention_mask.dtype != torch.bool))
         or any(options.get(name) for name in ("dropout", "softcap", "output_attentions"))
         or options.get("position_bias") is not None
         or torch.compiler.is_compiling()
@@ -131,10 +131,8 @@ class _Blocks:
         self.mask = None
         self.ends = list(range(1, length + 1)) if causal else [length] * self.positions
         if mask is not None:
-            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(query.dtype).min
-            # The lowest finite value hides a key: with -inf a row without keys would be NaN.
-            self.mask = mask.to(query.dtype) if mask is not visible else _hidden(mask.logical_not(), query.dtype)
-            last = visible.any(0)[0, :, :length] * torch.arange(1, length + 1, dtype=torch.int32)
+            self.mask = _hidden(~mask, query.dtype)
+            last = mask.any(0)[0, :, :length] * torch.arange(1, length + 1, dtype=torch.int32)
             self.ends = last.amax(1).clamp_min_(1).tolist()
 
     def by_group(self, tensor: Tensor) -> Tensor:
@@ -167,4 +165,5 @@ class _Blocks:
 
 
 def _hidden(where: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lowest finite value `where` keys are hidden, else 0: with -inf a row without keys would be NaN."""
     return torch.zeros(where.shape, dtype=dtype).masked_fill_(where, torch.finfo(dtype).min)

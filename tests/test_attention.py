@@ -70,13 +70,6 @@ def test_only_bf16_is_computed_by_blocks():
     assert output.dtype == torch.bfloat16 and (output - expected).norm() < 0.02 * expected.norm()
 
 
-def test_additive_mask_is_that_of_hidden_keys():
-    module, inputs = layer(2, causal=False), tensors(2, LENGTH, torch.bfloat16)
-    mask = visible("packed", LENGTH)
-    additive = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    assert torch.equal(blocked_attention(module, *inputs, additive)[0], blocked_attention(module, *inputs, mask)[0])
-
-
 def test_row_without_keys_is_finite():
     module, inputs = layer(2, causal=False), tensors(2, LENGTH, torch.bfloat16)
     mask = visible("padded", LENGTH)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TEXTS, tiny_llama
 
+from sparsity.attention import NAME
 from sparsity.errors import UserError
 from sparsity.sat import data
 from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed, Text, encode_records
@@ -173,7 +174,7 @@ def test_packed_samples_do_not_see_each_other(tokenizer, records):
     dataset = encode_records(tokenizer, records[:4], 400, 1)
     collate = Collator(tokenizer.eos_token_id)
     row = {key: dataset[:3][key] for key in ("input_ids", "labels", "record", "plain")}
-    for attention in ("sdpa", "eager"):
+    for attention in ("sdpa", "eager", NAME):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             together = model(**model_inputs(model, collate([row]))).logits[0]

@@ -99,5 +99,3 @@ def test_clear_errors(model_dir, text_path, tmp_path):
     result = run_inline(*command, "--text", text_path, "--context", "2000")
     assert "2000 is more than the 1024 positions" in result.stderr  # this text is shorter still
     assert_clear_error(result, "less than a window of 2000")
-    assert_clear_error(run_inline(*command, "--text", tmp_path / "absent.txt"), "not found", "absent.txt")
-    assert_clear_error(run_inline(*command, "--dataset", "no/such-set"), "cannot read the data set 'no/such-set'")

@@ -1,7 +1,6 @@
 """export_hf.py: the exported folder is an ordinary checkpoint with the sparse model's own logits."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -159,24 +158,13 @@ def test_an_existing_folder_is_kept_unless_overwriting_succeeds(model_dir, state
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_clear_errors(model_dir, state_path, tokenizer, tmp_path):
-    command = ["export_hf.py", "--output_dir", tmp_path / "out", "--model_dir"]
-    tiny_llama(hidden=64).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    other = run_inline(*command, tmp_path / "other", "--modelopt_restore_path", state_path)
-    assert_clear_error(other, "belongs to another model")
-    absent = run_inline(*command, model_dir, "--modelopt_restore_path", tmp_path / "absent.pth")
-    assert_clear_error(absent, "not found", "absent.pth")
-    cut = tmp_path / "cut.pth"
-    cut.write_bytes(state_path.read_bytes()[: os.path.getsize(state_path) // 2])
-    assert_clear_error(run_inline(*command, model_dir, "--modelopt_restore_path", cut), "cut.pth", "truncated")
+def test_clear_errors(model_dir, state_path, tmp_path):
+    command = ["export_hf.py", "--output_dir", tmp_path / "out", "--model_dir", model_dir, "--modelopt_restore_path"]
     dense = tmp_path / "dense.pth"
     torch.save({"modelopt_state": {}, "model_state_dict": tiny_llama().state_dict()}, dense)
-    assert_clear_error(run_inline(*command, model_dir, "--modelopt_restore_path", dense), "holds no masks")
+    assert_clear_error(run_inline(*command, dense), "holds no masks")
     (tmp_path / "figures.json").write_text("{}")
-    figures = ["--modelopt_restore_path", state_path, "--figures"]
-    assert_clear_error(
-        run_inline(*command, model_dir, *figures, f"x={tmp_path / 'figures.json'}"), "no ROUGE or perplexity"
-    )
-    assert_clear_error(run_inline(*command, model_dir, *figures, "figures.json"), "NAME=VALUE")
+    empty = run_inline(*command, state_path, "--figures", f"x={tmp_path / 'figures.json'}")
+    assert_clear_error(empty, "no ROUGE or perplexity")
+    assert_clear_error(run_inline(*command, state_path, "--figures", "figures.json"), "NAME=VALUE")
     assert not (tmp_path / "out").exists()

@@ -43,6 +43,7 @@ def endings_accuracy(model, tokenizer, items):
     return right / len(items)
 
 
+@pytest.mark.slow
 def test_harness_scores_an_exported_checkpoint(model_dir, state_path, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
