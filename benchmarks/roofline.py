@@ -41,7 +41,7 @@ from sparsity.devices import INFERENCE_DTYPES, inference_dtype, keep_freed_memor
 from sparsity.evaluation import perplexity
 from sparsity.evaluation.generation import beam_search_config, generate_batch
 from sparsity.files import read_json, require_file
-from sparsity.models import decoder_layers, load_model, load_tokenizer
+from sparsity.models import decoder_layers, head_counts, load_model, load_tokenizer
 from sparsity.pts.recipe import QUALITY
 from sparsity.text import encode_prompt, read_records
 from utils import Parser, check_at_least, run_cli
@@ -71,9 +71,6 @@ def parse_args() -> argparse.Namespace:
         require_file(args.data / name, "data file")
     check_output(args.output)
     return args
-
-
-# ------------------------------------------------------------------------------------------------------------- peaks
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device, repeat: int = 3) -> float:
@@ -107,29 +104,19 @@ def peaks(device: torch.device) -> dict[str, float]:
     return {"memory": 4 * large.numel() / seconds_of(large.sum, device), **top}
 
 
-# -------------------------------------------------------------------------------------------------------------- work
-
-
 def sizes(model: PreTrainedModel) -> tuple[int, int, int]:
     """Weights of the decoder's linear layers and of the head; layers times heads times their width."""
     linears = [m for m in decoder_layers(model)[1].modules() if isinstance(m, nn.Linear)]
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, _, width = head_counts(model.config)
     head = model.get_output_embeddings().weight.numel()
-    return sum(m.weight.numel() for m in linears), head, config.num_hidden_layers * heads * width
+    return sum(m.weight.numel() for m in linears), head, len(decoder_layers(model)[1]) * heads * width
 
 
-def forward_flops(model: PreTrainedModel, length: int) -> int:
-    """Per token of a row of `length`."""
+def token_flops(model: PreTrainedModel, length: int) -> tuple[int, int]:
+    """Of a forward pass and of training, per token of a row of `length`, with frozen embeddings and head."""
     linear, head, attention = sizes(model)
-    return 2 * (linear + head) + 2 * attention * (length + 1)
-
-
-def training_flops(model: PreTrainedModel, length: int) -> int:
-    """Per token of a row of `length`, embeddings and head being frozen."""
-    linear, head, attention = sizes(model)
-    return 6 * linear + 4 * head + 6 * attention * (length + 1)
+    attention *= length + 1
+    return 2 * (linear + head + attention), 6 * linear + 4 * head + 6 * attention
 
 
 def pruning_flops(model: PreTrainedModel, quality: str, tokens: int) -> int:
@@ -147,10 +134,9 @@ def pruning_flops(model: PreTrainedModel, quality: str, tokens: int) -> int:
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------- parts
-
-
-def pruning(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, float]) -> dict[str, Any]:
+def pruning(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: dict[str, float]
+) -> dict[str, Any]:
     """`balanced` and `fast`, in processes of their own, by the times of the layers in pts_layers.jsonl."""
     results = {}
     for quality in ("balanced", "fast"):
@@ -167,7 +153,9 @@ def pruning(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, flo
     return results
 
 
-def training(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, float]) -> dict[str, Any]:
+def training(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: dict[str, float]
+) -> dict[str, Any]:
     """Packed rows, two a step, by the tokens per second in train_log.jsonl after the first steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "hf_pts.py", "--model_name_or_path", args.model_dir, "--dtype", "fp32"]
@@ -180,7 +168,7 @@ def training(args: argparse.Namespace, model: PreTrainedModel, top: dict[str, fl
         log = read_json(Path(folder) / "tuned" / "train_log.jsonl", "training log")
     rates = sorted(row["tokens_per_second"] for row in log if "loss" in row)[2:]
     tokens = rates[len(rates) // 2]
-    rate = tokens * training_flops(model, args.length)
+    rate = tokens * token_flops(model, args.length)[1]
     return {"tokens_per_second": tokens, "flops": rate, "of_peak": rate / top["bf16"]}
 
 
@@ -192,7 +180,7 @@ def perplexities(
     windows = perplexity.windows_of(tokenizer, texts[""], args.length, args.length, args.windows)
     device = model.device
     seconds = seconds_of(lambda: perplexity.total_loss(model, windows, device, 4), device, repeat=2)
-    rate = windows.numel() * forward_flops(model, args.length) / seconds
+    rate = windows.numel() * token_flops(model, args.length)[0] / seconds
     peak = top["fp32" if model.dtype == torch.float32 else "bf16"]
     return {"seconds": seconds, "flops": rate, "of_peak": rate / peak}
 
@@ -214,7 +202,7 @@ def generation(
     return {"seconds_of_a_step": step, "seconds_of_reading_the_weights": reading, "of_bandwidth": reading / step}
 
 
-PARTS = ("pruning", "training", "perplexity", "generation")
+PARTS = {"pruning": pruning, "training": training, "perplexity": perplexities, "generation": generation}
 
 
 def main() -> None:
@@ -228,15 +216,9 @@ def main() -> None:
     dtype = inference_dtype(args.dtype, device)
     model = load_model(args.model_dir, torch_dtype(dtype) if dtype else "auto").to(device)
     use_blocked_attention(model, device)
-    measure: dict[str, Callable[[], dict[str, Any]]] = {
-        "pruning": lambda: pruning(args, model, top),
-        "training": lambda: training(args, model, top),
-        "perplexity": lambda: perplexities(args, model, tokenizer, top),
-        "generation": lambda: generation(args, model, tokenizer, top),
-    }
     figures: dict[str, Any] = {"peaks": top}
     for part in args.parts:
-        figures[part] = measure[part]()
+        figures[part] = PARTS[part](args, model, tokenizer, top)
         print(f"{part}: {figures[part]}", flush=True)
     save_figures(figures, args, device)
 

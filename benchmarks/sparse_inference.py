@@ -13,6 +13,7 @@ and ends.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -161,11 +162,9 @@ def compress_model(model: PreTrainedModel, compress: Compress) -> int:
     """Compress the weights of all layers that the backend supports; returns how many it compressed."""
     count = 0
     for layer in linear_layers(model).values():
-        try:
+        with contextlib.suppress(RuntimeError, NotImplementedError):
             layer.weight = torch.nn.Parameter(compress(layer.weight.detach()), requires_grad=False)
             count += 1
-        except (RuntimeError, NotImplementedError):
-            continue
     return count
 
 
