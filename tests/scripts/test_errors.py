@@ -119,7 +119,6 @@ ROWS = [
     ("finetune.py", "no room for an answer", "--max_length 8", ["max_length"]),
     ("export_hf.py", "no calibration text", "--quantization int8", ["--quantization int8", "--calib_data"]),
     ("export_hf.py", "no such text", "--quantization fp8 --calib_data {absent}", ["not found", "{absent}"]),
-    ("export_hf.py", "text shorter than a sequence", "--quantization fp8 --calib_data {short}", ["tokens"]),
     ("export_hf.py", "text without use", "--calib_data {texts}", ["--calib_data is only for"]),
     ("export_hf.py", "CUDA absent", "--quantization fp8_pc_pt --device cuda", ["no CUDA GPU"]),
     ("verify_sparsity.py", "no such file", "{absent}", ["{absent}"]),
