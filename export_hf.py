@@ -102,7 +102,7 @@ def main() -> None:
     for text_source in sources:
         check_source(text_source)
     config = models.load_config(args.model_dir, args.trust_remote_code)
-    if getattr(config, "quantization_config", None):
+    if config.to_dict().get("quantization_config"):
         raise UserError(f"'{args.model_dir}' is quantized; give the unquantized model that the state was made from")
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)

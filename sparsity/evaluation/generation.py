@@ -9,7 +9,6 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sparsity.distributed import hide_bar
-from sparsity.errors import UserError
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.kv_cache import preallocate
 from sparsity.models import cache_name
@@ -67,9 +66,6 @@ def generate_batch(
     Args:
         prompts: token ids, one list per example; padded on the left to one length L. The attention mask [batch, L]
             shows `generate` where each prompt starts; positions are numbered from there.
-
-    Raises:
-        UserError: the GPU's memory does not hold the batch.
     """
     longest = max(map(len, prompts))
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
@@ -79,16 +75,10 @@ def generate_batch(
         "input_ids": torch.tensor(padded, device=device),
         "attention_mask": torch.tensor(mask, device=device),
     }
-    try:
-        with torch.inference_mode():
-            if longest > 1:
-                inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
-            output = model.generate(**inputs, generation_config=config)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory with {len(prompts)} prompts of {longest} tokens; use a smaller --batch_size, "
-            "--beam_size or --model_max_length, or --dtype bf16"
-        ) from error
+    with torch.inference_mode():
+        if longest > 1:
+            inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
+        output = model.generate(**inputs, generation_config=config)
     texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts]
 

@@ -54,7 +54,7 @@ def settings_key(
     model = file_stamp(args.model_dir) if local else [args.model_dir, getattr(config, "_commit_hash", None)]
     state = file_stamp(args.modelopt_restore_path) if args.modelopt_restore_path else None
     names = ("batch_size", "beam_size", "model_max_length", "max_new_tokens", "min_new_tokens", "dtype")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: vars(args)[name] for name in names}
     versions = [torch.__version__, transformers.__version__]
     prompt = list(astuple(template))
     return run_key(
