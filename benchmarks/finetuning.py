@@ -6,7 +6,7 @@
 
 Part "recovery" trains the same pruned model in several ways, each for the same steps of as many tokens, on records and
 plain text. It reports perplexity on held-out papers, the kind that is trained on, and on four kinds of text that are in
-no training data; the share of the rise through PTS that each way regains, (PTS - SAT) / (PTS - dense); and ROUGE on
+no training data; the fraction of the rise through PTS that each way regains, (PTS - SAT) / (PTS - dense); and ROUGE on
 test records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their
 longest sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the
 others, so that losses can be compared. Part "trainer" compares our trainer with transformers' own on the dense model.
@@ -42,13 +42,21 @@ from utils import Parser, check_at_least, run_cli
 RANK = 64  # of low-rank training
 MEMORY_STEPS = 3  # optimizer steps in which memory is measured
 TEACHER = ["--distill", "--distill_kl", 0.5, "--distill_kl_answers", 0]
-# Ways to train: options, after those that all share; {text} stands for --text_path.
+# Ways to train: their options, after those of all; {text} stands for --text_path.
 RECOVERY: dict[str, list[Any]] = {
     "cross entropy": ["--text_path", "{text}"],
     "KL": ["--text_path", "{text}", *TEACHER],
-    "KL, self text": ["--text_path", "{text}=0.4,self=0.6", *TEACHER],
-    "KL, self text, moving masks": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--mask_schedule", "saliency"],
-    "KL, self text, rank 64": ["--text_path", "{text}=0.4,self=0.6", *TEACHER, "--lora_rank", RANK, "--lr", 3e-3],
+    "KL, self-generated text": ["--text_path", "{text}=0.4", "self=0.6", *TEACHER],
+    "KL, self-generated text, rank 64": [
+        "--text_path",
+        "{text}=0.4",
+        "self=0.6",
+        *TEACHER,
+        "--lora_rank",
+        RANK,
+        "--lr",
+        3e-3,
+    ],
 }
 NEVER = 10**6  # steps between evaluations or checkpoints: only at the end
 
@@ -67,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("recovery")
     group.add_argument("--arms", nargs="+", choices=RECOVERY, default=list(RECOVERY), help="ways to train")
     group.add_argument("--text_path", type=Path, default=Path("data/aclsum/calib.jsonl"), help="text to train on")
-    group.add_argument("--text_ratio", type=float, default=0.8, help="share of plain text among the training tokens")
+    group.add_argument("--text_ratio", type=float, default=0.8, help="fraction of plain text among the training tokens")
     group.add_argument("--heldout", type=Path, default=Path("data/aclsum/heldout.jsonl"), help="papers to evaluate on")
     group.add_argument("--texts", type=Path, default=Path("demo/texts"), help="folder of benchmarks.texts")
     group.add_argument("--self_tokens", type=int, default=131072, help="tokens that the dense model writes")
@@ -97,7 +105,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, folder: Path, *more: Any) -> list[dict[str, Any]]:
-    """Run the launcher with the settings that all arms share, and `more`; returns its training log."""
+    """Run the launcher with the settings of all arms, and `more`; returns its training log."""
     from sparsity.sat.callbacks import read_log
 
     common = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path]
@@ -149,7 +157,7 @@ def regained(result: dict[str, float], dense: dict[str, float], pruned: dict[str
 
 
 def recovery(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
-    """Perplexity, ROUGE, recovered share and tokens per second of every arm."""
+    """Perplexity, ROUGE, regained fraction and tokens per second of every arm."""
     tokenizer = load_tokenizer(args.model)
     blocks = texts.held_out(tokenizer, args.heldout, args.texts, args.context, args.blocks)
     results: dict[str, dict[str, float]] = {}
@@ -175,8 +183,7 @@ def recovery(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]
 
 def throughput(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Useful tokens per second and final evaluation loss of the ways to batch, over one epoch of the records."""
-    from sparsity.sat.data import Packed
-    from sparsity.sat.data import load_records
+    from sparsity.sat.data import Packed, load_records
 
     data = work / "records"
     data.mkdir()

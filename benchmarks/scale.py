@@ -28,10 +28,10 @@ from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.errors import UserError
 from sparsity.modelopt_state import mask_name
 from sparsity.sat import loss, memory
+from sparsity.sat.fsdp import configure_fsdp, local, shard_teacher
 from sparsity.sat.low_rank import add_low_rank
 from sparsity.sat.memory import Settings
 from sparsity.sat.model import freeze_embeddings
-from sparsity.sat.sharding import configure_fsdp, local, shard_teacher
 from utils import Parser, run_cli
 
 ATTENTION = "without_score_matrices"
@@ -129,7 +129,7 @@ def prepare(model: Any, checkpointing: bool, mesh: Any) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 
-    configure_fsdp(2, type(model.model.layers[0]).__name__, cpu_offload=False, activation_checkpointing=checkpointing)
+    configure_fsdp(type(model.model.layers[0]).__name__, cpu_offload=False, activation_checkpointing=checkpointing)
     plugin = FullyShardedDataParallelPlugin()
     plugin.set_mixed_precision("bf16")
     plugin.cpu_ram_efficient_loading = False  # there are no weights to load

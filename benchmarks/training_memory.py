@@ -14,8 +14,7 @@ from benchmarks.process import anonymous_memory
 from benchmarks.training_run import read_run
 from sparsity.files import prepare_output_dir
 from sparsity.sat.model import load_student, load_teacher
-from sparsity.sat.result import STATE_NAME, save_and_verify
-from sparsity.sat.trainer import build_trainer
+from sparsity.sat.trainer import STATE_NAME, build_trainer, save_and_verify
 from utils import run_cli
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     teacher = load_teacher(args, student.model.get_input_embeddings().weight.shape[0])
     trainer = build_trainer(args, student, teacher, tokenizer, (train, None))
     with anonymous_memory() as result:
-        trainer.train()
+        trainer.fit()
         save_and_verify(trainer, student, args.training.result_dir / STATE_NAME)
     print(json.dumps(result))
 

@@ -1,28 +1,38 @@
-"""Checkpoints that count only when complete, so that a run killed at any moment resumes from the last good one.
+"""Checkpoints of training, which any number of processes can read and which count only once they are sealed.
 
-A checkpoint folder becomes valid by its last file, complete.json, which lists every other file with its size.
+Every process writes the tensors that it holds, and torch.distributed.checkpoint reshards them for the processes that
+load them. Tensors are stored as safetensors and the rest as JSON: the default format of torch.distributed.checkpoint
+unpickles its index, which can run code. The seal (see `files.seal`) is written last, so that a run killed at any moment
+resumes from the last complete checkpoint, and it exposes files that have changed since.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sparsity.files import NOT_JSON, save_json
+import torch
+from torch import nn
 
-MARKER = "complete.json"
+from sparsity.distributed import is_main_process, warn
+from sparsity.errors import UserError, first_line
+from sparsity.files import SEAL, is_sealed, read_json, save_json
+from sparsity.sat.fsdp import plain_name
+
 NAME = re.compile("checkpoint-[0-9]+")
+TENSORS, VALUES = "training_state", "training_state.json"  # in the folder of a checkpoint
+FILE_BYTES = 1 << 28  # per process, approximately: every file is assembled in memory
+
+# ---------------------------------------------------------------------------------------------------------- folders
 
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
-
-
-def is_of_step(folder: Path, step: int) -> bool:
-    """Whether a checkpoint may be of this step; one that was renamed may be of any."""
-    return step > 0 and (not NAME.fullmatch(folder.name) or step_of(folder) == step)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -31,42 +41,203 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def mark_complete(folder: Path) -> None:
-    """Mark a checkpoint as complete; call it once all processes have written their files."""
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    save_json(sizes, folder / MARKER)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether all files are there that the marker lists; it lists some."""
-    try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, AttributeError, *NOT_JSON):
-        return False
+def has_seal(folder: Path) -> bool:
+    """Whether the checkpoint was completely written; `files.is_sealed` checks the content as well."""
+    return (folder / SEAL).is_file()
 
 
 def last_complete(root: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    whole = [folder for folder in checkpoint_folders(root) if is_complete(folder)]
-    return whole[-1] if whole else None
+    """The last checkpoint whose files are as they were written; warns about later ones that are damaged."""
+    for folder in reversed(checkpoint_folders(root)):
+        if is_sealed(folder):
+            return folder
+        if has_seal(folder):
+            warn(f"checkpoint {folder} is damaged and is skipped: its files have changed since they were written")
+    return None
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its marker first: one that is killed half-way does not count as complete."""
-    (folder / MARKER).unlink(missing_ok=True)
+    """Delete a checkpoint, its seal first, so that it does not count as complete if this is interrupted."""
+    (folder / SEAL).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_partial(root: Path) -> None:
-    """Delete what a killed run left half written."""
+    """Delete checkpoints that a killed run did not finish writing."""
     for folder in checkpoint_folders(root):
-        if not is_complete(folder):
+        if not has_seal(folder):
             remove(folder)
 
 
-def rotate(root: Path, keep: int, best: str | None) -> None:
-    """Keep the newest `keep` checkpoints and the best one."""
-    for folder in checkpoint_folders(root)[: -max(1, keep)]:
+def rotate(newest: Path, keep: int, best: str | None) -> None:
+    """Delete old checkpoints: keep `newest`, the `keep - 1` before it, any after it, and the best one."""
+    until_newest = [folder for folder in checkpoint_folders(newest.parent) if step_of(folder) <= step_of(newest)]
+    for folder in until_newest[:-keep]:
         if best is None or folder.name != Path(best).name:
             remove(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- content
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trained_only: bool = False) -> None:
+    """Write the weights of `model` and the state of `optimizer` into `folder`; all processes must call it.
+
+    Args:
+        trained_only: leave out frozen weights, which come from the model and its sparse state.
+
+    Raises:
+        OSError, UserError: a process could not write its files.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    tensors = _named_weights(model, trained_only)  # first: it reshards what an evaluation has left gathered
+    state = _optimizer_state(model, optimizer)
+    tensors |= _named_moments(state)
+    values: dict[str, Any] = {"state": {}, "param_groups": state["param_groups"]}
+    for weight, name, value in _single_values(state):  # a step count, for example, equal on all processes
+        values["state"].setdefault(weight, {})[name] = value.item() if isinstance(value, torch.Tensor) else value
+    writer = dcp.HuggingFaceStorageWriter(
+        path=str(folder / TENSORS), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
+    )
+    with _quiet(), _plain_errors(f"cannot write {folder}"):
+        dcp.save(tensors, storage_writer=writer, no_dist=not torch.distributed.is_initialized())
+    if is_main_process():
+        save_json(values, folder / VALUES)
+
+
+def load_weights(folder: Path, model: nn.Module, trained_only: bool = False) -> None:
+    """Read the weights of a checkpoint into `model`, sharded in any way; all processes must call it.
+
+    Args:
+        trained_only: see `save`.
+
+    Raises:
+        UserError: the checkpoint belongs to another model.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    named = _named_weights(model, trained_only)
+    _read(folder, named)
+    weights: dict[str, Any] = {name.removeprefix("model."): tensor for name, tensor in named.items()}
+    weights |= {name: weights[first] for name, first in _tied_names(model).items() if first in weights}
+    with _quiet():
+        set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read the optimizer state of a checkpoint, for the parameters of `model`; all processes must call it.
+
+    Raises:
+        UserError: the checkpoint belongs to another optimizer.
+    """
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    state = _optimizer_state(model, optimizer)
+    _read(folder, _named_moments(state))
+    saved = read_json(folder / VALUES, "checkpoint")
+    for weight, name, value in _single_values(state):
+        content = saved["state"][weight][name]
+        state["state"][weight][name] = torch.full_like(value, content) if isinstance(value, torch.Tensor) else content
+    state["param_groups"] = saved["param_groups"]
+    with _quiet():
+        set_optimizer_state_dict(model, unwrapped(optimizer), state)
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Torch's optimizer, without accelerate's wrapper."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _named_weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+    """Weights and masks as "model.NAME", sharded as they are; tied weights only under their first name."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    left_out = set(_tied_names(model))
+    if trained_only:
+        left_out |= {plain_name(name) for name, weight in model.named_parameters() if not weight.requires_grad}
+    with _quiet():
+        state: dict[str, Any] = get_model_state_dict(model)
+    return {f"model.{name}": tensor for name, tensor in state.items() if name not in left_out}
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several → the first name."""
+    first: dict[nn.Parameter, str] = {}
+    names = [(plain_name(name), weight) for name, weight in model.named_parameters(remove_duplicate=False)]
+    return {name: first[weight] for name, weight in names if first.setdefault(weight, name) != name}
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """{"state": weight name → {name → value}, "param_groups": […]}; zeros before the first step."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    with _quiet():
+        return get_optimizer_state_dict(model, unwrapped(optimizer))
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _named_moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of an optimizer's state as "optimizer.WEIGHT.NAME"; not scalars."""
+    return {
+        f"optimizer.{weight}.{name}": value
+        for weight, values in state["state"].items()
+        for name, value in values.items()
+        if _is_array(value)
+    }
+
+
+def _single_values(state: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """(weight, name, value) for all other values of an optimizer's state."""
+    items = [(weight, name, value) for weight, values in state["state"].items() for name, value in values.items()]
+    return [item for item in items if not _is_array(item[2])]
+
+
+def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file for each tensor; equal on all processes."""
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    numbers, filled = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + filled // (FILE_BYTES * processes)
+        filled += tensor.numel() * tensor.dtype.itemsize
+    return numbers
+
+
+def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Read the checkpoint's values into `tensors`, in place."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(path=str(folder / TENSORS))
+    with _quiet(), _plain_errors(f"cannot read {folder}"):
+        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+
+
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """Raise the failure of any process, which torch.distributed.checkpoint wraps in a BaseException, as an Exception.
+
+    A failed write or lack of memory is raised as it is, anything else as a UserError that begins with `what`.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError | MemoryError | torch.OutOfMemoryError):
+            raise cause from None
+        raise UserError(f"{what}: {first_line(cause)}; other checkpoints are unchanged") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress torch's warnings about saving from a single process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield

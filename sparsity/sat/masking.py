@@ -1,9 +1,9 @@
-"""Masks during training: layers compute with plain weights, of which the pruned ones are zero and stay zero.
+"""Masks during training: layers compute with plain weights, whose pruned entries are zero and stay zero.
 
 modelopt's sparse layers multiply weight and mask in every forward pass, which costs a copy of every weight and its
-backward pass. The product only repeats what the weights already hold, so training runs on ordinary layers that carry
-the mask as a buffer of the same name: the state dict keeps its entries. What holds the zeros is the gradient, masked
-once per optimizer step, before it is clipped.
+backward pass. The product only repeats the zeros that the weights already have, so training uses ordinary layers that
+carry the mask as a buffer of the same name: the state dict keeps its entries. The zeros are held by masking the
+gradient once per optimizer step, before it is clipped.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparsity.sat.low_rank import LowRankLinear, marked_kept
-from sparsity.sat.sharding import local, masked_weights
 from sparsity.modelopt_state import MASK
+from sparsity.sat.fsdp import local, masked_weights
+from sparsity.sat.low_rank import LowRankLinear, marked_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,16 +28,16 @@ ELEMENTWISE = {"adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsp
 def use_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Turn modelopt's sparse layers into plain ones whose pruned weights are zero, with the mask as a buffer.
 
-    Take `modelopt.torch.opt.modelopt_state` before: the model no longer has it afterwards.
+    Call `modelopt.torch.opt.modelopt_state` before: the model no longer has it afterwards.
     """
     import modelopt.torch.sparsity as mts
 
-    masks = {name: getattr(module, MASK, None) for name, module in model.named_modules()}
+    masks = {name: dict(module.named_buffers(recurse=False)).get(MASK) for name, module in model.named_modules()}
     model = mts.export(model)
     for name, mask in masks.items():
         if mask is not None:
             model.get_submodule(name).register_buffer(MASK, mask)
-    model.tie_weights()  # the export gives a head its own weight, also where it shares that of the embedding
+    model.tie_weights()  # the export gives a head its own weight even if it is tied to the embedding
     return model
 
 
@@ -58,7 +58,7 @@ def mask_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """Zeros and values in this process's shards of all masked weights, and of those that low-rank training freezes.
+    """Zeros and values in this process's shards of all masked weights, those of low-rank layers included.
 
     Raises:
         RuntimeError: a pruned weight is not zero.

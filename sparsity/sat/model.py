@@ -10,21 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.models import load_model, model_without_weights
 from sparsity.distributed import is_main_process
+from sparsity.modelopt_state import check_state_fits, grow_vocabulary, load_state, require_masks, restore_layers
+from sparsity.models import load_model, model_without_weights
 from sparsity.sat.data import Collator
-from sparsity.sat.loading import allocate, fill
+from sparsity.sat.fsdp import allocate, fill
 from sparsity.sat.loss import check_packing
 from sparsity.sat.low_rank import add_low_rank, merge
 from sparsity.sat.masking import use_plain_weights
-from sparsity.modelopt_state import (
-    check_state_fits,
-    grow_vocabulary,
-    is_mask,
-    load_state,
-    require_masks,
-    restore_layers,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +30,12 @@ class Student:
     """The sparse model on the CPU, and what its state file needs.
 
     Attributes:
-        model: in float32; of low-rank training, in the compute dtype with float32 factors.
+        model: in float32; for low-rank training, in the compute dtype with float32 factors.
         modelopt_state: taken before the masked layers become plain ones and the model is wrapped for training.
         tensors: for a model that will be sharded, the whole weights and masks by name, mapped from the state file; the
-            model has none of them yet, see `loading.fill`.
-        dtypes: of the tensors in the restored state, by name; the result is saved in them.
-        merge: of low-rank training, puts the trained tensors into the restored state; None: they are the whole state.
+            model has none of them yet, see `fsdp.fill`.
+        dtypes: dtypes of the tensors in the restored state, by name; the result is saved in them.
+        merge: after low-rank training, puts the trained tensors into the restored state; None: they are the whole one.
     """
 
     model: PreTrainedModel
@@ -53,11 +46,11 @@ class Student:
 
 
 def load_student(args: SatArguments, pad_token_id: int) -> Student:
-    """Build the sparse model from the state of --restore_path, which holds all weights: the dense ones are not read.
+    """Build the sparse model from the state of --restore_path, which has all weights: the dense ones are not read.
 
     Raises:
-        UserError: the state is unreadable, has no masks or belongs to another model, the model takes no packed rows, or
-            --lora_rank is too large for it.
+        UserError: the state is unreadable, has no masks or belongs to another model, the model does not support packed
+            rows, or --lora_rank is too large for it.
     """
     import modelopt.torch.opt as mto
 
@@ -75,8 +68,6 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     if args.training.freeze_embeddings:
         freeze_embeddings(model)
     allocate(model)
-    if args.training.fsdp_version == 1:  # which refuses buffers without memory, and leaves them whole
-        fill(model, {name: tensor for name, tensor in tensors.items() if is_mask(name)})
     fill_where_needed(args, model, tensors, pad_token_id)
     return Student(model, modelopt_state, tensors if args.training.sharded else {}, dtypes)
 
@@ -84,7 +75,7 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
 def load_low_rank(
     args: SatArguments, state: dict[str, Any], dtypes: dict[str, torch.dtype], pad_token_id: int
 ) -> Student:
-    """The student of --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
+    """The student for --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
     training, tensors = args.training, state["model_state_dict"]
     model = model_without_weights(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
     check_state_fits(tensors, model, args.model.modelopt_restore_path)
@@ -99,10 +90,10 @@ def load_low_rank(
 def fill_where_needed(
     args: SatArguments, model: PreTrainedModel, tensors: dict[str, torch.Tensor], pad_token_id: int
 ) -> None:
-    """Give the model its weights before training if it is not sharded, or, on one process, to check packing with them.
+    """Give the model its weights if it will not be sharded, or on the main process to check packing with them.
 
     Raises:
-        UserError: the model takes no packed rows.
+        UserError: the model does not support packed rows.
     """
     checks_packing = args.data.packing and is_main_process()
     if checks_packing or not args.training.sharded:
@@ -113,7 +104,7 @@ def fill_where_needed(
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
-    """Keep every embedding, and an output head that is tied to one, as it is."""
+    """Freeze every embedding, and an output head that is tied to one."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.requires_grad_(False)
@@ -125,7 +116,7 @@ def load_teacher(args: SatArguments, vocabulary: int) -> PreTrainedModel | None:
     If it will be sharded, only the main process loads its weights; see `SparseTrainer.place_teacher`.
 
     Args:
-        vocabulary: rows of the student's embedding, to which the teacher's is grown.
+        vocabulary: rows of the student's embedding; the teacher's is extended to as many.
     """
     if not args.distillation.distill:
         return None

@@ -6,6 +6,7 @@ import pytest
 
 from sparsity.errors import UserError
 from sparsity.sat.arguments import (
+    RESUME,
     DataArguments,
     DistillationArguments,
     ModelArguments,
@@ -13,6 +14,7 @@ from sparsity.sat.arguments import (
     SparseTrainingArguments,
     check_arguments,
     choose_precision,
+    options,
     planned_steps,
 )
 
@@ -24,18 +26,18 @@ def training(**options) -> SparseTrainingArguments:
 @pytest.mark.parametrize(
     ("part", "options", "message"),
     [
-        ("data", {"model_max_length": 0}, "--max_length must be above 0, found 0"),
-        ("data", {"text_ratio": 1.5}, "--text_ratio must lie between 0 and 1, found 1.5"),
+        ("data", {"model_max_length": 0}, "--max_length must be greater than 0, got 0"),
+        ("data", {"text_ratio": 1.5}, "--text_ratio must be between 0 and 1, got 1.5"),
         ("data", {"text_length": 2000}, "--text_length 2000 exceeds --max_length 1024"),
-        ("data", {"text_path": "/nowhere.txt"}, "text file not found: /nowhere.txt"),
-        ("distillation", {"distill_kl": -0.5}, "--distill_kl must lie between 0 and 1, found -0.5"),
-        ("distillation", {"distill_temperature": 0}, "--distill_temperature must be above 0"),
-        ("training", {"learning_rate": float("nan")}, "--lr must be above 0, found nan"),
-        ("training", {"per_device_train_batch_size": 0}, "--train_bs must be above 0, found 0"),
-        ("training", {"max_steps": 0}, "--max_steps must be above 0, found 0"),
-        ("training", {"num_train_epochs": -1}, "--num_epochs must be above 0"),
-        ("training", {"save_steps": 0}, "--save_steps must be above 0"),
-        ("training", {"save_total_limit": 0}, "--save_total_limit must be above 0"),
+        ("data", {"text_path": ["/nowhere.txt"]}, "text file not found: /nowhere.txt"),
+        ("distillation", {"distill_kl": -0.5}, "--distill_kl must be between 0 and 1, got -0.5"),
+        ("distillation", {"distill_temperature": 0}, "--distill_temperature must be greater than 0"),
+        ("training", {"learning_rate": float("nan")}, "--lr must be greater than 0, got nan"),
+        ("training", {"per_device_train_batch_size": 0}, "--train_bs must be greater than 0, got 0"),
+        ("training", {"max_steps": 0}, "--max_steps must be greater than 0, got 0"),
+        ("training", {"num_train_epochs": -1}, "--num_epochs must be greater than 0"),
+        ("training", {"save_steps": 0}, "--save_steps must be greater than 0"),
+        ("training", {"save_total_limit": 0}, "--save_total_limit must be greater than 0"),
         ("training", {"max_grad_norm": -1.0}, "--max_grad_norm must not be negative"),
         ("training", {"check_masks_every": -1}, "--check_masks_every must not be negative"),
         ("training", {"cpu_offload": True}, "--cpu_offload and --teacher_offload need FSDP"),
@@ -99,7 +101,7 @@ def test_schedule_completes_what_was_left_open():
     args = training(eval_steps=5, save_steps=6, warmup_steps=9, load_best_model_at_end=True, max_steps=12)
     args.schedule(100, evaluates=True)
     assert (args.max_steps, args.eval_steps, args.save_steps, args.warmup_steps) == (12, 5, 6, 9)
-    assert args.load_best_model_at_end and args.metric_for_best_model == "loss" and args.greater_is_better is False
+    assert args.load_best and args.metric_for_best_model == "loss" and args.greater_is_better is False
     args.schedule(100, evaluates=False)
     assert str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no"
 
@@ -114,4 +116,13 @@ def test_records_of_reference_and_launcher(tmp_path):
     assert (data.train_file, data.eval_file) == (tmp_path / "cnn_train.json", tmp_path / "cnn_eval.json")
     data = DataArguments(data_path=str(tmp_path), train_datapath="a.json", val_datapath="b.json")
     assert (str(data.train_file), str(data.eval_file)) == ("a.json", "b.json")
-    assert not DataArguments(text_path="t", text_ratio=1).uses_records and DataArguments(text_ratio=1).uses_records
+    assert not DataArguments(text_path=["t"], text_ratio=1).uses_records and DataArguments(text_ratio=1).uses_records
+
+
+def test_an_option_is_declared_once_with_what_a_resumed_run_must_keep():
+    args = SatArguments(ModelArguments("m", "p"), DataArguments(), DistillationArguments(), training(learning_rate=1))
+    values = {name: value for name, value, _ in options(args)}
+    kept = {name for name, _, notes in options(args) if RESUME in notes}
+    assert values["lr"] == 1 and values["max_length"] == 1024 and values["optim"] == "adamw_torch_fused"
+    assert {"lr", "seed", "distill_kl", "max_grad_norm", "model"} <= kept
+    assert not {"resume", "workers", "save_steps", "logging_steps", "output_dir"} & kept

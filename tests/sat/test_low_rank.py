@@ -10,7 +10,7 @@ from torch import nn
 from sparsity.errors import UserError
 from sparsity.modelopt_state import load_state, load_weights, sparse_masks
 from sparsity.models import model_without_weights
-from sparsity.sat.loading import allocate, fill
+from sparsity.sat.fsdp import allocate, fill
 from sparsity.sat.low_rank import (
     LowRankLinear,
     MaskedLowRankProduct,

@@ -115,7 +115,7 @@ ROWS = [
     ("finetune.py", "rank above a weight's side", "--lora_rank 4096", ["--lora_rank 4096", "(32 x 32)"]),
     ("finetune.py", "scale of no rank", "--lora_alpha 8", ["--lora_alpha", "--lora_rank"]),
     ("finetune.py", "scale of zero", "--lora_rank 4 --lora_alpha 0", ["--lora_alpha"]),
-    ("finetune.py", "rank and whole weights", "--lora_rank 4 --optim galore_adamw", ["--optim galore_adamw"]),
+    ("finetune.py", "optimizer without its package", "--optim galore_adamw", ["--optim galore_adamw"]),
     ("finetune.py", "no room for an answer", "--max_length 8", ["max_length"]),
     ("export_hf.py", "no calibration text", "--quantization int8", ["--quantization int8", "--calib_data"]),
     ("export_hf.py", "no such text", "--quantization fp8 --calib_data {absent}", ["not found", "{absent}"]),

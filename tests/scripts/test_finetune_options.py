@@ -68,13 +68,18 @@ def test_options_of_the_trainer_reach_it(parse):
     assert (plain.logging_steps, plain.max_grad_norm, plain.learning_rate) == (10, 1.0, 2e-5)
 
 
+def test_text_sources_are_several_words(parse):
+    required = [word for pair in REQUIRED.items() for word in pair]
+    assert parse(*required, "--text_path", "a.txt=0.4", "self=0.6").data.text_path == ["a.txt=0.4", "self=0.6"]
+
+
 def test_switches_may_be_turned_off(parse):
     required = [word for pair in REQUIRED.items() for word in pair]
     assert parse(*required).training.group_by_length is True
     assert parse(*required, "--no_group_by_length").training.group_by_length is False
-    assert parse(*required, "--no-group_by_length").training.group_by_length is False
+    assert parse(*required, "--no-group-by-length").training.group_by_length is False
     assert parse(*required, "--gradient_checkpointing").training.recompute is True
-    assert parse(*required, "--no-gradient_checkpointing").training.recompute is False
+    assert parse(*required, "--gradient_checkpointing", "false").training.recompute is False
     assert parse(*required, "--packing", "--distill").data.packing is True
 
 

@@ -72,7 +72,7 @@ def test_gpus_count_per_machine(recorder):
     "words, message",
     [
         (["--num_processes"], "--num_processes needs a value"),
-        (["--num_processes", "two"], "must be a whole number, found 'two'"),
+        (["--num_processes", "two"], "must be an integer, got 'two'"),
         (["--num_processes=0"], "must be at least 1"),
         (["--num_machines", "2", "--num_processes", "2"], "needs --main_process_ip"),
     ],

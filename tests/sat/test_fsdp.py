@@ -10,12 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from sparsity.models import load_model, model_without_weights
-from sparsity.sat.loading import allocate, bytes_held, fill
 from sparsity.modelopt_state import load_state, sparse_masks
+from sparsity.models import load_model, model_without_weights
+from sparsity.sat.fsdp import allocate, fill, local
 
 
-def student_on(rank: int, port: int, version: int, lora_rank: int, paths: dict[str, str], results: str) -> None:
+def bytes_held(model: nn.Module) -> int:
+    """Bytes of this process's shards of all parameters and buffers."""
+    parts = [local(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    return sum(part.numel() * part.element_size() for part in parts if not part.is_meta)
+
+
+def student_on(rank: int, port: int, lora_rank: int, paths: dict[str, str], results: str) -> None:
     """One of two processes that load a student and a teacher; saves what it holds."""
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
     os.environ.update(MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
@@ -23,21 +29,20 @@ def student_on(rank: int, port: int, version: int, lora_rank: int, paths: dict[s
 
     from sparsity.models import load_tokenizer
     from sparsity.sat import arguments
+    from sparsity.sat.fsdp import fill, full_state, local, masked_weights, rows_of
     from sparsity.sat.low_rank import LowRankLinear, marked_kept
     from sparsity.sat.masking import mask_weights
     from sparsity.sat.model import load_student, load_teacher
-    from sparsity.sat.sharding import full_state, local, masked_weights, rows_of
     from sparsity.sat.trainer import build_trainer
 
     run = arguments.SatArguments(
         arguments.ModelArguments(paths["model"], paths["state"]),
         arguments.DataArguments(),
-        arguments.DistillationArguments(distill=version == 2),
+        arguments.DistillationArguments(distill=True),
         arguments.SparseTrainingArguments(
             output_dir=results,
             mixed_precision="no",
             report_to=[],
-            fsdp_version=version,
             freeze_embeddings=lora_rank > 0,
             lora_rank=lora_rank,
         ),
@@ -48,18 +53,16 @@ def student_on(rank: int, port: int, version: int, lora_rank: int, paths: dict[s
     student = load_student(run, tokenizer.pad_token_id)
     teacher = load_teacher(run, 400)
     trainer = build_trainer(run, student, teacher, tokenizer, (data, None))
-    if version == 2:
-        trainer.create_optimizer()
-        model = trainer.accelerator.prepare(trainer.model, trainer.optimizer)[0]
-    else:
-        model = trainer.accelerator.prepare(trainer.model)
+    trainer.create_optimizer()
+    model = trainer.accelerator.prepare(trainer.model, trainer.optimizer)[0]
+    fill(model, student.tensors)  # as the first callback does
     mask_weights(model)
     masks = {name: mask.clone() for name, _, mask in masked_weights(model)}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             masks[f"{name}.weight"] = marked_kept(local(module.weight.data))
     dense = load_model(paths["model"]).state_dict()
-    same = version == 1 or all(
+    same = all(
         torch.equal(weight.to_local(), rows_of(dense[name], weight))
         for name, weight in trainer.teacher.named_parameters()
     )
@@ -70,20 +73,21 @@ def student_on(rank: int, port: int, version: int, lora_rank: int, paths: dict[s
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("version", "lora_rank"), [(2, 0), (1, 0), (2, 4)], ids=["FSDP2", "FSDP1", "low rank"])
-def test_processes_hold_their_part_of_the_state(version, lora_rank, model_dir, state_path, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "low rank"])
+def test_processes_hold_their_part_of_the_state(lora_rank, model_dir, state_path, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     paths = {"model": str(model_dir), "state": str(state_path)}
-    torch.multiprocessing.spawn(student_on, (port, version, lora_rank, paths, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(student_on, (port, lora_rank, paths, str(tmp_path)), nprocs=2)
     facts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     tensors = load_state(state_path)["model_state_dict"]
     masks = {name: mask for name, _, mask in sparse_masks(tensors)}
     weights = sum(tensor.numel() * 4 for tensor in tensors.values() if tensor.dtype != torch.bool)
     pruned = sum(mask.numel() for mask in masks.values())
-    other = 2 * 4 * 4 + 1024  # rotary frequencies, and padding of a flat parameter
-    own_masks = pruned if version == 1 else pruned / 2
+    other = 2 * 4 * 4 + 1024  # rotary frequencies, and rows that do not divide by two
+    own_masks = pruned / 2
     if lora_rank:
         factors = sum(lora_rank * sum(mask.shape) for mask in masks.values())
         own_masks = 4 * factors / 2  # in place of masks, which the weights carry
