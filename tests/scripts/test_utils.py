@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import ROOT, assert_clear_error, run_script
 
 import utils
 from sparsity.errors import UserError
@@ -32,3 +33,29 @@ def test_run_cli_does_not_hide_defects():
 
     with pytest.raises(ValueError, match="a defect"):
         utils.run_cli(main)
+
+
+FAILS = """
+import sys
+from sparsity.distributed import start_processes
+from sparsity.errors import UserError
+from utils import run_cli
+
+def main():
+    process = start_processes("cpu")
+    if str(process.process_index) in sys.argv[1]:
+        raise UserError(f"wrong input in process {process.process_index}")
+    process.wait_for_everyone()
+
+run_cli(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1", "01"])
+def test_one_of_two_processes_reports_a_failure_and_both_end(tmp_path, failing):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    result = run_script(*launch, script, failing, env={"PYTHONPATH": str(ROOT)}, timeout=100)
+    assert_clear_error(result, "wrong input in process")
