@@ -105,11 +105,8 @@ def scratch_folder(parent: str | Path | None = None, prefix: str = ".scratch.") 
     """
     parent = Path(parent or tempfile.gettempdir())
     _remove_old(parent.glob(f"{glob.escape(prefix)}*{TEMPORARY}"), DAY)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(TEMPORARY, prefix, parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def remove_leftovers(folder: Path, name: str | None = None, age: float = DAY) -> None:
@@ -279,11 +276,10 @@ def seal(folder: Path, *names: str) -> None:
 
 def read_seal(folder: Path) -> dict[str, str]:
     """SHA-256 of each sealed file in `folder`, by its path there; empty without a readable seal."""
-    try:
-        value = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except (OSError, *NOT_JSON):
-        return {}
-    return value if isinstance(value, dict) else {}
+    digests = None
+    with contextlib.suppress(OSError, UserError):
+        digests = read_json(folder / SEAL, "seal")
+    return digests if isinstance(digests, dict) else {}
 
 
 def is_sealed(folder: Path, *names: str) -> bool:
@@ -318,10 +314,14 @@ def read_json(path: str | Path, what: str) -> Any:
     path = require_file(path, what)
     if path.suffix.lower() == ".jsonl":
         return list(read_jsonl(path, what))
+    return _parse_json(path.read_bytes(), f"{what} {path}")
+
+
+def _parse_json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except NOT_JSON as error:
-        raise UserError(f"{what} {path} is not valid JSON in UTF-8: {error}") from error
+        raise UserError(f"{where} is not valid JSON in UTF-8: {error}") from error
 
 
 def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Iterator[Any]:
@@ -338,11 +338,11 @@ def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Itera
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except NOT_JSON as error:
+                value = _parse_json(line, f"{what} {path} line {number}")
+            except UserError:
                 if skip_damaged:
                     continue
-                raise UserError(f"{what} {path} line {number} is not valid JSON in UTF-8: {error}") from error
+                raise
             yield value
 
 
@@ -389,11 +389,11 @@ def safetensors_files(path: Path) -> list[Path]:
             raise UserError(f"no .safetensors files in {path}; export a model there with export_hf.py")
         return files
     content = read_json(index, "weight index")
-    try:
-        names = sorted(set(content["weight_map"].values()))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"weight index {index} has no weight_map; copy or export the model again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"weight index {index} has no weight_map; copy or export the model again")
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not is_file(path / name):
+        if Path(name).name != name or not is_file(path / name):
             raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
     return [path / name for name in names]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,9 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
 
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise UserError(f"model folder {model} has no config.json; give a Hugging Face model folder or hub id")
-    try:
+    # The last two errors: JSON of a wrong shape.
+    with _loading(f"a model from '{model}'", OSError, ValueError, KeyError, TypeError, AttributeError):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON of a wrong shape
-        raise UserError(f"cannot load a model from '{model}': {first_line(error)}") from error
     architectures = config.architectures or []
     auto_classes = getattr(config, "auto_map", {})  # of code that comes with a checkpoint
     is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in auto_classes
@@ -95,11 +95,18 @@ def load_model(
         return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
     _refuse_quantized(config, model)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
+    errors = (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+    with _loading(f"the weights of '{model}'", *errors):
+        return AutoModelForCausalLM.from_pretrained(model, config=config, **options).eval()
+
+
+@contextlib.contextmanager
+def _loading(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn these errors of a library into a UserError."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
-    return loaded.eval()
+        yield
+    except errors as error:
+        raise UserError(f"cannot load {what}: {first_line(error)}") from error
 
 
 def _refuse_quantized(config: PretrainedConfig, model: str) -> None:
@@ -116,10 +123,8 @@ def _load_quantized(
     target = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     tensors, scales = read_dequantized(Path(model), target)
     create: Any = type(empty_model(config, target, trust_remote_code)).from_pretrained
-    try:
+    with _loading(f"the weights of '{model}'", OSError, ValueError, RuntimeError):
         loaded = create(None, config=config, state_dict=tensors, dtype=target)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the weights of '{model}': {first_line(error)}") from error
     round_inputs(loaded, scales, algorithm)
     return loaded.eval()
 
@@ -175,10 +180,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _loading(f"a tokenizer from '{model}'", Exception):  # tokenizers raises it for a malformed tokenizer.json
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises bare Exception on a malformed tokenizer.json
-        raise UserError(f"cannot load a tokenizer from '{model}': {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of '{model}' has no end-of-text token; set eos_token in its tokenizer_config.json"

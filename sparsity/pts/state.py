@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsity.attention import use_blocked_attention
 from sparsity.errors import UserError
 from sparsity.files import atomic_path
-from sparsity.modelopt_state import restore_sparse, sparse_masks
+from sparsity.modelopt_state import pruned_errors, restore_sparse, sparse_masks
 from sparsity.pts.recipe import METHODS, Pattern, Recipe
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def verify(model: PreTrainedModel, path: Path, pattern: Pattern, input_ids: Tens
     for name, weight, mask in sparse_masks(model.state_dict()):
         if pattern.m and bool((mask.view(-1, pattern.m).sum(1) != pattern.n).any()):
             raise UserError(f"{path}: the mask of {name} is not {pattern}")
-        if bool(weight[~mask].any()):
+        if pruned_errors(weight, mask):
             raise UserError(f"{path}: {name} has pruned weights that are not 0")
 
 
