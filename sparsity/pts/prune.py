@@ -114,7 +114,8 @@ def prune_layer(
     for name, linear in [item for group in layer.groups for item in group.items()]:
         if not torch.isfinite(linear.weight).all():  # calibration would pass a NaN on and blame a later layer
             raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")
-    statistics, targets = {}, {}
+    statistics: dict[int, Statistics] = {}
+    targets: dict[int, Targets] = {}
     if states and states.dense is not None:
         permute(states, layer, recipe, heads)
         statistics, targets = collect_dense(states, layer, recipe)
@@ -282,12 +283,13 @@ def plan(model: PreTrainedModel, recipe: Recipe, ignore: Sequence[str], with_tex
     """The decoder layers with the linear layers to prune in them; without text each is a group of its own."""
     prefix, layers = decoder_layers(model)
     chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
-    modules: dict[str, nn.Module] = dict(layers.named_modules(prefix=prefix))
+    modules = layers.named_modules(prefix=prefix)
+    linears = {name: module for name, module in modules if isinstance(module, nn.Linear) and name in chosen}
     if with_text:
         names = shared_inputs(model, chosen)
     else:
-        names = [[[n] for n in modules if n in chosen and n.startswith(f"{prefix}.{i}.")] for i in range(len(layers))]
+        names = [[[name] for name in linears if name.startswith(f"{prefix}.{i}.")] for i in range(len(layers))]
     return [
-        DecoderLayer(layers[index], index, [{name: modules[name] for name in group} for group in groups])
+        DecoderLayer(layers[index], index, [{name: linears[name] for name in group} for group in groups])
         for index, groups in enumerate(names)
     ]
