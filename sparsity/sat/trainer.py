@@ -249,6 +249,10 @@ def build_trainer(
     """
     train, evaluation = data
     training, distillation = args.training, args.distillation
+    try:
+        SparseTrainer.get_optimizer_cls_and_kwargs(training, student.model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(f"--optim {training.given['optim']} cannot be used: {first_line(error)}") from error
     for model in filter(None, (student.model, teacher)):
         use_blocked_attention(model, training.device)
     layer = type(decoder_layers(student.model)[1][0]).__name__
@@ -272,10 +276,6 @@ def build_trainer(
         teacher=teacher,
         tensors=student.tensors if training.sharded else {},
     )
-    try:
-        trainer.get_optimizer_cls_and_kwargs(training, student.model)
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise UserError(f"--optim {training.given['optim']} cannot be used: {first_line(error)}") from error
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
     return trainer
 
