@@ -126,7 +126,7 @@ def parsed(content: bytes) -> Any:
 
 def parsed_lines(content: bytes) -> list[Any]:
     """The values that the `json` module reads from the intact lines of a file."""
-    values = [parsed(line) for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+    values = [parsed(line) for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     return [value for value in values if value is not REFUSED]
 
 
