@@ -1,28 +1,25 @@
-"""The processes of a script: joining those that torchrun or accelerate started, and failing together."""
+"""The processes of a script that torchrun or accelerate started: joining them, and what they share."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparsity.devices import resolve_device
-from sparsity.errors import UserError, memory_shortage
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-WAIT_SECONDS = 2 * 60 * 60  # fast processes may wait for slow ones longer than the usual ten minutes
+WAIT_SECONDS = 2 * 60 * 60  # for slow processes; the default of ten minutes is too short
 
 
 def start_processes(device: str) -> PartialState:
     """Join the process group that a launcher describes in the environment, or be the only process.
 
     Args:
-        device: the value of --device; of several processes on GPUs each takes the GPU of its local rank.
+        device: the value of --device; each of several processes on GPUs takes the GPU of its local rank.
     """
     from datetime import timedelta
 
@@ -34,49 +31,6 @@ def start_processes(device: str) -> PartialState:
     if not process.is_main_process:
         disable_progress_bar()
     return process
-
-
-@contextlib.contextmanager
-def fail_together(process: PartialState) -> Iterator[None]:
-    """Let a UserError or lack of memory in any process end all, reported once, and leave none waiting forever.
-
-    Every process must enter the block, and nothing inside it may communicate with other processes.
-    """
-    from accelerate.utils import gather_object
-
-    message = None
-    try:
-        yield
-    except Exception as error:
-        if process.num_processes == 1:
-            raise
-        if shortage := memory_shortage(error):
-            message = (
-                f"{shortage} in process {process.process_index}; start fewer processes, or choose smaller settings"
-            )
-        elif isinstance(error, UserError):
-            message = str(error)
-        else:
-            raise
-    messages = [text for text in gather_object([message]) if text]
-    if messages:
-        if process.is_main_process:
-            print(f"error: {messages[0]}", file=sys.stderr, flush=True)
-        process.wait_for_everyone()  # a launcher stops all processes once one has left: print the message first
-        process.destroy_process_group()
-        sys.exit(1)
-
-
-@contextlib.contextmanager
-def report_on_main(process: PartialState) -> Iterator[None]:
-    """For work in which processes communicate and all meet the same UserError: only the main process reports it."""
-    try:
-        yield
-    except UserError:
-        if process.is_main_process:
-            raise
-        process.destroy_process_group()
-        sys.exit(1)
 
 
 def have_joined() -> bool:
@@ -106,14 +60,14 @@ def warn(message: str) -> None:
 
 
 def is_main_process() -> bool:
-    """True in a single process and on rank 0 of several."""
+    """Whether this is the only process, or rank 0 of several."""
     import torch.distributed as dist
 
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def hide_bar() -> bool | None:
-    """For tqdm's `disable`: no progress bar in all but the main process, nor (None) where the output is no terminal."""
+    """For tqdm's `disable`: a progress bar only on the main process, and only (None) if the output is a terminal."""
     return None if is_main_process() else True
 
 
@@ -125,7 +79,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; all must call it."""
+    """Whether the flag is set on any process; all must call it."""
     import torch
 
     return sum_over_processes(torch.tensor(float(flag), device=device)).item() > 0

@@ -242,21 +242,12 @@ def require_file(path: str | Path, what: str) -> Path:
 # --------------------------------------------------------------------------------------------------- digests and seal
 
 
-def file_digest(path: str | Path, samples: int | None = None) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits.
-
-    Args:
-        samples: hash only the file's size and this many 64 KiB pieces spread over it; for files of many gigabytes.
-    """
-    size, piece = Path(path).stat().st_size, 1 << 16
-    digest = hashlib.sha256(b"" if samples is None else str(size).encode())
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        if samples is None:
-            while part := stream.read(1 << 22):
-                digest.update(part)
-        for number in range(samples or 0):
-            stream.seek(number * max(0, size - piece) // max(1, (samples or 0) - 1))
-            digest.update(stream.read(piece))
+        while part := stream.read(1 << 22):
+            digest.update(part)
     return digest.hexdigest()
 
 

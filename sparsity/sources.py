@@ -139,20 +139,16 @@ def check_source(source: Source) -> None:
         raise UserError(f"text file {name} has an unknown type '{path.suffix}'; use {', '.join(TEXT_SUFFIXES)}")
 
 
-def content_key(source: Source, samples: int | None = None) -> str:
-    """Digest that identifies the content of a source: of its files, or of a hub data set's name.
-
-    Args:
-        samples: see `file_digest`.
-    """
+def content_key(source: Source) -> str:
+    """Digest that identifies the content of a source: of its files, or of a hub data set's name."""
     path = Path(_parts(source.spec)[0])
     if source.spec == SELF or not path_exists(path):
         return hashlib.sha256(source.spec.encode()).hexdigest()
     if path.is_file():
-        return file_digest(path, samples)
+        return file_digest(path)
     digest = hashlib.sha256(source.spec.encode())
     for file in _text_files(path):
-        digest.update(f"{file.relative_to(path)} {file_digest(file, samples)}".encode())
+        digest.update(f"{file.relative_to(path)} {file_digest(file)}".encode())
     return digest.hexdigest()
 
 

@@ -121,17 +121,6 @@ def test_run_that_is_just_ending_is_waited_for(tmp_path):
         holder.communicate()
 
 
-def test_digest_follows_the_content(tmp_path):
-    path = tmp_path / "a.bin"
-    path.write_bytes(bytes(range(256)) * 2000)
-    whole, sampled = files.file_digest(path), files.file_digest(path, 64)
-    assert (files.file_digest(path), files.file_digest(path, 64)) == (whole, sampled)
-    path.write_bytes(b"\1" + path.read_bytes()[1:])
-    assert files.file_digest(path) != whole and files.file_digest(path, 64) != sampled
-    path.write_bytes(path.read_bytes() + b"\0")
-    assert files.file_digest(path, 64) not in (sampled, whole)
-
-
 def test_lines_survive_a_kill_within_a_line(tmp_path):
     path = tmp_path / "a.jsonl"
     files.append_jsonl([{"a": 1}, {"a": "é"}], path)

@@ -14,7 +14,7 @@ from sparsity.sources import content_key, parse_sources
 from sparsity.text import PROMPT_FIELD, RUN_RECORD, PromptTemplate
 
 BATCH = "batch"  # field of the run record: it may change as long as every optimizer step sees the same samples
-DIGEST_SAMPLES, DIGEST_LENGTH = 64, 16  # pieces hashed of each file in the record, and digits kept
+DIGEST_LENGTH = 16  # hexadecimal digits kept of a file's SHA-256
 
 
 def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]:
@@ -32,9 +32,9 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
     if args.data.uses_records:
         files["data_path"] = args.data.train_file
     for name, path in files.items():
-        settings[name] = file_digest(path, DIGEST_SAMPLES)[:DIGEST_LENGTH]
+        settings[name] = file_digest(path)[:DIGEST_LENGTH]
     if args.data.text_path:
-        keys = [content_key(source, DIGEST_SAMPLES) for source in parse_sources(args.data.text_path)]
+        keys = [content_key(source) for source in parse_sources(args.data.text_path)]
         settings["text_path"] = [key[:DIGEST_LENGTH] for key in keys]
     return settings
 
