@@ -4,7 +4,7 @@
 
 downloads two packages with apt-get, without installing them, and writes jargon.txt, an encyclopedia (the Jargon File
 4.4.7, public domain, from `jargon-text`), and novel.txt (Jane Austen's "Emma", public domain, from
-`r-cran-janeaustenr`, MIT). The Python manual and the source code of the standard library come with Python (PSF license).
+`r-cran-janeaustenr`, MIT). The Python manual and the code of the standard library come with Python (PSF license).
 """
 
 from __future__ import annotations
