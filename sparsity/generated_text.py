@@ -210,8 +210,12 @@ def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> to
 
 
 def sequences_at_once(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:
-    """As many as a cache in this precision may hold, at most `SEQUENCES_AT_ONCE`."""
-    return max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // _cache_bytes(model, length, dtype)))
+    """The largest power of two whose cache fits in `MOST_CACHE_BYTES`, at most `SEQUENCES_AT_ONCE`.
+
+    Batches are written whole: 64 sequences are two batches of 32, while batches of 45 would write 90.
+    """
+    most = max(1, min(SEQUENCES_AT_ONCE, MOST_CACHE_BYTES // _cache_bytes(model, length, dtype)))
+    return 2 ** (most.bit_length() - 1)
 
 
 def _cache_bytes(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:
