@@ -92,8 +92,9 @@ def _is_valid(name: Any, tensor: Any, tensors: dict[str, Any]) -> bool:
     if not is_mask(name):
         return True
     weight = tensors.get(weight_name(name))
-    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-    return tensor.dtype == torch.bool and is_float and weight.shape == tensor.shape
+    if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        return False
+    return tensor.dtype == torch.bool and weight.shape == tensor.shape
 
 
 def require_masks(state_dict: dict[str, Tensor], path: str | Path) -> list[str]:

@@ -90,6 +90,8 @@ def load_calibration_set(
     from sparsity.generated_text import generate_text
     from sparsity.models import load_tokenizer
 
+    if not calibration.sources:
+        return [], []
     with process.main_process_first():  # the others then find the generated text in the cache
         tokenizer = load_tokenizer(model_name, trust_remote_code)
 
