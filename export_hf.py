@@ -102,16 +102,20 @@ def main() -> None:
     for text_source in sources:
         check_source(text_source)
     config = models.load_config(args.model_dir, args.trust_remote_code)
-    if config.to_dict().get("quantization_config"):
-        raise UserError(f"'{args.model_dir}' is quantized; give the unquantized model that the state was made from")
+    models.refuse_quantized(config, args.model_dir)
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)
     state = modelopt_state.load_state(args.modelopt_restore_path)["model_state_dict"]
     modelopt_state.require_masks(state, args.modelopt_restore_path)
-    # The empty model shows which tensors there are, and which of them are tied.
-    model = models.empty_model(config, trust_remote_code=args.trust_remote_code)
-    model.tie_weights()
+    # Without its weights, the model shows which tensors there are, what they are called and which of them are tied.
+    model = models.load_structure(args.model_dir, args.trust_remote_code)
     modelopt_state.check_state_fits(state, model, args.modelopt_restore_path)
+    files = models.stored_tensors(args.model_dir)
+    others = weights.other_parts(model, files)
+    if config.get_text_config(decoder=True) is config:  # tensors of no other part, but leftovers
+        others = set()
+    if others and args.quantization:
+        raise UserError(f"--quantization exports text models only, and '{args.model_dir}' has other parts; drop it")
     stored = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     cast = torch_dtype(args.dtype) if args.dtype else None
     dtype_name = str(cast or stored).removeprefix("torch.")
@@ -134,16 +138,15 @@ def main() -> None:
             print(f"all {zeros:,} pruned weights are 0 in the quantized files")
         else:
             settings = None
-            tied = weights.tied_names(model)
-            names = [name for name in state if not modelopt_state.is_mask(name) and name not in tied]
-            weights.write_weights(model, state, names, cast, args.max_shard_size, folder)
-        write_companions(source, config, dtype_name, folder, settings)
+            copied = {name: files[name] for name in others}
+            weights.write_weights(model, state, cast, args.max_shard_size, folder, copied)
+        write_companions(source, model.config, dtype_name, folder, settings)
         reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]
         write_model_card(folder, args.model_dir, config, dtype_name, reports, figures, settings)
-        files = len(list(folder.glob("*.safetensors")))
+        count_files = len(list(folder.glob("*.safetensors")))
     count = sum(report.is_2_4 for report in reports)
     print(f"{count} of {len(reports)} pruned matrices are 2:4 in the exported files")
-    print(f"wrote {target}: {files} weight file(s), {args.quantization or dtype_name}")
+    print(f"wrote {target}: {count_files} weight file(s), {args.quantization or dtype_name}")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ def print_summary(reports: list[MatrixReport]) -> None:
     print(
         f"\n{count} of {len(reports)} matrices are 2:4; {zeros / elements:.2%} of their {elements:,} weights are zero"
     )
+    if count < len(reports):
+        dense, _ = zero_totals(report for report in reports if not report.is_2_4)
+        print(f"not 2:4: {dense / elements:.0%} of the weights")
     print(f"{ready} are 2:4 in a shape and dtype that sparse kernels of torch {torch.__version__} accept")
     print(f"{negative} zeros are -0.0")
     if under:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,12 @@ TOKENS = "tokens.safetensors"
 
 
 def cache_folder() -> Path:
-    """The folder of texts that all runs share: hf-sparsity in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-sparsity" / "self_text"
+    """The folder of texts that all runs share: hf-sparsity in $XDG_CACHE_HOME or ~/.cache; else a temporary one."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-sparsity" / "self_text"
+    try:
+        return prepare_output_dir(home)
+    except UserError:  # a home that cannot be written, as in many containers
+        return Path(tempfile.gettempdir()) / f"hf-sparsity-{os.getuid()}" / "self_text"
 
 
 def generate_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from sparsity.errors import UserError, first_line
 from sparsity.files import safetensors_files
 from sparsity.modelopt_state import load_state, require_masks, weight_name
 
+# Names of weights that are no matrices: biases, and kernels of convolutions.
+NO_MATRIX = r"bias$|conv|_mask$"
 # Names of embeddings, output heads and routers in all model families: they stay dense.
 DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
 
@@ -23,10 +26,14 @@ PACKED = ("U8", "F4", "F6_E2M3", "F6_E3M2")
 
 @dataclasses.dataclass(frozen=True)
 class MatrixReport:
-    """One weight matrix [rows, columns]; 2:4 groups run along the columns, the input dimension."""
+    """One weight matrix [rows, columns]; 2:4 groups run along the columns, the input dimension.
+
+    The matrices of experts that are stored together [experts, …, …] are reported together. Their groups run along
+    either of the two last dimensions, whichever is the input.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     zero_share: float  # of all elements
     is_2_4: bool  # every group of four consecutive columns has at least two zeros
@@ -58,15 +65,16 @@ def is_2_4(weight: torch.Tensor) -> bool:
     >>> is_2_4(torch.tensor([[1.0, 0.0, 0.0, 2.0]])), is_2_4(torch.tensor([[1.0, 3.0, 0.0, 2.0]]))
     (True, False)
     """
-    rows, columns = weight.shape
-    if columns % 4:
-        return False
-    return bool(((weight != 0).view(rows, columns // 4, 4).sum(dim=-1) <= 2).all())
+    layouts = (weight, weight.transpose(-1, -2)) if weight.dim() > 2 else (weight,)
+    return any(
+        each.shape[-1] % 4 == 0 and bool(((each != 0).unflatten(-1, (-1, 4)).sum(dim=-1) <= 2).all())
+        for each in layouts
+    )
 
 
 def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = None) -> MatrixReport:
-    """Report on one matrix [rows, columns]; with a bool mask of that shape, on what the mask leaves of it."""
-    rows, columns = weight.shape
+    """Report on a matrix [rows, columns] or on those of experts; with a bool mask, on what the mask leaves of it."""
+    rows, columns = weight.shape[-2:]
     stored = weight.dtype
     under_mask = 0
     if weight.element_size() == 1 and weight.is_floating_point():
@@ -78,7 +86,7 @@ def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = 
     negative = zeros & torch.signbit(weight) if weight.is_floating_point() else zeros & False
     return MatrixReport(
         name=name,
-        shape=(rows, columns),
+        shape=tuple(weight.shape),
         dtype=str(stored).removeprefix("torch."),
         zero_share=zeros.sum().item() / max(1, weight.numel()),
         is_2_4=is_2_4(weight),
@@ -90,7 +98,7 @@ def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = 
 
 def zero_totals(reports: Iterable[MatrixReport]) -> tuple[int, float]:
     """Elements of all matrices together, and how many of them are zero."""
-    sizes = [(report.shape[0] * report.shape[1], report.zero_share) for report in reports]
+    sizes = [(math.prod(report.shape), report.zero_share) for report in reports]
     return sum(size for size, _ in sizes), sum(size * share for size, share in sizes)
 
 
@@ -98,7 +106,8 @@ def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[M
     """Reports of a modelopt state's masked matrices, or of a safetensors file's or folder's weight matrices.
 
     In a state the masks tell what is meant to be 2:4. A safetensors folder does not say, so every 2-D tensor called
-    "…weight" counts, except names that match the regular expression `exclude`.
+    "…weight" counts, and every 3-D one (matrices of experts) that is no convolution's, except names that match the
+    regular expression `exclude`.
 
     Raises:
         UserError: the path does not exist, has nothing to inspect, or a file is damaged or missing.
@@ -113,7 +122,7 @@ def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[M
 
 def _inspect_state(path: Path) -> Iterator[MatrixReport]:
     tensors = load_state(path)["model_state_dict"]
-    masks = [mask for mask in require_masks(tensors, path) if tensors[mask].dim() == 2 and tensors[mask].numel()]
+    masks = [mask for mask in require_masks(tensors, path) if tensors[mask].dim() > 1 and tensors[mask].numel()]
     if not masks:
         raise UserError(f"state {path} holds no masked matrices to inspect")
     for mask in masks:
@@ -131,9 +140,10 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
-                    is_weight = name.endswith("weight") and not exclude.search(name)
-                    shape = tensors.get_slice(name).get_shape() if is_weight else []
-                    if len(shape) == 2 and all(shape):
+                    shape = tensors.get_slice(name).get_shape()
+                    is_linear = len(shape) == 2 and name.endswith("weight")
+                    are_experts = len(shape) == 3 and not re.search(NO_MATRIX, name)
+                    if (is_linear or are_experts) and all(shape) and not exclude.search(name):
                         if tensors.get_slice(name).get_dtype() in PACKED:
                             raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
                         empty = False

@@ -56,6 +56,6 @@ def preallocate(cache: Cache, length: int, beams: int = 1) -> Cache:
         cache.batch_repeat_interleave(beams)
     if isinstance(cache, DynamicCache):
         for number, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and layer.is_initialized:
                 cache.layers[number] = PreallocatedLayer(layer, length)
     return cache

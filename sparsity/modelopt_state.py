@@ -13,36 +13,59 @@ from sparsity.devices import torch_dtype
 from sparsity.distributed import warn
 from sparsity.errors import UserError, first_line
 from sparsity.files import require_file
-from sparsity.models import load_model
+from sparsity.models import load_model, shared_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 MASK = "_weight_mask"  # modelopt's buffer beside the weight that it masks
+EXPERT_MASKS = "expert_masks"  # key of a state file
 
 
 def mask_name(weight_name: str) -> str:
-    """Name of the mask of the weight `….weight` in a state dict.
+    """Name of the mask of a weight in a state dict.
 
-    >>> mask_name("model.layers.0.mlp.up_proj.weight")
-    'model.layers.0.mlp.up_proj._weight_mask'
+    >>> mask_name("model.layers.0.mlp.up_proj.weight"), mask_name("mlp.experts.gate_up_proj")
+    ('model.layers.0.mlp.up_proj._weight_mask', 'mlp.experts._gate_up_proj_mask')
     """
-    return weight_name.removesuffix("weight") + MASK
+    module, dot, leaf = weight_name.rpartition(".")
+    return f"{module}{dot}_{leaf}_mask"
 
 
 def is_mask(name: str) -> bool:
     """Whether a state dict's entry of this name is a mask."""
-    return name.endswith(f".{MASK}")
+    leaf = name.rpartition(".")[2]
+    return leaf.startswith("_") and leaf.endswith("_mask")
 
 
 def weight_name(mask: str) -> str:
-    """Name of the weight of the mask `…._weight_mask`; the inverse of `mask_name`."""
-    return mask.removesuffix(MASK) + "weight"
+    """Name of the weight of a mask; the inverse of `mask_name`."""
+    module, dot, leaf = mask.rpartition(".")
+    return module + dot + leaf.removeprefix("_").removesuffix("_mask")
+
+
+def without_expert_masks(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that modelopt's own model has: weights, and masks of linear layers."""
+    return {name: tensor for name, tensor in state_dict.items() if not (is_mask(name) and tensor.dim() > 2)}
+
+
+def state_to_save(modelopt_state: dict[str, Any], state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """The content of a state file, which `modelopt.torch.opt.restore` reads.
+
+    Modelopt masks linear layers only. Masks of experts stand beside what it reads, and their zeros in the weights.
+    """
+    tensors = without_expert_masks(state_dict)
+    masks = {name: tensor for name, tensor in state_dict.items() if name not in tensors}
+    state = {"modelopt_state": modelopt_state, "model_state_dict": tensors}
+    return {**state, EXPERT_MASKS: masks} if masks else state
 
 
 def sparse_masks(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (weight name, weight [out, in], bool mask [out, in]) for every masked layer of a state dict."""
+    """Yield (weight name, weight, bool mask) for every masked weight of a state dict.
+
+    Both are [out, in]; of experts they are [experts, out, in] or [experts, in, out].
+    """
     for name, mask in state_dict.items():
         if is_mask(name):
             yield weight_name(name), state_dict[weight_name(name)], mask
@@ -62,7 +85,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Memory-map a modelopt state file without running any pickled code.
 
     Returns:
-        {"modelopt_state": …, "model_state_dict": name → tensor}, as `modelopt.torch.opt.save` writes it.
+        {"modelopt_state": …, "model_state_dict": name → tensor}, with masks of experts among the tensors.
 
     Raises:
         UserError: missing, truncated, not such a file, or with masks that do not match their weights.
@@ -79,6 +102,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a modelopt state: it lacks modelopt_state and model_state_dict; make it with hf_pts.py"
         )
+    tensors |= state.pop(EXPERT_MASKS, {})
     for name, tensor in tensors.items():
         if not _is_valid(name, tensor, tensors):
             raise UserError(f"state {path} is damaged: '{name}' is no dense tensor, or a mask that fits no weight")
@@ -142,6 +166,19 @@ def fit_vocabulary(state_dict: dict[str, Tensor], model: PreTrainedModel, path: 
     )
 
 
+def check_ties(state_dict: dict[str, Tensor], model: PreTrainedModel, path: str | Path) -> None:
+    """Check that a state has one value for weights that are one tensor in `model`.
+
+    Raises:
+        UserError: it has two.
+    """
+    for name, other in shared_names(model).items():
+        if {name, other} <= state_dict.keys() and not torch.equal(state_dict[name], state_dict[other]):
+            raise UserError(
+                f"state {path} belongs to another model: '{name}' and '{other}' are tied in the model, not in the state"
+            )
+
+
 def check_state_fits(state_dict: dict[str, Tensor], model: PreTrainedModel, path: str | Path) -> None:
     """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
 
@@ -151,6 +188,7 @@ def check_state_fits(state_dict: dict[str, Tensor], model: PreTrainedModel, path
         UserError: names or shapes differ: the state, read from `path`, belongs to another model.
     """
     fit_vocabulary(state_dict, model, path)
+    check_ties(state_dict, model, path)
     _compare_shapes({name: tensor for name, tensor in state_dict.items() if not is_mask(name)}, model, path)
 
 
@@ -201,7 +239,7 @@ def restore_sparse(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     """
     state = load_state(path)
     model = restore_layers(model, state, path)
-    model.load_state_dict(state["model_state_dict"])
+    model.load_state_dict(without_expert_masks(state["model_state_dict"]))
     return model
 
 
@@ -221,7 +259,7 @@ def restore_layers(model: PreTrainedModel, state: dict[str, Any], path: str | Pa
         model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
     except Exception as error:  # modelopt trusts the file's settings and fails in many ways on wrong ones
         raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
-    _compare_shapes(state["model_state_dict"], model, path)
+    _compare_shapes(without_expert_masks(state["model_state_dict"]), model, path)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsity.distributed import warn
 from sparsity.errors import UserError, first_line
+from sparsity.files import safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def load_model(
         placing: arguments of `from_pretrained` that put the weights elsewhere; see `sparsity.placement`.
 
     Raises:
-        UserError: not found, weight files that are missing, truncated or misshapen, or a quantized model.
+        UserError: not found, weight files that are missing, truncated or misshapen, tensors that are missing or not
+            finite, or a quantized model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -93,11 +95,16 @@ def load_model(
     config = load_config(model, trust_remote_code)
     if quantized and (algorithm := quantization_algorithm(config, model)):
         return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
-    _refuse_quantized(config, model)
+    if not quantized:
+        refuse_quantized(config, model)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
-    errors = (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+    errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
     with _loading(f"the weights of '{model}'", *errors):
-        return AutoModelForCausalLM.from_pretrained(model, config=config, **options).eval()
+        loaded, report = AutoModelForCausalLM.from_pretrained(model, config=config, output_loading_info=True, **options)
+    check_complete(model, report)
+    if not placing:
+        check_finite(loaded, model)
+    return loaded.eval()
 
 
 @contextlib.contextmanager
@@ -109,9 +116,48 @@ def _loading(what: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {first_line(error)}") from error
 
 
-def _refuse_quantized(config: PretrainedConfig, model: str) -> None:
-    if algorithm := quantization_algorithm(config, model):
-        raise UserError(f"'{model}' is quantized ({algorithm}); give the unquantized model that it was made from")
+def check_complete(model: str, report: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has all tensors; transformers would give random values to the others.
+
+    Args:
+        report: the loading report of `from_pretrained`. Its missing keys are without those that share memory.
+
+    Raises:
+        UserError: names a few missing tensors, and the prefix that the checkpoint has for them.
+    """
+    missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if not missing:
+        return
+    others = [name for name in report["unexpected_keys"] if name.endswith(f".{missing[0]}")]
+    cause = "its files are incomplete or of another architecture"
+    if others:
+        cause = f"it has names with the prefix '{others[0].removesuffix(missing[0])}': save it from the unwrapped model"
+    some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+    raise UserError(f"'{model}' lacks {len(missing)} tensors of the model ({some}); {cause}")
+
+
+def check_finite(loaded: nn.Module, model: str) -> None:
+    """Check that no weight of a model loaded from `model` is NaN or infinite.
+
+    Raises:
+        UserError: names the first such weight.
+    """
+    for name, weight in loaded.named_parameters():
+        if weight.is_floating_point() and weight.numel() and not all(part.isfinite() for part in weight.aminmax()):
+            raise UserError(f"the weight {name} of '{model}' holds NaN or infinite values; the checkpoint is damaged")
+
+
+def refuse_quantized(config: PretrainedConfig, model: str) -> None:
+    """Check that a model has weights that can be pruned and trained.
+
+    Raises:
+        UserError: it is quantized.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings:
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        method = settings.get("quant_algo") or settings.get("quant_method")
+        raise UserError(f"'{model}' is quantized ({method}); give the unquantized model that it was made from")
 
 
 def _load_quantized(
@@ -141,6 +187,23 @@ def empty_model(
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
 
 
+def load_structure(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device, with what is tied in its files, whatever its configuration says.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    loaded = load_model(model, trust_remote_code=trust_remote_code, placing={"device_map": "meta"})
+    if not shared_names(loaded):
+        _untie(loaded.config)
+    return loaded
+
+
+def _untie(config: PretrainedConfig) -> None:
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        part.tie_word_embeddings = False
+
+
 def model_without_weights(
     model: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -155,11 +218,34 @@ def model_without_weights(
     from transformers import AutoModelForCausalLM
 
     config = load_config(model, trust_remote_code)
-    _refuse_quantized(config, model)
+    if not shared_names(load_structure(model, trust_remote_code)):
+        _untie(config)
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     empty.tie_weights()  # parameters that were shared have become two on the meta device
     return empty.eval()
+
+
+def shared_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one's tensor, each with that one's name (lm_head → embed_tokens)."""
+    first: dict[nn.Parameter, str] = {}
+    names = {name: first.setdefault(weight, name) for name, weight in model.named_parameters(remove_duplicate=False)}
+    return {name: other for name, other in names.items() if name != other}
+
+
+def stored_tensors(model: str) -> dict[str, Path]:
+    """The tensors in a checkpoint's safetensors files: name → file; none where it has no such files."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(model, "model.safetensors.index.json", **optional)
+    path = index or cached_file(model, "model.safetensors", **optional)
+    stored = {}
+    for file in safetensors_files(Path(path).parent) if path else ():
+        with safe_open(file, framework="pt") as tensors:
+            stored |= dict.fromkeys(tensors.keys(), file)
+    return stored
 
 
 def few_values(weight: torch.Tensor) -> list:
@@ -200,12 +286,17 @@ def head_counts(config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the largest ModuleList of config.num_hidden_layers equal modules."""
-    count = model.config.get_text_config().num_hidden_layers
+    """Name and list of the decoder layers: the largest list of config.num_hidden_layers modules in the text model.
+
+    Raises:
+        UserError: there is no such list.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    inside = set(model.get_decoder().modules())  # without the layers of a vision tower
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(layer) for layer in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     ]
     if not lists:
         raise UserError(

@@ -18,7 +18,7 @@ from sparsity.attention import use_blocked_attention
 from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, first_line
 from sparsity.modelopt_state import check_state_fits, folded_weights, load_for_inference, load_state
-from sparsity.models import empty_model, load_config, load_model
+from sparsity.models import load_config, load_model, load_structure
 from sparsity.quantized import quantization_algorithm
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def load_sparse(
     """
     from transformers import GenerationConfig
 
-    config = load_config(model, trust_remote_code)
+    empty = load_structure(model, trust_remote_code)
+    config = empty.config
     weights = load_state(path)["model_state_dict"]
-    empty = empty_model(load_config(model, trust_remote_code), trust_remote_code=trust_remote_code)
     check_state_fits(weights, empty, path)
     config.get_text_config().vocab_size = empty.get_input_embeddings().weight.shape[0]
     if dtype == "auto":

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 # The files of a model folder other than its weights.
 COMPANIONS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "*.py", "LICENSE*", "NOTICE*"),
+    *(
+        "*processor_config.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+        "chat_template*",
+        "*.py",
+        "LICENSE*",
+        "NOTICE*",
+    ),
 )
 
 
@@ -65,6 +75,8 @@ def write_companions(
         config[key] = dtype
     # The state may have more tokens than the dense model; see states.fit_vocabulary.
     sizes = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    if not model_config.tie_word_embeddings:  # whatever the source's says; see models.load_structure
+        config["tie_word_embeddings"] = sizes["tie_word_embeddings"] = False
     if "vocab_size" in sizes:
         sizes["vocab_size"] = max(sizes["vocab_size"], model_config.get_text_config().vocab_size)
     rope = config.get("rope_parameters")

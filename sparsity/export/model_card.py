@@ -42,7 +42,7 @@ pipeline_tag: text-generation
 
 # {name}, 2:4 sparse
 
-The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} linear layers
+The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} matrices
 ({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense). Architecture:
 {(config.architectures or [config.model_type])[0]}; weights in {dtype}{_quantized_text(quantization)}.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,20 +10,11 @@ import torch
 
 from sparsity.errors import UserError, first_line
 from sparsity.files import save_json
-from sparsity.modelopt_state import folded, mask_name
+from sparsity.modelopt_state import folded, is_mask, mask_name
+from sparsity.models import shared_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that share another one's tensor, which a checkpoint leaves out (e.g. a tied lm_head)."""
-    first: dict[int, str] = {}
-    names = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            names.add(name)
-    return names
 
 
 def exported(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype | None) -> torch.Tensor:
@@ -58,35 +50,79 @@ def in_checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor
     return {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
 
 
+def other_parts(model: PreTrainedModel, stored: Iterable[str]) -> set[str]:
+    """Compare the names that `in_checkpoint_format` gives the tensors of `model` with those of its source.
+
+    Args:
+        model: loaded from the source, which tells how names are converted; may be on the meta device.
+        stored: names in the source; none if they are unknown.
+
+    Returns:
+        names in the source that belong to none of the model's tensors: to a vision tower, say.
+
+    Raises:
+        UserError: `model` has a tensor that the source does not have.
+    """
+    stored, tied = set(stored), shared_names(model)  # of tied tensors checkpoints store one, whichever
+    own = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    untied = {name: tensor for name, tensor in own.items() if name not in {*tied, *tied.values()}}
+    unknown = _without_prefix(model, in_checkpoint_format(model, untied)) - _without_prefix(model, stored)
+    if stored and unknown:
+        raise UserError(
+            f"'{model.name_or_path}' has no tensor '{min(unknown)}', which the export would write: the exported folder "
+            "would not open as its config.json says; this kind of checkpoint is not supported"
+        )
+    return stored - in_checkpoint_format(model, own).keys()
+
+
+def _without_prefix(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Names without the model's own prefix, which checkpoints of a bare decoder lack."""
+    return {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+
+
 def write_weights(
     model: PreTrainedModel,
     state: dict[str, torch.Tensor],
-    names: list[str],
     dtype: torch.dtype | None,
     shard_size: str,
     folder: Path,
+    others: dict[str, Path],
 ) -> None:
-    """Write safetensors shards and, if there are several, their index."""
+    """Write safetensors shards and, if there are several, their index.
+
+    Args:
+        others: tensors that are copied as they are, by name, and the safetensors file that holds each.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import safe_open
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    def planned(tensor: torch.Tensor) -> torch.Tensor:
-        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=cast, device="meta")
-
+    tied = shared_names(model)
+    names = [name for name in state if not is_mask(name) and name not in tied]
+    planned = {name: _planned(state[name], dtype) for name in names}
+    for name, file in others.items():
+        with safe_open(file, framework="pt") as tensors:
+            planned[name] = tensors.get_tensor(name).to("meta")
     try:
-        plan = split_torch_state_dict_into_shards(
-            {name: planned(state[name]) for name in names}, max_shard_size=shard_size
-        )
+        plan = split_torch_state_dict_into_shards(planned, max_shard_size=shard_size)
     except ValueError as error:
         raise UserError(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB") from error
     weight_map: dict[str, str] = {}
     for file, members in tqdm(plan.filename_to_tensors.items(), desc="shards", disable=None):
-        shard = in_checkpoint_format(model, {name: exported(state, name, dtype) for name in members})
+        own = {name: exported(state, name, dtype) for name in members if name not in others}
+        shard = in_checkpoint_format(model, own)
+        for name in others.keys() & set(members):
+            with safe_open(others[name], framework="pt") as tensors:
+                shard[name] = tensors.get_tensor(name)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-        del shard
+        del shard, own
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": weight_map}
         save_json(index, folder / "model.safetensors.index.json")
+
+
+def _planned(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=cast, device="meta")

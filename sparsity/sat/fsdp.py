@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from sparsity.modelopt_state import MASK, mask_name, sparse_masks
+from sparsity.modelopt_state import is_mask, mask_name, sparse_masks, weight_name
 from sparsity.sat.low_rank import LowRankLinear, mark_pruned
 
 if TYPE_CHECKING:
@@ -138,11 +138,12 @@ def shard_mask(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def masked_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield (name, parameter, bool mask) for every pruned layer; the mask is this process's shard."""
+    """Yield (name, parameter, bool mask) for every pruned weight; the mask is this process's shard."""
     for name, module in model.named_modules():
-        mask = module._buffers.get(MASK)
-        if mask is not None:
-            yield plain_name(f"{name}.weight"), module._parameters["weight"], local(mask)
+        for buffer, mask in module._buffers.items():
+            if is_mask(buffer) and mask is not None:
+                weight = weight_name(buffer)
+                yield plain_name(f"{name}.{weight}"), module._parameters[weight], local(mask)
 
 
 # ---------------------------------------------------------------------------------------------- loading and gathering
@@ -175,8 +176,8 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             whole = tensors.get(plain_name(f"{path}.{name}"))
             if whole is None or own is None:
                 continue
-            if name == MASK:
-                module._buffers[name] = shard_mask(whole, module._parameters["weight"])
+            if is_mask(name):
+                module._buffers[name] = shard_mask(whole, module._parameters[weight_name(name)])
             elif isinstance(own, DTensor):
                 own.to_local().copy_(rows_of(whole, own))
             else:

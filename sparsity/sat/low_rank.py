@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity.errors import UserError
-from sparsity.modelopt_state import sparse_masks
+from sparsity.modelopt_state import sparse_masks, without_expert_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +125,7 @@ def add_low_rank(
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight, _ in sparse_masks(state):
+    for name, weight, _ in sparse_masks(without_expert_masks(state)):  # experts stay as they are
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         if not isinstance(layer, nn.Linear):
@@ -202,7 +202,7 @@ def merge(state: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], scal
     Pruned weights are +0.0.
     """
     result = {name: trained[name].to(tensor.dtype) if name in trained else tensor for name, tensor in state.items()}
-    for name, weight, mask in sparse_masks(state):
+    for name, weight, mask in sparse_masks(without_expert_masks(state)):
         path = name.removesuffix("weight")
         A, B = trained[f"{path}lora_A"].float(), trained[f"{path}lora_B"].float()
         total = torch.addmm(weight.float(), B, A, alpha=scale)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparsity.modelopt_state import MASK
+from sparsity.modelopt_state import MASK, without_expert_masks
 from sparsity.sat.fsdp import local, masked_weights
 from sparsity.sat.low_rank import LowRankLinear, marked_kept
 
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 ELEMENTWISE = {"adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"}
 
 
-def use_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
+def use_plain_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> PreTrainedModel:
     """Turn modelopt's sparse layers into plain ones whose pruned weights are zero, with the mask as a buffer.
 
     Call `modelopt.torch.opt.modelopt_state` before: the model no longer has it afterwards.
+
+    Args:
+        state_dict: with the masks of experts, which modelopt does not have; buffers on the meta device for them.
     """
     import modelopt.torch.sparsity as mts
 
@@ -37,6 +40,9 @@ def use_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, mask in masks.items():
         if mask is not None:
             model.get_submodule(name).register_buffer(MASK, mask)
+    for name in state_dict.keys() - without_expert_masks(state_dict).keys():
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module).register_buffer(leaf, torch.empty_like(state_dict[name], device="meta"))
     model.tie_weights()  # the export gives a head its own weight even if it is tied to the embedding
     return model
 

@@ -64,7 +64,7 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     model = model_without_weights(args.model.model_name_or_path, trust_remote_code=args.model.trust_remote_code)
     model = restore_layers(model, state, path)
     modelopt_state = mto.modelopt_state(model)
-    model = use_plain_weights(model)
+    model = use_plain_weights(model, tensors)
     if args.training.freeze_embeddings:
         freeze_embeddings(model)
     allocate(model)

@@ -19,7 +19,7 @@ from sparsity.devices import return_freed_memory
 from sparsity.distributed import any_process, sum_over_processes
 from sparsity.errors import UserError, first_line
 from sparsity.files import save_torch
-from sparsity.modelopt_state import load_state, sparse_masks
+from sparsity.modelopt_state import load_state, sparse_masks, state_to_save
 from sparsity.models import decoder_layers
 from sparsity.sat import checkpoints
 from sparsity.sat.callbacks import (
@@ -294,7 +294,7 @@ def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> Non
         return
     if student.merge is not None:
         weights = student.merge(weights)
-    save_torch({"modelopt_state": student.modelopt_state, "model_state_dict": weights}, path)
+    save_torch(state_to_save(student.modelopt_state, weights), path)
     pruned = intact = 0
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
         zeros = weight[~mask]
