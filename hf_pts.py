@@ -182,6 +182,8 @@ def main() -> None:
         return
 
     print(report.error_table(rows))
+    if batches:
+        print(report.unmeasured_line(rows) + report.few_tokens_line(rows), end="")
     print(report.sparsity_line(masks, model))
     path = output_dir / "pts_modelopt_state.pth"
     load_dense_again = partial(load_model, args.model_name_or_path, torch_dtype(args.dtype), args.trust_remote_code)

@@ -7,15 +7,16 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster
-from sparsity.pts.structure import Call, DecoderLayer, hidden_states_of, record_calls, returns_tuple
+from sparsity.pts.structure import Call, DecoderLayer, hidden_states_of, layer_outputs, record_calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class HiddenStates:
     """The hidden states of the calibration set between two decoder layers, one tensor per batch.
 
-    They are kept in CPU memory, pinned for CUDA. Batches of one shape share the arguments of their layers.
+    They are kept in CPU memory, pinned for CUDA. Batches of one shape share the arguments of their layers where
+    these are equal, as masks and positions are.
 
     On CPUs with bf16 instructions the linear layers of float32 models run in bf16 during calibration, which is faster;
     weights, the residual stream and sums stay float32.
@@ -57,21 +59,24 @@ class HiddenStates:
         self.pruned: list[Tensor] | None = None
         self.dense: list[Tensor] | None = None
         self._moved: tuple[Call, Call] | None = None  # a layer's arguments, and the same on the device
-        tuples = returns_tuple(model, layers)
+        outputs = layer_outputs(model, layers, batches[0]["input_ids"][:, :2])
+        distinct = {batch["input_ids"].shape: batch for batch in batches}
+        shapes = {shape: record_calls(model, layers, outputs, batch)[0].shape for shape, batch in distinct.items()}
         seen: dict[torch.Size, list[Call]] = {}
         for number, batch in enumerate(batches):
-            embedded, calls = record_calls(model, layers, tuples, batch)
+            embedded, calls = record_calls(model, layers, outputs, batch)
             if number == 0:
                 in_bf16 = device.type == "cpu" and embedded.dtype == torch.float32 and bf16_is_faster(device)
                 self.dtype, self.linear_dtype = embedded.dtype, torch.bfloat16 if in_bf16 else embedded.dtype
-                self.shapes = [torch.Size((*batch["input_ids"].shape, embedded.shape[-1])) for batch in batches]
+                self.shapes = [shapes[batch["input_ids"].shape] for batch in batches]
                 self.pruned = self.allocate(self.shapes, self.dtype) if needs_pruned else None
                 # Only targets and inputs of linear layers are taken from the dense model: they need no more precision.
                 self.dense = self.allocate(self.shapes, self.linear_dtype) if needs_dense else None
             for stream in (self.pruned, self.dense):
                 if stream is not None:
                     self.store(embedded, stream[number])
-            self.calls.append(seen.setdefault(embedded.shape, calls))
+            first = seen.setdefault(embedded.shape, calls)
+            self.calls.append(first if _equal(first, calls) else calls)
 
     def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
         """One buffer for each batch, where activations are kept: memory, pinned for CUDA, or a mapped file.
@@ -101,14 +106,13 @@ class HiddenStates:
         return buffer.to(self.device, non_blocking=True)
 
     def run(self, layer: DecoderLayer, batch: int, hidden: Tensor) -> Tensor:
-        """Output [batch, length, width] of a decoder layer for the first or all sequences [batch, length, width].
+        """Output of a decoder layer for the hidden states of a batch, both mostly [batch, length, width].
 
         Call it within `precision`.
         """
         args, kwargs = self._call(batch, layer.index)
-        if len(hidden) < self.shapes[batch][0]:
-            args, kwargs = _first_rows((args, kwargs), self.shapes[batch][0], len(hidden))
-        return hidden_states_of(layer.module(self.load(hidden).to(self.dtype), *args, **kwargs))
+        with layer.experts or nullcontext():
+            return hidden_states_of(layer.module(self.load(hidden).to(self.dtype), *args, **kwargs))
 
     def _call(self, batch: int, index: int) -> Call:
         """The layer's arguments on the device. The latest stay there: mostly those of the next batch are the same."""
@@ -153,6 +157,12 @@ def _pin(layer: nn.Module) -> None:
         tensor.data = tensor.data.pin_memory()
 
 
-def _first_rows(call: Call, rows: int, count: int) -> Call:
-    """The arguments of a layer with the first `count` rows of tensors that have one for each of a batch of `rows`."""
-    return recursively_apply(lambda tensor: tensor[:count] if tensor.ndim > 1 and len(tensor) == rows else tensor, call)
+def _equal(left: Any, right: Any) -> bool:
+    """Whether the arguments of two calls are equal: some models give their layers what depends on the tokens."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left is right or torch.equal(left, right)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    return left is right or (left == right if isinstance(left, (int, float, str)) else type(left) is type(right))

@@ -35,6 +35,7 @@ class MatrixLog:
         seconds: this matrix's part of the time to prune its group.
         layer_seconds: the whole decoder layer, calibration passes included.
         peak_memory_mib: of the device so far, in MiB; of the process on the CPU.
+        tokens: number of calibration tokens that an expert saw; None of other layers.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MatrixLog:
     seconds: float
     layer_seconds: float = 0.0
     peak_memory_mib: float = 0.0
+    tokens: int | None = None
 
 
 def save_log(rows: list[MatrixLog], path: Path) -> None:

@@ -128,7 +128,7 @@ def find_channels(groups: list[Group], heads: tuple[int, int, int], pattern: Pat
 def permute(states: HiddenStates, layer: DecoderLayer, recipe: Recipe, heads: tuple[int, int, int]) -> list[str]:
     """If the recipe says so, reorder inputs of linear layers where that changes no output, tried on the running layer.
 
-    The first calibration sequence tells the energy of the inputs, and the same one of all processes.
+    The first calibration batch tells the energy of the inputs, and the same one of all processes.
 
     Args:
         heads: number of query heads; of key and value heads; channels of each.
@@ -160,10 +160,10 @@ def permute(states: HiddenStates, layer: DecoderLayer, recipe: Recipe, heads: tu
 def probe(
     states: HiddenStates, layer: DecoderLayer, linears: list[nn.Linear]
 ) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of linear layers within the dense decoder layer for the first calibration sequence."""
+    """Inputs and outputs of linear layers within the dense decoder layer for the first calibration batch."""
     assert states.dense is not None
     with states.precision(), watched(linears, stop=True) as calls:
-        states.run(layer, 0, states.dense[0][:1])
+        states.run(layer, 0, states.dense[0])
     return {linear: pairs[0] for linear, pairs in calls.items()}
 
 

@@ -20,20 +20,29 @@ from tqdm import tqdm
 from sparsity.attention import use_blocked_attention
 from sparsity.devices import keep_freed_memory, peak_memory_mib, return_freed_memory, tf32
 from sparsity.distributed import hide_bar, is_main_process
-from sparsity.errors import UserError
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
+from sparsity.pts.experts import HESSIAN_BYTES, Experts, one_by_one
 from sparsity.pts.layer_store import LayerStore, MatrixLog
 from sparsity.pts.permutation import permute
 from sparsity.pts.recipe import METHODS, Recipe, score_mask
 from sparsity.pts.solvers import damp, fast_hessian, layer_error, least_squares, refit, sparsegpt
-from sparsity.pts.statistics import MAX_SEQUENTIAL_GROUPS, Statistics, Targets, add_output, collect, stream_linears
-from sparsity.pts.structure import DecoderLayer, Group, choose_linears, reader, shared_inputs
+from sparsity.pts.statistics import (
+    MAX_SEQUENTIAL_GROUPS,
+    Statistics,
+    Targets,
+    add_output,
+    collect,
+    fill_up,
+    stream_linears,
+)
+from sparsity.pts.structure import DecoderLayer, Group, check_layers, choose_weights, reader, shared_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Masks = dict[str, Tensor]  # bool [out, in], True is kept, by name of the linear layer
+# Bool, True is kept: [out, in] by name of the linear layer; of experts in the layout of their weight, by its name.
+Masks = dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -59,7 +68,7 @@ def prune_model(
         token_weights: for each batch, the weight of its tokens in the statistics; by default all are equal.
 
     Returns:
-        mask [out, in] (bool, True is kept) by name of the linear layer.
+        masks of all pruned weights.
 
     Raises:
         UserError: unsupported architecture, non-finite weights or activations.
@@ -68,27 +77,33 @@ def prune_model(
         keep_freed_memory()  # from batch to batch; it is returned after every layer
     use_blocked_attention(model, device)
     layers, streams = decoder_layers(model)[1], (recipe.needs_pruned, recipe.needs_dense)
-    states = HiddenStates(model, layers, batches, device, activations_dir, *streams, token_weights) if batches else None
     heads, prefetcher = head_counts(model.config), LayerPrefetcher(layers, device)
     masks: Masks = {}
     rows: list[MatrixLog] = []
-    for layer in (bar := tqdm(plan(model, recipe, ignore, bool(batches)), "pruning", unit="layer", disable=hide_bar())):
-        if store.has(layer.index):
-            layer_masks, layer_rows = repeat_layer(states, layer, recipe, heads, store, prefetcher)
-        else:
-            started = time.perf_counter()
-            prefetcher.fetch(layer.index)
-            layer_masks, layer_rows = prune_layer(states, layer, recipe, heads)
-            layer.module.to("cpu")
-            for row in layer_rows:
-                row.layer_seconds = round(time.perf_counter() - started, 3)
-                row.peak_memory_mib = round(peak_memory_mib(device), 1)
-            layer_masks = store.save(layer.index, layer.module, layer_masks, layer_rows)
-        masks |= layer_masks
-        rows += layer_rows
-        on_rows(rows)
-        return_freed_memory()
-        bar.set_postfix(error=f"{sum(row.relative_error or 0.0 for row in layer_rows) / max(1, len(layer_rows)):.4f}")
+    with one_by_one(model):
+        plans = plan(model, recipe, ignore, bool(batches))
+        states = (
+            HiddenStates(model, layers, batches, device, activations_dir, *streams, token_weights) if batches else None
+        )
+        for layer in (bar := tqdm(plans, "pruning", unit="layer", disable=hide_bar())):
+            if store.has(layer.index):
+                layer_masks, layer_rows = repeat_layer(states, layer, recipe, heads, store, prefetcher)
+            else:
+                started = time.perf_counter()
+                prefetcher.fetch(layer.index)
+                layer_masks, layer_rows = prune_layer(states, layer, recipe, heads)
+                layer.module.to("cpu")
+                for row in layer_rows:
+                    row.layer_seconds = round(time.perf_counter() - started, 3)
+                    row.peak_memory_mib = round(peak_memory_mib(device), 1)
+                layer_masks = store.save(layer.index, layer.module, layer_masks, layer_rows)
+            masks |= layer_masks
+            rows += layer_rows
+            on_rows(rows)
+            return_freed_memory()
+            bar.set_postfix(
+                error=f"{sum(row.relative_error or 0.0 for row in layer_rows) / max(1, len(layer_rows)):.4f}"
+            )
     return masks
 
 
@@ -111,25 +126,61 @@ def prune_layer(
     """
     masks: Masks = {}
     rows: list[MatrixLog] = []
-    for name, linear in [item for group in layer.groups for item in group.items()]:
-        if not torch.isfinite(linear.weight).all():  # calibration would pass a NaN on and blame a later layer
-            raise UserError(f"the weight of {name} holds NaN or infinite values; the checkpoint is damaged")
+    layer.experts = Experts(layer.module, layer.transposed) if layer.transposed else None
     statistics: dict[int, Statistics] = {}
     targets: dict[int, Targets] = {}
     if states and states.dense is not None:
         permute(states, layer, recipe, heads)
         statistics, targets = collect_dense(states, layer, recipe)
-    for number, group in enumerate(layer.groups):
-        if states and number not in statistics:
-            statistics |= collect_pruned(states, layer, number, statistics, targets)
-        group_masks, group_rows = prune_group(group, statistics.pop(number, None), recipe)
-        masks |= group_masks
-        rows += group_rows
     last = len(layer.groups) - 1
-    if states and last in targets:
+    at_end = last in targets and targets[last].inputs is not None
+    steps: list[int | None] = list(range(last + 1))
+    steps.insert(last if at_end else last + 1, None)  # experts: before a last linear that makes up for them
+    for number in steps:
+        if number is None:
+            new_masks, new_rows = prune_experts(states, layer, recipe)
+        else:
+            if states and number not in statistics:
+                statistics |= collect_pruned(states, layer, number, statistics, targets)
+            new_masks, new_rows = prune_group(layer.groups[number], statistics.pop(number, None), recipe)
+        masks |= new_masks
+        rows += new_rows
+    if states and at_end:
         add_output(states, reader(layer.groups[last]), targets[last])
     elif states:
         states.advance(layer, states.pruned)
+    return masks, rows
+
+
+def prune_experts(states: HiddenStates | None, layer: DecoderLayer, recipe: Recipe) -> tuple[Masks, list[MatrixLog]]:
+    """Prune the experts of a decoder layer, each on the tokens that the router sends to it in the pruned model.
+
+    Returns:
+        masks on the CPU by name of the weight, in its layout; a log row for each expert's part of it.
+    """
+    masks: Masks = {}
+    rows: list[MatrixLog] = []
+    for weight, linears in layer.experts.linears.items() if layer.experts else ():
+        path, _, leaf = f"{layer.name}.{weight}".rpartition(".")
+        groups = [{f"{path}.{number}.{leaf}": linear} for number, linear in enumerate(linears)]
+        at_once = max(1, HESSIAN_BYTES // (4 * linears[0].in_features ** 2))
+        kept: list[Tensor] = []
+        for start in range(0, len(groups), at_once):
+            chunk = groups[start : start + at_once]
+            collected = collect(states, layer, chunk, states.pruned) if states and states.pruned else []
+            tokens = [round(each.tokens) for each in collected]
+            if collected:
+                fill_up(collected)
+            for number, group in enumerate(chunk):
+                new_masks, new_rows = prune_group(group, collected.pop(0) if collected else None, recipe)
+                new_rows[0].tokens = tokens[number] if tokens else None
+                kept += new_masks.values()
+                rows += new_rows
+        assert layer.experts is not None
+        masks[f"{layer.name}.{weight}"] = layer.experts.join(weight, kept)
+    if layer.experts:
+        layer.experts.write_back()
+        layer.experts = None
     return masks, rows
 
 
@@ -191,6 +242,10 @@ def prune_group(group: Group, statistics: Statistics | None, recipe: Recipe) -> 
     sizes = [linear.out_features for linear in group.values()]
     weight = torch.cat([linear.weight for linear in group.values()]).float()
     errors, percdamp = None, None
+    live = statistics.hessian.diagonal() > 0 if statistics else None
+    measured = live is not None and bool(live.any())
+    if measured and METHODS[recipe.method].needs_text:
+        weight = weight * live  # the weights of inputs that never fire change no output, so they decide nothing
     if (score := METHODS[recipe.method].scores) is not None:
         norms = statistics.hessian.diagonal().clamp(min=0).sqrt() if statistics else None
         mask = score_mask(torch.cat([score(part, norms) for part in weight.split(sizes)]), recipe.pattern)
@@ -210,7 +265,7 @@ def prune_group(group: Group, statistics: Statistics | None, recipe: Recipe) -> 
         masks[name] = kept.cpu()
         part = round(seconds * linear.out_features / sum(sizes), 4)
         rows.append(MatrixLog(name, list(kept.shape), None, 1 - float(kept.float().mean()), percdamp, part))
-    if errors is not None:
+    if errors is not None and measured:  # else calibration never runs these layers
         for row, (error, energy) in zip(rows, (part.sum(1) for part in errors.split(sizes, dim=1)), strict=True):
             row.relative_error = float(error.clamp(min=0) / energy.clamp(min=1e-30))
     return masks, rows
@@ -282,14 +337,24 @@ def repeat_layer(
 def plan(model: PreTrainedModel, recipe: Recipe, ignore: Sequence[str], with_text: bool = True) -> list[DecoderLayer]:
     """The decoder layers with the linear layers to prune in them; without text each is a group of its own."""
     prefix, layers = decoder_layers(model)
-    chosen, _ = choose_linears(model, recipe.pattern, list(ignore))
+    chosen, _ = choose_weights(model, recipe.pattern, list(ignore))
     modules = layers.named_modules(prefix=prefix)
     linears = {name: module for name, module in modules if isinstance(module, nn.Linear) and name in chosen}
+    experts = [
+        {name: transposed for name, transposed in used.items() if f"{prefix}.{index}.{name}" in chosen}
+        for index, used in enumerate(check_layers(model))
+    ]
     if with_text:
         names = shared_inputs(model, chosen)
     else:
         names = [[[name] for name in linears if name.startswith(f"{prefix}.{i}.")] for i in range(len(layers))]
     return [
-        DecoderLayer(layers[index], index, [{name: linears[name] for name in group} for group in groups])
+        DecoderLayer(
+            layers[index],
+            index,
+            f"{prefix}.{index}",
+            [{name: linears[name] for name in group} for group in groups],
+            experts[index],
+        )
         for index, groups in enumerate(names)
     ]

@@ -13,7 +13,7 @@ from sparsity.models import decoder_layers, empty_model
 from sparsity.pts.calibration import CalibrationSet
 from sparsity.pts.layer_store import MatrixLog
 from sparsity.pts.recipe import Recipe
-from sparsity.pts.structure import choose_linears, shared_inputs
+from sparsity.pts.structure import choose_weights, shared_inputs
 from sparsity.sources import SELF
 
 if TYPE_CHECKING:
@@ -45,13 +45,31 @@ def error_table(rows: list[MatrixLog]) -> str:
     return "\n".join(lines)
 
 
+def unmeasured_line(rows: list[MatrixLog]) -> str:
+    """A line that names the layers that calibration never ran, which were pruned by their weights alone; or ""."""
+    names = [row.name for row in rows if row.relative_error is None]
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} layers had no input in calibration and were pruned by magnitude: {some}\n" if names else ""
+
+
+def few_tokens_line(rows: list[MatrixLog]) -> str:
+    """A line that names the experts that saw fewer tokens than they have inputs; or ""."""
+    names = [row.name for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
+    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    advice = "their statistics were filled up with the mean of their layer; a larger --calib_size helps"
+    return f"{len(names)} matrices of experts saw fewer tokens than their width ({some}): {advice}\n" if names else ""
+
+
 def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
     """Number of zero weights, in the pruned layers and in the whole model."""
     zeros = sum(int((~mask).sum()) for mask in masks.values())
     pruned = sum(mask.numel() for mask in masks.values())
     total = sum(parameter.numel() for parameter in model.parameters())
+    stacked = [mask for mask in masks.values() if mask.dim() > 2]
+    experts = f" and {sum(map(len, stacked))} matrices of experts" if stacked else ""
     return (
-        f"{zeros:,} of {pruned:,} weights in {len(masks)} linear layers are zero ({zeros / pruned:.2%}); "
+        f"{zeros:,} of {pruned:,} weights in {len(masks) - len(stacked)} linear layers{experts} are zero "
+        f"({zeros / pruned:.2%}); "
         f"{zeros / total:.2%} of all weights (embeddings, norms and the output head stay dense)"
     )
 
@@ -84,8 +102,9 @@ def estimate(
         return "pruning without text reads each weight once: no calibration text, no forward pass"
     kind, length = device.type, calibration.length
     prefix, layers = decoder_layers(model)
-    chosen, left_dense = choose_linears(model, recipe.pattern, ignore)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen}
+    chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
+    stacked = {name: weight for name, weight in model.named_parameters() if name in chosen}  # of experts
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen - stacked.keys()}
     groups = shared_inputs(model, chosen)
     # Each group as [names, rows of all, columns].
     sizes = [
@@ -164,7 +183,7 @@ def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> 
     Raises:
         UserError: nothing can be pruned, or a glob of `ignore` matches nothing.
     """
-    chosen, left_dense = choose_linears(model, recipe.pattern, ignore)
+    chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
     reasons: dict[str, list[str]] = {}
     for name, reason in left_dense.items():
         reasons.setdefault(reason, []).append(name)

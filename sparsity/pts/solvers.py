@@ -25,8 +25,8 @@ def damp(
 ) -> tuple[Tensor, Tensor, float]:
     """Add shrinkage · diagonal + percdamp · mean(diagonal) to the diagonal of H.
 
-    The second term grows tenfold at each failure, until H is positive definite. An input that never fires has a zero
-    row in H; its diagonal entry becomes 1 so that its weights cost nothing.
+    The second term grows tenfold at each failure, until H is positive definite. Means are over live inputs: one that
+    never fires has a zero row in H, and its diagonal entry becomes 1.
 
     Args:
         hessian: [cols, cols], damped in place: for 11008 columns each matrix of its size is 485 MB. Three are needed.
@@ -42,8 +42,9 @@ def damp(
     """
     diagonal = hessian.diagonal()
     undamped = diagonal.clone()
-    diagonal[diagonal <= 0] = 1.0
-    mean = diagonal.mean()
+    live = diagonal > 0
+    mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
+    diagonal[~live] = 1.0
     diagonal += shrinkage * undamped.clamp(min=0)
     added = 0.0
     while percdamp <= max_percdamp:

@@ -85,10 +85,26 @@ class Statistics:
             tensor /= count if count > 0 else 1  # experts may have seen no token
             if not torch.isfinite(tensor).all():
                 raise UserError(f"the input of {name} is NaN or infinite in calibration; try --dtype bf16 or fp32")
+        self.tokens = count.item()
         self.hessian.triu_()
         self.hessian += self.hessian.triu(1).t()
         if self.cross is not None:  # from X Xᵀ, so that no pass over the tokens computes W X
             self.cross.addmm_(weight.float(), self.hessian, alpha=-1)
+
+
+def fill_up(statistics: list[Statistics]) -> None:
+    """Give experts that saw fewer tokens than they have inputs the mean statistics of all for the missing ones."""
+    width = len(statistics[0].hessian)
+    total = sum(each.tokens for each in statistics)
+    few = [each for each in statistics if each.tokens < width]
+    if not few or not total:
+        return
+    mean = torch.zeros_like(statistics[0].hessian)
+    for each in statistics:
+        mean.add_(each.hessian, alpha=each.tokens / total)
+    for each in few:
+        part = each.tokens / width
+        each.hessian.mul_(part).add_(mean, alpha=1 - part)
 
 
 def relative_scales(target: Tensor) -> Tensor:
@@ -184,9 +200,9 @@ def zero_output(linear: nn.Linear, dtype: torch.dtype) -> AbstractContextManager
 def stream_linears(states: HiddenStates, layer: DecoderLayer) -> tuple[int | None, int | None]:
     """Find the linear layers whose output is simply added to the residual stream.
 
-    They are tested on the first sequence of the dense model's hidden states: without the last linear, the layer must
-    return its input plus the output of an inner one; the last must add the rest. Models that normalize such outputs
-    first (Gemma) have none.
+    They are tested on the first batch of the dense model's hidden states: without the last linear, the layer must
+    return the rest; without an inner one, but with its output added to the input, what it returned before. Models that
+    normalize such outputs first (Gemma) have none; where experts come last, there is only an inner one.
 
     Returns:
         number of the group that is added to the layer's input (o_proj in a Llama), and number of the last group
@@ -197,17 +213,26 @@ def stream_linears(states: HiddenStates, layer: DecoderLayer) -> tuple[int | Non
     if not 0 <= last < MAX_SEQUENTIAL_GROUPS or len(layer.groups[last]) != 1:
         return None, None
     single = {number: reader(group) for number, group in enumerate(layer.groups) if len(group) == 1}
-    hidden = states.dense[0][:1]
+    experts = [linear for linears in layer.experts.linears.values() for linear in linears] if layer.experts else []
+    hidden = states.dense[0]
+
+    def without(number: int, stream: Tensor) -> Tensor:
+        with zero_output(single[number], states.linear_dtype):
+            return states.run(layer, 0, stream)
+
     with states.precision():
-        with watched(single.values()) as calls:
+        with watched([*single.values(), *experts]) as calls:
             whole = states.run(layer, 0, hidden)
-        with zero_output(single[last], states.linear_dtype):
-            without = states.run(layer, 0, hidden)
-    outputs = {number: calls[linear][0][1] for number, linear in single.items() if linear in calls}
-    if last not in outputs or not _is_sum(whole - without, outputs.pop(last)):
-        return None, None
-    added = without - states.load(hidden)
-    return next((number for number, output in outputs.items() if _is_sum(added, output)), None), last
+        outputs = {number: calls[linear][0][1] for number, linear in single.items() if linear in calls}
+        order = list(calls)
+        ends = last in outputs and not any(expert in order[order.index(single[last]) :] for expert in experts)
+        at_end = last if ends and _is_sum(whole - without(last, hidden), outputs[last]) else None
+        for number, output in outputs.items():
+            if number != at_end and output.numel() == hidden.numel():
+                added = states.load(hidden) + output.view_as(hidden)
+                if _is_sum(output, output + (without(number, added) - whole).view_as(output)):
+                    return number, at_end
+    return None, at_end
 
 
 def _is_sum(added: Tensor, output: Tensor) -> bool:

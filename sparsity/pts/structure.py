@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.errors import UserError
+from sparsity.errors import UserError, first_line
 from sparsity.models import decoder_layers
+from sparsity.pts.experts import Experts, expert_counts, expert_weights
 from sparsity.pts.recipe import Pattern
 
 if TYPE_CHECKING:
@@ -28,11 +29,22 @@ Group = dict[str, nn.Linear]  # linear layers that read the same tensor, by name
 
 @dataclass
 class DecoderLayer:
-    """A decoder layer, its place in the model, and its linear layers to prune as groups in running order."""
+    """A decoder layer, its place in the model, and what to prune in it.
+
+    Attributes:
+        name: within the model.
+        groups: linear layers, in running order.
+        transposed: weights that hold a matrix for each expert, by name within the layer: whether they are
+            [experts, in, out].
+        experts: the experts as linear layers, while this layer is pruned.
+    """
 
     module: nn.Module
     index: int
+    name: str
     groups: list[Group]
+    transposed: dict[str, bool]
+    experts: Experts | None = None
 
 
 class Stop(Exception):
@@ -44,29 +56,35 @@ def reader(group: Group) -> nn.Linear:
     return next(iter(group.values()))
 
 
-def choose_linears(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
+def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) -> tuple[set[str], dict[str, str]]:
     """Choose the weights to prune.
 
     Returns:
-        names of the linear layers to prune; name → reason for every other weight matrix inside the decoder layers.
+        what to prune, linear layers by their names and weights of experts by their own; name → reason for every other
+        weight matrix inside the decoder layers.
 
     Raises:
         UserError: nothing is left to prune, for example because the model has Conv1D instead of linear layers (GPT-2).
     """
     prefix, layers = decoder_layers(model)
+    counts = expert_counts(model.config)
+    stacked = expert_weights(layers, counts, prefix)
     chosen, left_dense = set(), {}
-    for name, module in layers.named_modules(prefix=prefix):
-        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
-        if not matrices:
-            continue
-        if not isinstance(module, nn.Linear):
-            left_dense[name] = f"{type(module).__name__} is not a linear layer"
-        elif any(fnmatch.fnmatch(name, glob) for glob in ignore):
-            left_dense[name] = "--ignore"
-        elif pattern.m and (module.in_features % pattern.m or module.out_features % pattern.m):
-            left_dense[name] = f"shape {tuple(module.weight.shape)} is not divisible by {pattern.m}"
-        else:
-            chosen.add(name)
+    for path, module in layers.named_modules(prefix=prefix):
+        for leaf, weight in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}" if f"{path}.{leaf}" in stacked else path
+            if weight.dim() < 2:
+                continue
+            if name not in stacked and not is_plain_linear(module):
+                left_dense[name] = f"{type(module).__name__} is not a plain linear layer"
+            elif name not in stacked and is_router(name, module, counts):
+                left_dense[name] = "router of a mixture"
+            elif any(fnmatch.fnmatch(name, glob) for glob in ignore):
+                left_dense[name] = "--ignore"
+            elif pattern.m and (weight.shape[-1] % pattern.m or weight.shape[-2] % pattern.m):
+                left_dense[name] = f"shape {tuple(weight.shape)} is not divisible by {pattern.m}"
+            else:
+                chosen.add(name)
     for glob in ignore:
         if not any(fnmatch.fnmatch(name, glob) for name in left_dense):
             raise UserError(
@@ -78,10 +96,21 @@ def choose_linears(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
     return chosen, left_dense
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether modelopt can mask the module: subclasses with a forward function of their own stay as they are."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_router(name: str, linear: nn.Linear, experts: set[int]) -> bool:
+    """Whether a linear layer chooses among experts. Routers are small and decide everything, so they stay dense."""
+    *_, parent, leaf = ["", *name.split(".")]
+    return linear.out_features in experts and ("router" in (parent, leaf) or leaf == "gate")
+
+
 def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[str]]]:
     """For each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order.
 
-    One forward pass over eight tokens tells. Layers that did not run in it (experts) come last, one to a group.
+    One forward pass over eight tokens tells. Layers that did not run in it come last, one to a group.
     """
     prefix, layers = decoder_layers(model)
     names = {module: name for name, module in layers.named_modules(prefix=prefix) if name in chosen}
@@ -99,7 +128,7 @@ def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[st
         for name, tensor in inputs.items():
             if name.startswith(inside):
                 groups.setdefault(id(tensor), []).append(name)
-        idle = sorted(name for name in chosen if name.startswith(inside) and name not in inputs)
+        idle = sorted(name for name in names.values() if name.startswith(inside) and name not in inputs)
         grouped.append([*groups.values(), *([name] for name in idle)])
     return grouped
 
@@ -158,21 +187,29 @@ def hidden_states_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def returns_tuple(model: nn.Module, layers: nn.ModuleList) -> list[bool]:
-    """Whether each decoder layer returns a tuple (older architectures) or the hidden states themselves."""
-    with torch.inference_mode(), watched(list(layers)) as calls:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    return [isinstance(calls[layer][0][1], tuple) for layer in layers]
+def with_hidden_states(output: Any, hidden: Tensor) -> Any:
+    """The output of a decoder layer with other hidden states in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def layer_outputs(model: nn.Module, layers: nn.ModuleList, tokens: Tensor) -> list[Any]:
+    """What each decoder layer returns for token ids [batch, length] when the whole model runs."""
+    with torch.no_grad(), watched(list(layers)) as calls:
+        model(input_ids=tokens, use_cache=False)
+    return [calls[layer][0][1] for layer in layers]
 
 
 def record_calls(
-    model: nn.Module, layers: nn.ModuleList, tuples: list[bool], batch: dict[str, Tensor]
+    model: nn.Module, layers: nn.ModuleList, outputs: list[Any], batch: dict[str, Tensor]
 ) -> tuple[Tensor, list[Call]]:
     """Run all but the decoder layers on one batch.
 
+    Args:
+        outputs: what each layer returns for some tokens; whatever is returned beside hidden states is taken from there.
+
     Returns:
-        the hidden states [batch, length, width] that enter the first layer; for each layer its (args, kwargs) apart
-        from the hidden states. Masks and position embeddings may differ from layer to layer (sliding windows).
+        the hidden states that enter the first layer, mostly [batch, length, width]; for each layer its (args, kwargs)
+        apart from the hidden states. Masks and position embeddings may differ from layer to layer (sliding windows).
     """
     first: list[Tensor] = []
     calls: list[Call] = []
@@ -184,10 +221,39 @@ def record_calls(
             calls.append((tuple(args[1:]), kwargs))
             if index == len(layers) - 1:
                 raise Stop
-            return (hidden,) if tuples[index] else hidden
+            return with_hidden_states(outputs[index], hidden)
 
         return forward
 
     with replaced_forward(layers, recorder), torch.no_grad(), suppress(Stop):
         model(**batch, use_cache=False)
     return first[0], calls
+
+
+@torch.no_grad()
+def check_layers(model: PreTrainedModel) -> list[dict[str, bool]]:
+    """Check that the decoder layers, run one after the other as pruning does, compute what the model computes.
+
+    Returns:
+        for each decoder layer, the weights of experts that it uses: name within the layer → whether it is transposed.
+
+    Raises:
+        UserError: they do not, as where a layer reads what another one has left elsewhere.
+    """
+    layers, counts = decoder_layers(model)[1], expert_counts(model.config)
+    tokens = torch.arange(16).view(2, 8) % model.config.get_text_config(decoder=True).vocab_size
+    name, transposed = type(model).__name__, []
+    try:
+        outputs = layer_outputs(model, layers, tokens)
+        hidden, calls = record_calls(model, layers, outputs, {"input_ids": tokens})
+        for layer, (args, kwargs) in zip(layers, calls, strict=True):
+            with Experts(layer, expert_weights(layer, counts).keys()) as experts:
+                hidden = hidden_states_of(layer(hidden, *args, **kwargs))
+            transposed.append(experts.transposed)
+    except Exception as error:  # of the model's own code, called in a way that it does not expect
+        reason = first_line(error)
+        raise UserError(f"{name} is not supported: its decoder layers do not run one by one ({reason})") from error
+    expected = hidden_states_of(outputs[-1])
+    if hidden.shape != expected.shape or (hidden - expected).float().norm() > 0.01 * expected.float().norm():
+        raise UserError(f"{name} is not supported: its decoder layers depend on more than their arguments")
+    return transposed
