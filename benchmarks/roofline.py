@@ -188,7 +188,7 @@ def perplexities(
 def generation(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: dict[str, float]
 ) -> dict[str, Any]:
-    """The time of a step, from answers of two lengths. `benchmarks.generation` compares it with the plain loop."""
+    """The time of a step, from answers of two lengths."""
     records = read_records(args.data / "cnn_eval.json")[:BATCH]
     prompts = [encode_prompt(tokenizer, record, args.length) for record in records]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 from conftest import tiny_llama
@@ -40,31 +38,3 @@ def test_state_of_another_model_is_refused(state_path):
     for load in (restore_sparse, lambda model, path: load_weights(model, load_state(path)["model_state_dict"], path)):
         with pytest.raises(UserError, match="belongs to another model"):
             load(tiny_llama(layers=3), state_path)
-
-
-class Malicious:
-    """A pickle that creates a file when it is loaded carelessly."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def test_pickled_code_in_a_state_is_not_run(tmp_path):
-    trap = tmp_path / "trap"
-    state = tmp_path / "state.pth"
-    for save in (lambda value: torch.save(value, state), lambda value: state.write_bytes(pickle.dumps(value))):
-        save({"modelopt_state": Malicious(str(trap)), "model_state_dict": {}})
-        with pytest.raises(UserError, match="not a readable modelopt state"):
-            load_state(state)
-        assert not trap.exists()
-
-
-@pytest.mark.parametrize("keep", [0, 10, 1000, -100])
-def test_truncated_state_is_refused(tmp_path, state_path, keep):
-    damaged = tmp_path / "state.pth"
-    damaged.write_bytes(state_path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="not a readable modelopt state"):
-        load_state(damaged)

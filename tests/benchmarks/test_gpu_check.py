@@ -97,32 +97,3 @@ def test_figures_are_held_against_the_targets(tmp_path):
         "fast: peak memory": "NO",
         "fast: time / modelopt's": "yes",
     }
-
-
-def test_training_evaluation_and_products(tmp_path):
-    log = [{"step": step, "loss": 4.0 - step / 10, "tokens_per_second": speed} for step, speed in ((5, 1), (10, 90))]
-    products = [
-        {"tokens": 1, "dense_ms": 1.0, "cutlass_ms": 4.0, "cutlass_error": 0.0},
-        {"tokens": 512, "dense_ms": 3.0, "cutlass_ms": 4.0, "cusparselt_ms": 2.0},
-        {"tokens": 512, "dense_ms": 1.0},
-    ]
-    phases = [{"batch": 1, "prefill_ms": 3.0, "decode_ms": 1.0}], [{"batch": 1, "prefill_ms": 2.0, "decode_ms": 2.0}]
-    files = {
-        "sat/finetuned/train_log.jsonl": "".join(json.dumps(line) + "\n" for line in [*log, {"eval_loss": 3}]),
-        "sat.log": "verified x.pth: 100% of 1,024 pruned weights are 0\nwrote x.pth\n",
-        "eval.json": {"examples": 32, "examples_per_second": 4.25, "rougeL": 20.0},
-        "sparse.json": {"products": products, "models": [{"dense": phases[0], "sparse": phases[1]}]},
-    }
-    assert table_of(tmp_path, files)[1] == {
-        "training": 90,
-        "loss at step 5": 3.5,
-        "loss at step 10": 3.0,
-        "masks": "100% of 1,024 pruned weights are 0",
-        "evaluation": 4.25,
-        "rougeL of 32 examples": 20.0,
-        "2:4 speedup, 1 tokens, mean": 0.25,
-        "2:4 speedup, 512 tokens, mean": 1.5,
-        "2:4 speedup, best product": 1.5,
-        "2:4 speedup of a one-layer model, prefill": 1.5,
-        "2:4 speedup of a one-layer model, decode": 0.5,
-    }

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 
 import pytest
-from fuzzing import REFUSED, attempt, damaged, json_files, jsonl_files, parsed, parsed_lines
-from hypothesis import example, given, settings
+from fuzzing import REFUSED, attempt, json_files, jsonl_files, parsed, parsed_lines
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsity.records import file_triples
-from sparsity.sources import Source, read_source
-from sparsity.text import INSTRUCTION, PromptTemplate, read_records, read_template, read_texts, valid_unicode
+from sparsity.text import INSTRUCTION, read_records, read_template, read_texts, valid_unicode
 
 RECORDS = [
     {"instruction": "Summarize.", "input": "The river rose, “slowly”.", "output": "It rose."},
@@ -64,45 +61,12 @@ def test_texts(folder, suffix, data):
         assert texts == [valid_unicode(text) for text in expected if text.strip()]
 
 
-@given(st.one_of(damaged("“Plain” text.\r\nTwo lines.".encode()), st.text().map(str.encode)))
-def test_plain_text(folder, content):
-    path = written(folder / "plain.txt", content)
-    texts = attempt(lambda: read_texts(path), path)
-    if texts is not REFUSED:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        assert texts == [text] and text.strip()
-
-
 @given(st.sampled_from([".json", ".jsonl"]), st.data())
 def test_rows_of_any_json(folder, suffix, data):
     content = data.draw(jsonl_files(ROWS) if suffix == ".jsonl" else json_files(ROWS))
     path = written(folder / f"rows{suffix}", content)
     triples = attempt(lambda: list(file_triples([path], None, None, None)), path)
     assert triples is REFUSED or all(isinstance(text, str) for triple in triples for text in triple)
-
-
-@pytest.fixture(scope="module")
-def tables(folder) -> dict[str, bytes]:
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {"article": ["One.", "Two.", None], "summary": ["1.", "2.", "3."], "day": [1, 2, 3]}
-    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "intact.parquet")
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, ROWS[0].keys())
-    writer.writeheader()
-    writer.writerows(ROWS)
-    return {"parquet": (folder / "intact.parquet").read_bytes(), "csv": stream.getvalue().encode()}
-
-
-@settings(max_examples=40)  # the library `datasets` opens them, some thirty times as slow as JSON
-@given(st.sampled_from(["csv", "parquet"]), st.data())
-def test_damaged_tables(folder, tables, kind, data):
-    path = written(folder / f"rows.{kind}", data.draw(damaged(tables[kind])))
-    triples = attempt(lambda: list(file_triples([path], None, None, None)), path)
-    assert triples is REFUSED or all(isinstance(text, str) for triple in triples for text in triple)
-    texts = attempt(lambda: read_source(Source(str(path)), None, None), path)
-    assert texts is REFUSED or (texts and all(isinstance(text, str) for text in texts))
 
 
 @given(json_files({"head": "Task: {instruction}\nText: ", "tail": "\nAnswer:"}))
@@ -115,9 +79,3 @@ def test_templates(folder, tokenizer, content):
         value = parsed(content)
         assert (template.head, template.tail) == (valid_unicode(value["head"]), valid_unicode(value["tail"]))
         assert INSTRUCTION in template.head and tokenizer(template.prompt("Do.", "Text"))["input_ids"]
-
-
-@given(st.text(), st.text(), st.text(), st.text())
-def test_prompt_is_the_text_around_instruction_and_article(before, after, instruction, article):
-    template = PromptTemplate(f"{before}{INSTRUCTION}", after)
-    assert template.prompt(instruction, article) == f"{before}{instruction}{article}{after}"

@@ -9,7 +9,6 @@ import torch
 from conftest import tiny_llama
 from pruning import calibration
 
-from sparsity.errors import UserError
 from sparsity.pts.layer_store import LayerStore, MatrixLog, calibration_key
 from sparsity.pts.recipe import QUALITY
 
@@ -63,12 +62,6 @@ def test_other_settings_are_not_used_nor_seen_by_a_process_that_only_reads(saved
     assert LayerStore(folder, "key", writer=False).has(0)
     assert not LayerStore(folder, "another key").has(0)
     assert not list(folder.glob("*.safetensors"))
-
-
-def test_what_cannot_be_removed_is_one_line(tmp_path):
-    (tmp_path / "pts_resume").write_text("a file")
-    with pytest.raises(UserError, match="cannot remove .*pts_resume"):
-        LayerStore(tmp_path / "pts_resume", "key")
 
 
 def test_a_finished_run_leaves_nothing(saved):

@@ -64,56 +64,6 @@ def quantized_weights(model, masks):
     }
 
 
-def test_state_loads_without_pickled_code(state_file):
-    state = torch.load(state_file, weights_only=True)
-    assert state.keys() == {"modelopt_state", "model_state_dict"}
-    assert sum(1 for _ in sparse_masks(state["model_state_dict"])) == 14
-
-
-def test_masks_hold_through_an_optimizer_step(restored):
-    masks = masks_of(restored)
-    before = {
-        name: module.weight.detach().clone() for name, module in restored.named_modules() if name + ".weight" in masks
-    }
-    train_one_step(restored)
-    assert all(torch.equal(masks[name], mask) for name, mask in masks_of(restored).items())
-    for name, old in before.items():
-        new = restored.get_submodule(name).weight.detach()
-        assert not torch.equal(new, old) and not new[~masks[f"{name}.weight"]].any()
-
-
-def test_a_trained_model_is_saved_and_restored(restored, tmp_path):
-    train_one_step(restored)
-    mto.save(restored, tmp_path / "trained.pth")
-    again = mto.restore(tiny_llama(seed=1), tmp_path / "trained.pth").eval()
-    ids = calibration()[0]["input_ids"]
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, restored(ids).logits)
-
-
-def test_exported_model_is_saved_and_restored(restored, tmp_path):
-    ids = calibration()[0]["input_ids"]
-    masks = masks_of(restored)
-    with torch.no_grad():
-        expected = restored(ids).logits
-    exported = mts.export(restored)
-    assert type(exported.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    mto.save(exported, tmp_path / "exported.pth")
-    again = mto.restore(tiny_llama(seed=1), tmp_path / "exported.pth").eval()
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, expected)
-    assert zero_under(dict(again.named_parameters()), masks)
-
-
-@pytest.mark.parametrize("export", [False, True], ids=["after restore", "after export"])
-def test_int8_keeps_every_zero(restored, export):
-    masks = masks_of(restored)
-    model = quantize(mts.export(restored) if export else restored)
-    assert model.model.layers[0].mlp.up_proj.input_quantizer.amax > 0
-    with torch.no_grad():
-        assert zero_under(quantized_weights(model, masks), masks)
-
-
 def test_order_of_calls_of_upstream(restored, tmp_path):
     """Prune, save, restore, train, save, restore, export, quantize: each on the outcome of the call before."""
     masks = masks_of(restored)

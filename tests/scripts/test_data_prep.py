@@ -116,13 +116,6 @@ def test_limits_and_records_without_text(prepare, tmp_path, capsys):
     assert "training: 5 records (left out: 2 without text)" in capsys.readouterr().out
 
 
-def test_half_surrogates_do_not_stop_the_run(prepare, tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text("\n".join(json.dumps({"input": f"bad \ud800 {i}", "output": "ok"}) for i in range(2)))
-    train, _ = splits(prepare("--source", file))
-    assert train[0]["input"] == "bad ? 1"
-
-
 def test_failed_run_keeps_the_older_files_and_leaves_no_litter(prepare, tmp_path):
     good = write_as(tmp_path / "good.json", rows(4))
     folder = prepare("--source", good)

@@ -6,14 +6,11 @@ The rows run in this process through each script's own entry point, which saves 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
+from conftest import TEXTS, assert_clear_error, run_inline, run_script, tiny_llama
 
 # {name} stands for a path of the `world` fixture below.
 BASE = {
@@ -250,11 +247,3 @@ def test_a_process_ends_with_code_1_and_nothing_but_the_line(world, tmp_path):
     assert result.stderr.splitlines() == [
         f"error: source not found: {world['absent']}; give a file, a folder, or 'aclsum'"
     ]
-
-
-def test_launcher_passes_the_error_on(world, tmp_path):
-    words = arguments_of("finetune.py", "--restore_path {absent}", {**world, "out": tmp_path})
-    command = ["bash", str(ROOT / "launch_finetune.sh"), *words]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert_clear_error(result, "not found", str(world["absent"]))

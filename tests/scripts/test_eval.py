@@ -99,15 +99,6 @@ def test_two_processes_give_the_same_predictions_and_scores(one_process, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_report_an_error_once_and_stop(model_dir, tmp_path):
-    result = run_two_processes("eval.py", "--model_dir", model_dir, "--data_path", tmp_path / "absent.json")
-    assert result.returncode != 0
-    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: data file not found: {tmp_path / 'absent.json'}"
-    ]
-
-
-@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(one_process, tmp_path):
     *_, command = one_process
     (tmp_path / "p.jsonl.part-1").mkdir()  # the second process cannot write its first batch
@@ -189,14 +180,6 @@ def test_prompts_of_another_template(model_dir, data_path, state_path, tmp_path,
     (tmp_path / "run.json").write_text(json.dumps({"prompt": asdict(template)}))
     again = run_inline(*command, tmp_path / "again.json", *words)
     assert "another prompt template" not in again.stderr
-
-
-def test_cut_weights_are_an_error(model_dir, data_path, tmp_path):
-    shutil.copytree(model_dir, tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    result = run_inline("eval.py", "--model_dir", tmp_path / "cut", "--data_path", data_path, *LENGTHS)
-    assert_clear_error(result, "cannot load the weights", str(tmp_path / "cut"))
 
 
 def test_empty_predictions_are_an_error(data_path, tokenizer, tmp_path):

@@ -7,12 +7,9 @@ Inputs that are merely wrong are in test_errors.py.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +17,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import transformers
-from accelerate import PartialState
 from conftest import TEXTS, assert_clear_error, tiny_llama
 from forked import dies_replacing, lacks_memory_in, run_forked, small_files, waits_replacing
 
@@ -151,13 +146,6 @@ def test_no_room_for_a_file(run, name, size):
     assert not leftovers(run.out)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere")
-@pytest.mark.parametrize("name", ["PTS", "SAT", "eval", "data"])
-def test_read_only_output(run, name):
-    run.out.chmod(0o555)
-    assert_clear_error(run(name), str(run.out))
-
-
 @pytest.mark.parametrize(
     ("name", "where"),
     [
@@ -174,30 +162,6 @@ def test_memory_that_ends_during_the_work(run, name, where):
     assert_clear_error(run(name, setup=lacks_memory_in(*where)), "memory", "; ")
     assert result.read_text() == "earlier"
     assert not leftovers(run.out)
-
-
-@pytest.mark.slow
-def test_memory_that_ends_in_one_of_two_processes(run):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def start(rank: int):
-        def setup():
-            settings = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-            settings |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            os.environ.update({key: str(value) for key, value in settings.items()})
-            PartialState._reset_state()  # which an earlier test may have left in this process
-            if rank == 1:
-                lacks_memory_in(transformers.AutoModelForCausalLM, "from_pretrained")()
-
-        return run("PTS", setup=setup)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(start, range(2)))
-    assert all(result.returncode for result in results), [(r.returncode, r.stderr) for r in results]
-    both = subprocess.CompletedProcess("", 1, "", "".join(result.stderr for result in results))
-    assert_clear_error(both, "memory")
 
 
 # ------------------------------------------------------------------------------------- two runs at a time
@@ -265,18 +229,6 @@ def test_damaged_model(run, file, content, words, tmp_path, model_dir):
     model = shutil.copytree(model_dir, tmp_path / "model")
     (model / file).write_bytes(content)
     assert_clear_error(run("perplexity", model=model), words, str(model))
-
-
-@pytest.mark.parametrize("name", ["eval", "data"])
-def test_odd_but_right_records_are_taken(run, name, tmp_path):
-    """A byte order mark, duplicates, further fields."""
-    record = {"instruction": "Summarize.", "input": TEXTS[0], "output": TEXTS[1]}
-    records = [record, record, {**record, "input": "another", "note": 1}, {**record, "input": "a third"}]
-    path = tmp_path / "records.json"
-    path.write_text(json.dumps(records), encoding="utf-8-sig")
-    result = run(name, records=path, table=path)
-    assert result.returncode == 0, result.stderr
-    assert_loads(run.out / RESULTS[name])
 
 
 # -------------------------------------------------------------------------------------------- odd models

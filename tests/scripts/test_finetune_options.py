@@ -87,12 +87,6 @@ def run(*words):
     return run_inline("finetune.py", *(word for pair in REQUIRED.items() for word in pair), *words)
 
 
-def test_deepspeed_is_refused_in_one_line():
-    result = run("--deepspeed", "x")
-    assert_clear_error(result, "--deepspeed", "FSDP")
-    assert result.returncode == 1
-
-
 @pytest.mark.parametrize(
     ("words", "needles"),
     [

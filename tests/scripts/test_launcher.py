@@ -92,11 +92,6 @@ def test_unknown_options_are_refused_with_the_usage_and_a_hint():
         assert "usage: bash launch_finetune.sh" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_abbreviations_are_refused():
-    result = launch("--num_processes", 1, "--model", "m", "--restore_path", "p", "--output_dir", "o", "--max_len", 3)
-    assert result.returncode == 2 and "--max_len" in result.stderr
-
-
 def test_missing_file_is_reported_once_before_any_process_starts(tmp_path):
     result = launch(
         "--num_processes", 2, "--model", tmp_path, "--restore_path", tmp_path / "no.pth", "--output_dir", tmp_path

@@ -191,17 +191,6 @@ def test_readme_evaluation(model, data, finetuned, tmp_path):
 # ---------------------------------------------------------------------------------------------------- states exchanged
 
 
-def test_our_states_open_there_if_the_tokenizer_can_pad(model, pruned):
-    """The reference gives the model a row more if its tokenizer cannot pad; docs/reference.md tells what to do."""
-    import modelopt.torch.opt as mto
-
-    grown = load_model(str(model))
-    grown.resize_token_embeddings(grown.get_input_embeddings().weight.shape[0] + 1)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        mto.restore(grown, pruned[0])
-    opens_with_modelopt(model, pruned[0])
-
-
 @pytest.fixture(scope="module")
 def padded_state(tmp_path_factory, model):
     """A state in the reference's way: [PAD] is added to the tokenizer and a row to embedding and head, then pruned."""

@@ -12,6 +12,7 @@ from conftest import ROOT, run_script
 from sparsity.sat.callbacks import read_log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--teacher_offload"]], ids=["on the device", "offloaded"])
 def test_a_sharded_teacher_gives_the_same_loss(model_dir, state_path, data_dir, tmp_path, more):
     options = ["--model", model_dir, "--restore_path", state_path, "--data_path", data_dir, "--max_length", 400]

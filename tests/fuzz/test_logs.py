@@ -8,32 +8,25 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import tiny_llama
 from fuzzing import (
     REFUSED,
     attempt,
-    damaged,
     fuzz,
     json_files,
     jsonl_files,
     parsed,
     parsed_lines,
-    planted_pickles,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from sparsity import generated_text
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.export.model_card import _figures_text
-from sparsity.files import SEAL, is_number, is_sealed, is_whole_number
+from sparsity.files import is_number, is_whole_number
 from sparsity.metrics import read_metrics
 from sparsity.reporting.page import html_samples, protocol_notes, write_report
 from sparsity.reporting.results import markdown, read_lines, read_run, table_rows
 from sparsity.sat.callbacks import read_log
-from sparsity.sat.data import cached, text_dataset
 from sparsity.text import valid_unicode
 
 CURVE = [{"step": step, "loss": 3.0 - step / 10, "lr": 1e-4, "sparsity": 0.5} for step in (1, 2)]
@@ -173,75 +166,3 @@ def test_whole_report(folder, rouge, perplexity, predictions, layers, curve):
 
 
 # -------------------------------------------------------------------------------------------------------------- caches
-
-
-@functools.cache
-def writer():
-    return tiny_llama(hidden=8, layers=1)
-
-
-@pytest.fixture(scope="module")
-def text_cache(folder, tokenizer, model_dir):
-    """Calls for a text of the tiny model from its cache, the file of its only batch, and that file's content."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generated_text, "SEQUENCES_AT_ONCE", 2)
-        patch.setattr(generated_text, "load_model", lambda *args: writer())
-        cache = folder / "self_text"
-
-        def read():
-            options = (2, 5, torch.device("cpu"))
-            return generated_text.generate_text(str(model_dir), tokenizer, *options, folder=cache, dense=writer())
-
-        read()
-        (file,) = cache.rglob("*.safetensors")
-        yield read, file, file.read_bytes(), json.loads(file.with_name(SEAL).read_bytes())
-
-
-@settings(fuzz, max_examples=300)
-@given(st.sampled_from(["tokens", "seal", "planted"]), st.data())
-def test_self_generated_text(folder, text_cache, kind, data):
-    read, file, whole, seal = text_cache
-    mark = folder / "code has run"
-    if kind == "seal":
-        file.with_name(SEAL).write_bytes(data.draw(json_files(seal)))
-    else:
-        file.write_bytes(data.draw(damaged(whole) if kind == "tokens" else planted_pickles(mark)))
-    assert torch.equal(read(), load_file(file)["input_ids"])
-    assert file.read_bytes() == whole and is_sealed(file.parent, file.name) and not mark.exists()
-
-
-BLOCKS = [[index, index + 1] for index in range(5)]
-
-
-@pytest.fixture(scope="module")
-def tokenized(folder) -> dict[str, bytes]:
-    """The files of tokenized data, by their paths within the cache."""
-    cached(folder / "whole", ["key"], lambda: text_dataset(BLOCKS))
-    files = [path for path in (folder / "whole").rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder / "whole")): path.read_bytes() for path in sorted(files)}
-
-
-@settings(fuzz, max_examples=150)
-@given(st.data())
-def test_tokenized_data(folder, tokenized, data):
-    root, mark = folder / "tokenized", folder / "code has run"
-    shutil.rmtree(root, ignore_errors=True)
-    name = data.draw(st.sampled_from(sorted(tokenized)))
-    content = tokenized[name]
-    kind = data.draw(st.sampled_from(["bytes", "json", "missing", "planted"]))
-    if kind == "json" and name.endswith(".json"):
-        content = data.draw(json_files(json.loads(content)))
-    elif kind == "planted":
-        content = data.draw(planted_pickles(mark))
-    elif kind != "missing":
-        content = data.draw(damaged(content))
-    for path, whole in tokenized.items():
-        written(root / path, whole)
-    if kind == "missing" and not name.endswith(SEAL):
-        (root / name).unlink()
-    else:
-        (root / name).write_bytes(content)
-    expected = text_dataset(BLOCKS)[:]
-    for _ in range(2):
-        assert cached(root, ["key"], lambda: text_dataset(BLOCKS))[:] == expected
-    assert len(list(root.iterdir())) == 1 and not mark.exists()
