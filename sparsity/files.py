@@ -60,32 +60,24 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     parent = prepare_output_dir(target.parent)
     new, old = parent / f".{target.name}.unfinished", parent / f".{target.name}.old"
-    new.mkdir(exist_ok=True)
-    lock = _acquire(new / LOCK, target)
-    is_ours = (new / LOCK).exists()  # not if another run has renamed the folder while this one waited
-    try:
-        if not is_ours:
-            raise _in_use(target)
-        for leftover in set(new.iterdir()) - {new / LOCK}:
-            _remove(leftover)
+    with _acquire(parent / f".{target.name}{LOCK}", target):
         if old.exists() and not target.exists():
             os.replace(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        yield new
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise UserError(f"another run has written {target} meanwhile; choose another --output_dir")
-        (new / LOCK).unlink()
-        for path in new.iterdir():
-            _finish_file(path)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
-        is_ours = False
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if is_ours:
-            shutil.rmtree(new, ignore_errors=True)
-        lock.close()
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            if target.is_dir() and any(target.iterdir()) and not overwrite:
+                raise UserError(f"another run has written {target} meanwhile; choose another --output_dir")
+            for path in new.iterdir():
+                _finish_file(path)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(new, target)
+        finally:
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _finish_file(path: Path) -> None:
@@ -104,7 +96,7 @@ def scratch_folder(parent: str | Path | None = None, prefix: str = ".scratch.") 
     Folders of the same prefix that killed processes left there are removed once they are a day old.
     """
     parent = Path(parent or tempfile.gettempdir())
-    _remove_old(parent.glob(f"{glob.escape(prefix)}*{TEMPORARY}"), DAY)
+    _remove_old(parent, f"{glob.escape(prefix)}*{TEMPORARY}", DAY)
     with tempfile.TemporaryDirectory(TEMPORARY, prefix, parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -117,18 +109,14 @@ def remove_leftovers(folder: Path, name: str | None = None, age: float = DAY) ->
         age: seconds since they were last written; 0 if no other process can be writing them.
     """
     pattern = "**/.*" if name is None else f".{glob.escape(name)}"
-    _remove_old(folder.glob(f"{pattern}.????????{TEMPORARY}"), age)
+    _remove_old(folder, f"{pattern}.????????{TEMPORARY}", age)
 
 
-def _remove_old(paths: Iterable[Path], age: float) -> None:
-    for path in list(paths):
+def _remove_old(folder: Path, pattern: str, age: float) -> None:
+    for path in list(folder.glob(pattern)):
         with contextlib.suppress(OSError):  # another process may remove it at the same time
             if time.time() - path.stat().st_mtime >= age:
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_json(value: Any, path: str | Path) -> None:
@@ -164,26 +152,21 @@ def prepare_output_dir(path: str | Path) -> Path:
     return path
 
 
-def lock_output_dir(path: str | Path) -> None:
+def lock_output_dir(path: str | Path, file: str | None = None) -> None:
     """Reserve an existing folder for this run until `release_locks` or the end of the process.
 
     Removes temporary files that killed runs left in it. Of several processes only the main one should call this.
 
-    Raises:
-        UserError: another run holds the folder.
-    """
-    _held_locks.enter_context(_acquire(Path(path) / LOCK, path))
-    remove_leftovers(Path(path), age=0)
-
-
-def lock_output_file(path: Path) -> None:
-    """Reserve one file of a folder that runs share; see `lock_output_dir`.
+    Args:
+        file: reserve only the file of this name; other runs may write others into the folder.
 
     Raises:
-        UserError: another run holds the file.
+        UserError: another run holds the folder or file.
     """
-    _held_locks.enter_context(_acquire(path.with_name(f".{path.name}{LOCK}"), path))
-    remove_leftovers(path.parent, path.name, age=0)
+    path = Path(path)
+    target = path / file if file else path
+    _held_locks.enter_context(_acquire(path / (f".{file}{LOCK}" if file else LOCK), target))
+    remove_leftovers(path, file, age=0)
 
 
 def release_locks() -> None:
@@ -204,16 +187,13 @@ def _acquire(path: Path, target: str | Path) -> BinaryIO:
         except BlockingIOError:
             if time.monotonic() > limit:
                 handle.close()
-                raise _in_use(target) from None
+                message = f"another run is writing to {target}; wait for it, or choose another folder"
+                raise UserError(message) from None
             time.sleep(0.05)
         except OSError:
             note = f"warning: the file system of {target} has no locks; start no second run that writes there"
             print(note, file=sys.stderr, flush=True)
             return handle
-
-
-def _in_use(target: str | Path) -> UserError:
-    return UserError(f"another run is writing to {target}; wait for it, or choose another folder")
 
 
 # -------------------------------------------------------------------------------------------------------------- paths

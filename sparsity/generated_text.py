@@ -93,16 +93,12 @@ def generate_text(
             model = model if dense is None else load_model(model_name, dtype, trust_remote_code)
             model.to(device)
             use_blocked_attention(model, device)
-        bar = tqdm(
-            total=len(missing) * length, desc="self-generated text", unit="step", disable=hide_bar() or not missing
-        )
         for number in missing:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            tokens = write_batch(model, rows, length, generator, len(tokenizer), prompt, bar)
+            tokens = write_batch(model, rows, length, generator, len(tokenizer), prompt)
             with atomic_path(prepare_output_dir(folders[number]) / TOKENS) as temporary:
                 save_file({"input_ids": tokens}, temporary)
             seal(folders[number])
-        bar.close()
     except torch.OutOfMemoryError as error:
         raise UserError(f"'{model_name}' and its cache do not fit on {device}; give text files, not 'self'") from error
     del model  # before anything else takes memory
@@ -143,7 +139,6 @@ def write_batch(
     generator: torch.Generator,
     vocabulary: int,
     prompt: Sequence[int],
-    bar: tqdm,
 ) -> Tensor:
     """Sample `rows` sequences at once, each next token from the model's own distribution.
 
@@ -165,14 +160,12 @@ def write_batch(
     tokens[:, :known] = torch.tensor(prompt) if prompt else torch.randint(0, size, (rows, 1), generator=generator)
     cache: dict[str, Any] = {}
     done = 0
-    while known < length:
-        output = model(input_ids=tokens[:, done:known].to(model.device), use_cache=True, **cache)
+    for place in tqdm(range(known, length), "self-generated text", unit="token", leave=False, disable=hide_bar()):
+        output = model(input_ids=tokens[:, done:place].to(model.device), use_cache=True, **cache)
         if not cache:
             cache = {cache_name(output): preallocate(output[cache_name(output)], length)}
-        tokens[:, known] = draw(output.logits[:, -1, :size], generator).cpu()
-        bar.update(known - done)
-        done, known = known, known + 1
-    bar.update(known - done)
+        tokens[:, place] = draw(output.logits[:, -1, :size], generator).cpu()
+        done = place
     return tokens
 
 

@@ -126,10 +126,7 @@ def _inspect_state(path: Path) -> Iterator[MatrixReport]:
     if not masks:
         raise UserError(f"state {path} holds no masked matrices to inspect")
     for mask in masks:
-        name = weight_name(mask)
-        if name not in tensors:
-            raise UserError(f"state {path} is damaged: mask '{mask}' has no weight")
-        yield inspect_matrix(name, tensors[name], tensors[mask])
+        yield inspect_matrix(weight_name(mask), tensors[weight_name(mask)], tensors[mask])
 
 
 def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixReport]:

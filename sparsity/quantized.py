@@ -12,7 +12,7 @@ SmoothQuant's factor per input channel (Xiao et al., 2023, section 4), 1 elsewhe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +76,11 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
         weight, scale = tensors.get(f"{layer}.weight"), layer_scales.get("weight_scale")
         if weight is None or scale is None or weight.dim() != 2 or scale.shape not in ((), (1,), weight.shape[:1]):
             raise UserError(f"{folder} is damaged: the layer {layer} has no weight with a weight_scale that fits it")
-        tensors[f"{layer}.weight"] = dequantize(weight, scale)
+        tensors[f"{layer}.weight"] = weight.float() * (scale.float()[:, None] if scale.dim() else scale.float())
     try:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales
     except RuntimeError as error:  # a type that torch cannot convert, such as packed 4-bit numbers
         raise UserError(f"{folder} cannot be read as {dtype}: {first_line(error)}") from error
-
-
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """fp32 values of an int8 or float8 matrix [rows, columns] with one scale per row or one for the matrix."""
-    return weight.float() * (scale.float()[:, None] if scale.dim() else scale.float())
 
 
 def round_values(values: Tensor, kind: torch.dtype, scale: Tensor | None) -> Tensor:
@@ -121,14 +116,11 @@ def round_inputs(model: nn.Module, scales: dict[str, dict[str, Tensor]], algorit
             # As buffers they follow the model to its device.
             module.register_buffer(name, layer_scales.get(name), persistent=False)
         if kind is not None:
-            module.register_forward_pre_hook(_rounding_hook(kind))
+            module.register_forward_pre_hook(partial(_round_input, kind))
 
 
-def _rounding_hook(kind: torch.dtype) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        values = inputs[0]
-        if module.pre_quant_scale is not None:
-            values = values * module.pre_quant_scale.to(values.dtype)
-        return (round_values(values, kind, module.input_scale), *inputs[1:])
-
-    return hook
+def _round_input(kind: torch.dtype, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    values = inputs[0]
+    if module.pre_quant_scale is not None:
+        values = values * module.pre_quant_scale.to(values.dtype)
+    return (round_values(values, kind, module.input_scale), *inputs[1:])

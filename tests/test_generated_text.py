@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from sparsity import generated_text as module
 from sparsity.errors import UserError
@@ -36,7 +35,7 @@ def test_tokens_are_drawn_with_their_probabilities():
 
 def test_cached_keys_and_values_change_no_token():
     model = tiny_llama()
-    written = write_batch(model, 3, 20, torch.Generator().manual_seed(0), 400, [5, 6, 7], tqdm(disable=True))
+    written = write_batch(model, 3, 20, torch.Generator().manual_seed(0), 400, [5, 6, 7])
     assert written[:, :3].tolist() == [[5, 6, 7]] * 3
     generator = torch.Generator().manual_seed(0)
     expected = written[:, :3]

@@ -81,24 +81,19 @@ def choose_texts(items: Sequence[str], config: str | None, split: str, column: s
 def windows_of(
     tokenizer: PreTrainedTokenizerBase, text: MeasuredText, context: int, stride: int, limit: int | None
 ) -> torch.Tensor:
-    """Windows [count, context] of a text; see `token_windows`."""
-    tokens = None if limit is None else context + (limit - 1) * stride
-    return token_windows(tokenizer, text.read(tokens), context, stride, limit)
+    """Full windows of the text's token stream, each starting `stride` tokens after the one before.
 
-
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], context: int, stride: int, limit: int | None
-) -> torch.Tensor:
-    """Full windows of the texts' token stream, each starting `stride` tokens after the one before.
+    Args:
+        limit: most windows; None: all.
 
     Returns:
         int64 tensor [windows, context], a view of the stream. What follows the last full window is left out.
 
     Raises:
-        UserError: the texts do not fill one window.
+        UserError: the text does not fill one window.
     """
     needed = context + (limit - 1) * stride if limit else None
-    stream = token_blocks(tokenizer, texts, block_size=1, limit=needed).flatten()
+    stream = token_blocks(tokenizer, text.read(needed), block_size=1, limit=needed).flatten()
     if len(stream) < context:
         raise UserError(
             f"the text has only {len(stream)} tokens, less than a window of {context}; give more or a smaller window"
@@ -107,7 +102,7 @@ def token_windows(
 
 
 def protocol_line(windows: torch.Tensor, stride: int, scored: int, source: str) -> str:
-    """One line that says how a perplexity was measured; see `token_windows` for the arguments."""
+    """One line that says how a perplexity was measured; see `windows_of` for the arguments."""
     count, context = windows.shape
     kind = "blocked" if stride == context else f"sliding by {stride}"
     return f"protocol: {source}; {count} windows of {context} tokens, {kind}; {scored} tokens predicted"

@@ -17,7 +17,7 @@ from sparsity.errors import UserError
 from sparsity.files import (
     append_jsonl,
     is_whole_number,
-    lock_output_file,
+    lock_output_dir,
     prepare_output_dir,
     read_jsonl,
     save_jsonl,
@@ -33,11 +33,6 @@ def file_stamp(path: str | Path) -> list[Any]:
     path = Path(path).resolve()
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [str(path), *([item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in files if item.is_file())]
-
-
-def run_key(**settings: Any) -> str:
-    """Short digest of everything that can change a prediction."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def settings_key(
@@ -56,10 +51,8 @@ def settings_key(
     names = ("batch_size", "beam_size", "model_max_length", "max_new_tokens", "min_new_tokens", "dtype")
     settings = {name: vars(args)[name] for name in names}
     versions = [torch.__version__, transformers.__version__]
-    prompt = list(astuple(template))
-    return run_key(
-        records=records, model=model, state=state, prompt=prompt, device=device.type, versions=versions, **settings
-    )
+    everything = [records, model, state, astuple(template), device.type, versions, settings]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
 
 def prediction_line(index: int, text: str, records: list[dict[str, str]]) -> dict[str, Any]:
@@ -89,7 +82,7 @@ class PredictionLog:
         if self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path)):
             raise UserError(f"--predictions {self.path} exists and holds something else; choose another file name")
         if is_main_process():
-            lock_output_file(self.path)
+            lock_output_dir(self.path.parent, self.path.name)
 
     def load(self, examples: int) -> dict[int, str]:
         """Predictions of this very run that are already on disk, by example index.

@@ -73,7 +73,7 @@ def write_companions(
         config["quantization_config"] = quantization
     for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = dtype
-    # The state may have more tokens than the dense model; see states.fit_vocabulary.
+    # The state may have more tokens than the dense model; see modelopt_state.fit_vocabulary.
     sizes = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     if not model_config.tie_word_embeddings:  # whatever the source's says; see models.load_structure
         config["tie_word_embeddings"] = sizes["tie_word_embeddings"] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsity.errors import UserError
-from sparsity.evaluation.predictions import PredictionLog, run_key
+from sparsity.evaluation.predictions import PredictionLog
 
 
 def lines(*indices):
@@ -14,7 +14,7 @@ def lines(*indices):
 
 def test_log_joins_the_parts_of_all_processes_and_knows_its_own_run(tmp_path):
     path = tmp_path / "p.jsonl"
-    log, other = PredictionLog(path, run_key(beam_size=4)), PredictionLog(path, run_key(beam_size=1))
+    log, other = PredictionLog(path, "four beams"), PredictionLog(path, "one beam")
     log.append(0, lines(0, 2))
     log.append(1, lines(1))
     other.append(0, lines(3))
@@ -23,11 +23,6 @@ def test_log_joins_the_parts_of_all_processes_and_knows_its_own_run(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["p.jsonl"]
     assert log.load(3) == {index: f"text {index}" for index in range(3)}
     assert other.load(4) == {}
-
-
-def test_key_follows_every_setting():
-    assert run_key(a=1, b=[2]) == run_key(b=[2], a=1)
-    assert len({run_key(a=1), run_key(a=2), run_key(b=1), run_key(a=1, b=None)}) == 4
 
 
 def test_only_a_log_is_overwritten(tmp_path):
