@@ -37,7 +37,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise UserError(f"model folder {model} has no config.json; give a Hugging Face model folder or hub id")
     # The last two errors: JSON of a wrong shape.
-    with _loading(f"a model from '{model}'", OSError, ValueError, KeyError, TypeError, AttributeError):
+    with loading(f"a model from '{model}'", OSError, ValueError, KeyError, TypeError, AttributeError):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     architectures = config.architectures or []
     auto_classes = getattr(config, "auto_map", {})  # of code that comes with a checkpoint
@@ -99,7 +99,7 @@ def load_model(
         refuse_quantized(config, model)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
-    with _loading(f"the weights of '{model}'", *errors):
+    with loading(f"the weights of '{model}'", *errors):
         loaded, report = AutoModelForCausalLM.from_pretrained(model, config=config, output_loading_info=True, **options)
     check_complete(model, report)
     if not placing:
@@ -108,7 +108,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _loading(what: str, *errors: type[Exception]) -> Iterator[None]:
+def loading(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn these errors of a library into a UserError."""
     try:
         yield
@@ -169,7 +169,7 @@ def _load_quantized(
     target = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     tensors, scales = read_dequantized(Path(model), target)
     create: Any = type(empty_model(config, target, trust_remote_code)).from_pretrained
-    with _loading(f"the weights of '{model}'", OSError, ValueError, RuntimeError):
+    with loading(f"the weights of '{model}'", OSError, ValueError, RuntimeError):
         loaded = create(None, config=config, state_dict=tensors, dtype=target)
     round_inputs(loaded, scales, algorithm)
     return loaded.eval()
@@ -266,7 +266,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
-    with _loading(f"a tokenizer from '{model}'", Exception):  # tokenizers raises it for a malformed tokenizer.json
+    with loading(f"a tokenizer from '{model}'", Exception):  # tokenizers raises it for a malformed tokenizer.json
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -16,9 +16,9 @@ import torch
 
 from sparsity.attention import use_blocked_attention
 from sparsity.devices import torch_dtype
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError
 from sparsity.modelopt_state import check_state_fits, folded_weights, load_for_inference, load_state
-from sparsity.models import load_config, load_model, load_structure
+from sparsity.models import load_config, load_model, load_structure, loading
 from sparsity.quantized import quantization_algorithm
 
 if TYPE_CHECKING:
@@ -113,13 +113,9 @@ def load_sparse(
     if dtype == "auto":
         dtype = config.dtype or next(iter(weights.values())).dtype
     create: Any = type(empty).from_pretrained
-    try:
+    # The last error: transformers 4 with weights on disk.
+    with loading(f"the weights of {path}", OSError, ValueError, RuntimeError, TypeError):
         loaded = create(None, config=config, state_dict=folded_weights(weights), dtype=dtype, **placing)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:  # the last: transformers 4 with weights on disk
-        raise UserError(
-            f"cannot place the weights of {path}: {first_line(error)}; write the model with export_hf.py and evaluate "
-            "its folder"
-        ) from error
     with contextlib.suppress(OSError):  # the checkpoint has none
         loaded.generation_config = GenerationConfig.from_pretrained(model)
     return loaded.eval()

@@ -54,7 +54,7 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence.strip()]
 
 
-def rouge_f_measures(predictions: list[str], references: list[str], progress: bool = False) -> np.ndarray:
+def rouge_f_measures(predictions: list[str], references: list[str]) -> np.ndarray:
     """F-measure of every pair for every one of ROUGE_TYPES.
 
     Returns:
@@ -65,9 +65,7 @@ def rouge_f_measures(predictions: list[str], references: list[str], progress: bo
 
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
     rows = []
-    for pair in tqdm(
-        zip(predictions, references, strict=True), "ROUGE", len(references), leave=False, disable=not progress
-    ):
+    for pair in tqdm(zip(predictions, references, strict=True), "ROUGE", len(references), leave=False, disable=None):
         prediction, reference = ("\n".join(split_sentences(text)) for text in pair)
         scores = scorer.score(target=reference, prediction=prediction)
         rows.append([scores[kind].fmeasure for kind in ROUGE_TYPES])
@@ -103,7 +101,7 @@ def score_predictions(predictions: list[str], references: list[str]) -> dict[str
     """
     if not any(predictions):
         raise UserError("every prediction is empty: the model only produced end-of-text or blanks; check its tokenizer")
-    scores = 100 * rouge_f_measures(predictions, references, progress=True)
+    scores = 100 * rouge_f_measures(predictions, references)
     low, high = bootstrap_interval(scores)
     return {
         **dict(zip(ROUGE_TYPES, scores.mean(axis=0).tolist(), strict=True)),

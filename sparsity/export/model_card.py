@@ -31,6 +31,10 @@ def write_model_card(
     elements, zeros = zero_totals(reports)
     # A local folder is no name others could follow, so its path stays out of the card.
     name = Path(base).resolve().name if Path(base).is_dir() else base
+    quantized = ""
+    if quantization is not None:
+        algorithm = quantization.get("quant_algo")
+        quantized = f", those of the decoder's linear layers quantized to {algorithm} by NVIDIA Model Optimizer"
     hub = "" if Path(base).is_dir() else f"base_model: {base}\n"
     text = f"""---
 library_name: transformers
@@ -44,7 +48,7 @@ pipeline_tag: text-generation
 
 The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} matrices
 ({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense). Architecture:
-{(config.architectures or [config.model_type])[0]}; weights in {dtype}{_quantized_text(quantization)}.
+{(config.architectures or [config.model_type])[0]}; weights in {dtype}{quantized}.
 
 The zeros are ordinary zeros in ordinary tensors. They make neither the files smaller nor the model faster until a
 runtime with 2:4 kernels compresses it.
@@ -60,13 +64,6 @@ runtime with 2:4 kernels compresses it.
 The licence of {name} applies to these weights, which derive from it.
 """
     (folder / "README.md").write_text(valid_unicode(text), encoding="utf-8")
-
-
-def _quantized_text(quantization: dict[str, Any] | None) -> str:
-    if quantization is None:
-        return ""
-    algorithm = quantization.get("quant_algo")
-    return f", those of the decoder's linear layers quantized to {algorithm} by NVIDIA Model Optimizer"
 
 
 def _loading_text(quantization: dict[str, Any] | None) -> str:
