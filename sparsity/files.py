@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+from sparsity.distributed import warn
 from sparsity.errors import UserError
 
 TEMPORARY = ".tmp"  # suffix of files and folders that are being written
@@ -60,7 +61,8 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     parent = prepare_output_dir(target.parent)
     new, old = parent / f".{target.name}.unfinished", parent / f".{target.name}.old"
-    with _acquire(parent / f".{target.name}{LOCK}", target):
+    lock = parent / f".{target.name}{LOCK}"
+    with _acquire(lock, target):
         if old.exists() and not target.exists():
             os.replace(old, target)
         for leftover in (new, old):
@@ -78,6 +80,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         finally:
             for leftover in (new, old):
                 shutil.rmtree(leftover, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _finish_file(path: Path) -> None:
@@ -191,8 +194,7 @@ def _acquire(path: Path, target: str | Path) -> BinaryIO:
                 raise UserError(message) from None
             time.sleep(0.05)
         except OSError:
-            note = f"warning: the file system of {target} has no locks; start no second run that writes there"
-            print(note, file=sys.stderr, flush=True)
+            warn(f"the file system of {target} has no locks; start no second run that writes there")
             return handle
 
 
