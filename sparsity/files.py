@@ -77,9 +77,9 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             if target.exists():
                 os.replace(target, old)
             os.replace(new, target)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
 
