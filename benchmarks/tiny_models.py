@@ -78,6 +78,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 5},
     "bamba": {"mamba_n_heads": 8, "mamba_n_groups": 1, "attn_layer_indices": [2]},
     "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_d_ssm": 128},
     "gemma3": {"vision_config": {**VISION, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},

@@ -22,7 +22,7 @@ from sparsity.devices import keep_freed_memory, peak_memory_mib, return_freed_me
 from sparsity.distributed import hide_bar, is_main_process
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
-from sparsity.pts.experts import HESSIAN_BYTES, Experts, one_by_one
+from sparsity.pts.experts import Experts, at_once, one_by_one
 from sparsity.pts.layer_store import LayerStore, MatrixLog
 from sparsity.pts.permutation import permute
 from sparsity.pts.recipe import METHODS, Recipe, score_mask
@@ -163,10 +163,9 @@ def prune_experts(states: HiddenStates | None, layer: DecoderLayer, recipe: Reci
     for weight, linears in layer.experts.linears.items() if layer.experts else ():
         path, _, leaf = f"{layer.name}.{weight}".rpartition(".")
         groups = [{f"{path}.{number}.{leaf}": linear} for number, linear in enumerate(linears)]
-        at_once = max(1, HESSIAN_BYTES // (4 * linears[0].in_features ** 2))
-        kept: list[Tensor] = []
-        for start in range(0, len(groups), at_once):
-            chunk = groups[start : start + at_once]
+        size, kept = at_once(linears[0].in_features), []
+        for start in range(0, len(groups), size):
+            chunk = groups[start : start + size]
             collected = collect(states, layer, chunk, states.pruned) if states and states.pruned else []
             tokens = [round(each.tokens) for each in collected]
             if collected:

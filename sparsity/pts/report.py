@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from sparsity.devices import bf16_is_faster, peak_memory_mib
 from sparsity.generated_text import batch_count, sequences_at_once, writing_bytes, writing_dtype
 from sparsity.models import decoder_layers, empty_model
 from sparsity.pts.calibration import CalibrationSet
+from sparsity.pts.experts import at_once, likely_shape
 from sparsity.pts.layer_store import MatrixLog
 from sparsity.pts.recipe import Recipe
 from sparsity.pts.structure import choose_weights, shared_inputs
@@ -103,7 +105,7 @@ def estimate(
     kind, length = device.type, calibration.length
     prefix, layers = decoder_layers(model)
     chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
-    stacked = {name: weight for name, weight in model.named_parameters() if name in chosen}  # of experts
+    stacked = {name: likely_shape(model, name) for name, _ in model.named_parameters() if name in chosen}  # of experts
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen - stacked.keys()}
     groups = shared_inputs(model, chosen)
     # Each group as [names, rows of all, columns].
@@ -113,6 +115,9 @@ def estimate(
     flops = sum(flops_of(rows, cols, calibration.size * length, recipe) for layer in sizes for _, rows, cols in layer)
     batch_bytes = 2 * calibration.batch_size * length * 4
     working = max(working_bytes(rows, cols) + batch_bytes * cols for layer in sizes for _, rows, cols in layer)
+    for count, rows, cols in stacked.values():
+        flops += count * flops_of(rows, cols, calibration.size * length // count, recipe)
+        working = max(working, 4 * cols**2 * min(count, at_once(cols)) + working_bytes(rows, cols))
     layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     in_bf16 = kind == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
@@ -129,11 +134,16 @@ def estimate(
             + ", ".join(f"{name.removeprefix(prefix + '.0.')} {shapes[name]}" for name in group)
             for group, _, cols in sizes[0]
         ),
-        f"{len(chosen)} linear layers are pruned to {recipe.pattern}, {len(left_dense)} others stay dense",
+        *(
+            f"  {count} experts, {min(count, at_once(cols))} at a time: {name} ({rows}, {cols})"
+            for name, (count, rows, cols) in stacked.items()
+            if name.startswith(min(stacked).rpartition(".")[0])
+        ),
+        f"{len(shapes)} linear layers are pruned to {recipe.pattern}, {len(left_dense)} others stay dense",
         f"calibration: {calibration.size} sequences of {length} tokens, {calibration.batch_size} at a time",
         f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
         f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB activations "
-        f"+ {sum(rows * cols for rows, cols in shapes.values()) / MIB:,.0f} MiB masks",
+        f"+ {sum(map(prod, [*shapes.values(), *stacked.values()])) / MIB:,.0f} MiB masks",
     ]
     if kind == "cpu":
         peak = max(weights + streams + layer + working, writing_bytes(writer, length) if writer is not None else 0)
@@ -187,8 +197,11 @@ def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> 
     reasons: dict[str, list[str]] = {}
     for name, reason in left_dense.items():
         reasons.setdefault(reason, []).append(name)
+    stacked = [weight for name, weight in model.named_parameters() if name in chosen]
+    experts = f" and {sum(map(len, stacked))} matrices of experts" if stacked else ""
     lines = [
-        f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen)} linear layers to prune to {recipe.pattern}"
+        f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen) - len(stacked)} linear layers{experts} to prune "
+        f"to {recipe.pattern}"
     ]
     lines += [f"left dense ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
     return "\n".join(lines) + "\n"

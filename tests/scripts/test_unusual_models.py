@@ -303,3 +303,9 @@ def test_verification_counts_experts(family, text, tmp_path):
     succeed("export_hf.py", "--model_dir", model, "--modelopt_restore_path", state, "--output_dir", tmp_path / "new")
     assert "experts" in succeed("verify_sparsity.py", tmp_path / "new", "--require", "2:4")
     assert perplexity(tmp_path / "new", text, tmp_path) == pytest.approx(perplexity(model, text, tmp_path, state))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_dry_run_counts_experts(family, text, tmp_path):
+    model = save_model(family, tmp_path / "model")
+    assert "4 experts, 4 at a time" in prune(model, text, tmp_path / "pts", "--dry_run").stdout
