@@ -291,8 +291,13 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         UserError: there is no such list.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    inside = set(model.get_decoder().modules())  # without the layers of a vision tower
+    from transformers import PreTrainedModel
+
+    text = model.config.get_text_config(decoder=True)
+    count, inside = text.num_hidden_layers, set(model.get_decoder().modules())
+    for part in model.get_decoder().modules():
+        if isinstance(part, PreTrainedModel) and type(part.config) not in (type(text), type(model.config)):
+            inside -= set(part.modules())  # a vision tower, with a configuration of its own
     lists = [
         (name, module)
         for name, module in model.named_modules()
