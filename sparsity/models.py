@@ -184,7 +184,10 @@ def empty_model(
     with torch.device("meta"):
         # Eager attention builds its masks without looking at values, which an empty model does not have.
         options = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
+    if hasattr(empty, "set_experts_implementation"):  # in transformers 5; others look at values, or ask for bf16
+        empty.set_experts_implementation("batched_mm")
+    return empty
 
 
 def load_structure(model: str, trust_remote_code: bool = False) -> PreTrainedModel:

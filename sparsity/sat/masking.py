@@ -40,7 +40,8 @@ def use_plain_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor
     for name, mask in masks.items():
         if mask is not None:
             model.get_submodule(name).register_buffer(MASK, mask)
-    for name in state_dict.keys() - without_expert_masks(state_dict).keys():
+    known = without_expert_masks(state_dict)
+    for name in [name for name in state_dict if name not in known]:  # in one order on all processes
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module).register_buffer(leaf, torch.empty_like(state_dict[name], device="meta"))
     model.tie_weights()  # the export gives a head its own weight even if it is tied to the embedding
