@@ -75,7 +75,8 @@ def forked(work: Callable[[], None], log: Path) -> str:
         time.sleep(0.05)
     if ended[1] == 0:
         return ""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+    text = log.read_text(encoding="utf-8", errors="replace").replace(f"{log.parent}/", "")
+    lines = text.strip().splitlines() or ["no output"]
     if any(line.startswith("Traceback") for line in lines):
         return f"traceback: {lines[-1]}"
     if any("every prediction is empty" in line for line in lines):  # as random models may write
@@ -194,8 +195,8 @@ def table(outcomes: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Models",
         "",
-        f"Tiny random models of the causal-LM architectures of transformers {transformers.__version__}, each pruned, "
-        "restored, trained for two steps, evaluated by generation, exported and compared by perplexity; written by "
+        f"Tiny random models of {len(outcomes)} causal-LM architectures of transformers {transformers.__version__}, "
+        "each pruned, restored, trained for two steps, evaluated by generation, exported and compared by perplexity; written by "
         f"`python -m benchmarks.architectures`. {whole} of {len(built)} go through the whole chain; "
         f"{len(outcomes) - len(built)} others could not be built in a small size.",
         "",
