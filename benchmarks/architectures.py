@@ -196,8 +196,8 @@ def table(outcomes: dict[str, dict[str, Any]]) -> str:
         "# Models",
         "",
         f"Tiny random models of {len(outcomes)} causal-LM architectures of transformers {transformers.__version__}, "
-        "each pruned, restored, trained for two steps, evaluated by generation, exported and compared by perplexity; written by "
-        f"`python -m benchmarks.architectures`. {whole} of {len(built)} go through the whole chain; "
+        "each pruned, restored, trained for two steps, evaluated by generation, exported and compared by perplexity; "
+        f"written by `python -m benchmarks.architectures`. {whole} of {len(built)} go through the whole chain; "
         f"{len(outcomes) - len(built)} others could not be built in a small size.",
         "",
         "| model type | pruned to 2:4, of all weights | result |",
