@@ -60,6 +60,8 @@ ROWS = [
     ),
     *((script, "other model", f"{flag} {{other}}", ["belongs to another"]) for script, flag in STATE_FLAG.items()),
     *((script, "output is a file", words, ["cannot write", "{file}"]) for script, words in OUT_FLAG.items()),
+    ("finetune.py", "no masks", "--restore_path {dense}", ["holds no masks"]),
+    ("export_hf.py", "no masks", "--modelopt_restore_path {dense}", ["holds no masks"]),
     ("hf_pts.py", "encoder", "--model_name_or_path {encoder}", ["BertModel", "decoder-only"]),
     ("finetune.py", "model folder without config", "--model {empty}", ["config.json"]),
     ("eval.py", "cut state", "--modelopt_restore_path {cut}", ["{cut}", "not a readable modelopt state"]),
@@ -69,7 +71,6 @@ ROWS = [
     ("eval.py", "CUDA absent", "--device cuda", ["no CUDA GPU"]),
     ("hf_pts.py", "no such text", "--calib_data {absent}", ["not found", "{absent}"]),
     ("hf_pts.py", "text of the wrong shape", "--calib_data {records_object}", ["{records_object}", "list"]),
-    ("hf_pts.py", "text shorter than a sequence", "--calib_data {short}", ["tokens"]),
     ("hf_pts.py", "hub set out of reach", "--calib_data no/such-set", ["no/such-set", "the network"]),
     ("hf_pts.py", "folder without text", "--calib_data {empty}", ["{empty}"]),
     ("hf_pts.py", "no such split", "--calib_data {set}::dev", ["dev", "train, test"]),
@@ -86,6 +87,13 @@ ROWS = [
     ("hf_pts.py", "base model as author", "--model_name_or_path {base} --calib_data self", ["decoder-only"]),
     ("hf_pts.py", "empty text", "--calib_data {empty_json}", ["{empty_json}"]),
     ("hf_pts.py", "tensor parallel serving", "--inference_tensor_parallel 2", ["--inference_tensor_parallel"]),
+    ("hf_pts.py", "no such pattern", "--pattern 3:3", ["--pattern", "3:3"]),
+    ("hf_pts.py", "text shorter than one sequence", "--model_max_length 100000", ["less than one block of 100000"]),
+    ("hf_pts.py", "layers that are not there", "--ignore *.no_such", ["--ignore", "*.no_such"]),
+    ("hf_pts.py", "negative damping", "--percdamp -1", ["--percdamp", "-1"]),
+    ("hf_pts.py", "damping of another method", "--percdamp 0.1 --sparsity_fmt wanda", ["--percdamp", "wanda"]),
+    ("hf_pts.py", "hidden states in a file", "--activations_dir {file}", ["{file}"]),
+    ("hf_pts.py", "unknown device", "--device gpu0", ["unknown device 'gpu0'"]),
     ("eval_ppl.py", "text shorter than a window", "--text {short}", ["tokens"]),
     ("eval_ppl.py", "several texts without names", "--text {texts} {short}", ["NAME=SOURCE", "{texts}"]),
     ("eval_ppl.py", "name given twice", "--text a={texts} a={short}", ["a={short}"]),
@@ -118,6 +126,8 @@ ROWS = [
     ("export_hf.py", "no such text", "--quantization fp8 --calib_data {absent}", ["not found", "{absent}"]),
     ("export_hf.py", "text without use", "--calib_data {texts}", ["--calib_data is only for"]),
     ("export_hf.py", "CUDA absent", "--quantization fp8_pc_pt --device cuda", ["no CUDA GPU"]),
+    ("export_hf.py", "figures that are none", "--figures x={half_template}", ["no ROUGE or perplexity"]),
+    ("export_hf.py", "figures without a name", "--figures {half_template}", ["NAME=VALUE"]),
     ("verify_sparsity.py", "no such file", "{absent}", ["{absent}"]),
     ("verify_sparsity.py", "cut state", "{cut}", ["{cut}"]),
     ("data_prep.py", "no such source", "--source {absent}", ["source not found", "{absent}"]),
@@ -165,6 +175,7 @@ def world(tmp_path_factory, model_dir, state_path, data_dir, tokenizer):
     other = torch.load(state_path, weights_only=True)
     other["model_state_dict"].pop("model.norm.weight")
     torch.save(other, root / "other.pth")
+    torch.save({"modelopt_state": {}, "model_state_dict": tiny_llama().state_dict()}, root / "dense.pth")
     tiny_llama(vocab_size=400).config.save_pretrained(root / "results")
     file("results/perplexity.json", {"perplexity": 3.0})
     (root / "set").mkdir()
@@ -190,6 +201,7 @@ def world(tmp_path_factory, model_dir, state_path, data_dir, tokenizer):
         "cut": root / "cut.pth",
         "plain": root / "plain.pth",
         "other": root / "other.pth",
+        "dense": root / "dense.pth",
         "set": root / "set",
         "parquet": file("damaged.parquet", "PAR1"),
         "half_template": file("half.json", {"head": "{instruction}"}),

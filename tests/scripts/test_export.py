@@ -156,15 +156,3 @@ def test_an_existing_folder_is_kept_unless_overwriting_succeeds(model_dir, state
     assert run_inline(*command, "--overwrite").returncode == 0
     assert (target / "model.safetensors").is_file() and not (target / "precious.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_clear_errors(model_dir, state_path, tmp_path):
-    command = ["export_hf.py", "--output_dir", tmp_path / "out", "--model_dir", model_dir, "--modelopt_restore_path"]
-    dense = tmp_path / "dense.pth"
-    torch.save({"modelopt_state": {}, "model_state_dict": tiny_llama().state_dict()}, dense)
-    assert_clear_error(run_inline(*command, dense), "holds no masks")
-    (tmp_path / "figures.json").write_text("{}")
-    empty = run_inline(*command, state_path, "--figures", f"x={tmp_path / 'figures.json'}")
-    assert_clear_error(empty, "no ROUGE or perplexity")
-    assert_clear_error(run_inline(*command, state_path, "--figures", "figures.json"), "NAME=VALUE")
-    assert not (tmp_path / "out").exists()

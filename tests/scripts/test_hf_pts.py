@@ -177,26 +177,6 @@ def test_other_choices_leave_a_state_that_restores(model_dir, calib, tmp_path, c
     assert kept_weights / sum(mask.numel() for _, _, mask in masks) == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("change", "needles"),
-    [
-        (["--model_name_or_path", "no/such/model"], ["no/such/model"]),
-        (["--calib_data", "missing.txt"], ["missing.txt"]),
-        (["--device", "cuda"], ["--device cuda", "cpu"]),
-        (["--pattern", "3:3"], ["--pattern", "3:3"]),
-        (["--calib_size", "0"], ["--calib_size", "0"]),
-        (["--model_max_length", "100000"], ["less than one block of 100000"]),
-        (["--inference_tensor_parallel", "2"], ["--inference_tensor_parallel"]),
-        (["--ignore", "*.no_such"], ["--ignore", "*.no_such"]),
-        (["--percdamp", "-1"], ["--percdamp", "-1"]),
-        (["--percdamp", "0.1", "--sparsity_fmt", "wanda"], ["--percdamp", "wanda"]),
-        (["--activations_dir", "run_tests.sh"], ["run_tests.sh"]),
-    ],
-)
-def test_wrong_input_gets_one_clear_line(model_dir, calib, tmp_path, change, needles):
-    assert_clear_error(run_inline(*command(model_dir, calib, tmp_path / "out", *change)), *needles)
-
-
 def test_encoder_and_conv1d_models_are_refused(calib, tmp_path, tokenizer):
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
