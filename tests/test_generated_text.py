@@ -113,5 +113,5 @@ def test_model_without_probabilities_is_refused(tmp_path, tokenizer):
     model = tiny_llama()
     model.lm_head.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="cannot write text"):
+    with pytest.raises(UserError, match="NaN or infinite"):
         generate_text(str(tmp_path / "model"), tokenizer, 2, 8, CPU, folder=tmp_path / "cache")

@@ -91,7 +91,7 @@ def test_folder_is_complete_and_clean(exported, model_dir):
 def test_model_card_shows_the_given_figures_only(exported, model_dir):
     card = (exported[0] / "README.md").read_text()
     assert "| sparse | 12.35 |" in card and "| sparse | 43.21 |" in card
-    assert str(model_dir) not in card and "14 linear layers" in card
+    assert str(model_dir) not in card and "14 matrices" in card
 
 
 def test_asked_dtype_and_tied_embeddings(tmp_path, tokenizer):
