@@ -78,7 +78,7 @@ def read_inputs(
 ) -> tuple[list[dict[str, str]], PretrainedConfig, PreTrainedTokenizerBase, PromptTemplate]:
     """Records, the model's configuration, tokenizer and prompt template, with every check that needs no weights."""
     from sparsity import files, models, text
-    from sparsity.distributed import warn
+    from sparsity.errors import warn
 
     records = text.read_records(args.data_path)[: args.limit]
     config = models.load_config(args.model_dir, args.trust_remote_code)

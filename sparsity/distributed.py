@@ -53,12 +53,6 @@ def is_first_report() -> bool:
         return dist.get_rank() == 0
 
 
-def warn(message: str) -> None:
-    """Print one line of warning to stderr, on the main process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def is_main_process() -> bool:
     """Whether this is the only process, or rank 0 of several."""
     import torch.distributed as dist

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import sys
 
 # Messages of torch, oneDNN, Python and Linux when memory runs out, in exceptions of many classes.
 NO_MEMORY = re.compile(
@@ -56,3 +58,9 @@ def _size(number: str, unit: str) -> str:
         return f"{number} {unit}"
     mebibytes = float(number) / 2**20
     return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
+
+
+def warn(message: str) -> None:
+    """Print one line of warning to stderr, on the main process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from sparsity.distributed import warn
-from sparsity.errors import UserError
+from sparsity.errors import UserError, warn
 
 TEMPORARY = ".tmp"  # suffix of files and folders that are being written
 LOCK = ".lock"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsity.devices import torch_dtype
-from sparsity.distributed import warn
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, first_line, warn
 from sparsity.files import require_file
 from sparsity.models import load_model, shared_names
 

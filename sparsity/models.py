@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.distributed import warn
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, first_line, warn
 from sparsity.files import safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
@@ -244,7 +243,7 @@ def stored_tensors(model: str) -> dict[str, Path]:
     optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(model, "model.safetensors.index.json", **optional)
     path = index or cached_file(model, "model.safetensors", **optional)
-    stored = {}
+    stored: dict[str, Path] = {}
     for file in safetensors_files(Path(path).parent) if path else ():
         with safe_open(file, framework="pt") as tensors:
             stored |= dict.fromkeys(tensors.keys(), file)

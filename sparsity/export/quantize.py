@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsity.distributed import warn
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, first_line, warn
 from sparsity.export.weights import in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
 from sparsity.modelopt_state import pruned_errors, sparse_masks

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsity.distributed import warn
-from sparsity.errors import UserError
+from sparsity.errors import UserError, warn
 from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences, shares
 
 if TYPE_CHECKING:

@@ -163,7 +163,8 @@ def prune_experts(states: HiddenStates | None, layer: DecoderLayer, recipe: Reci
     for weight, linears in layer.experts.linears.items() if layer.experts else ():
         path, _, leaf = f"{layer.name}.{weight}".rpartition(".")
         groups = [{f"{path}.{number}.{leaf}": linear} for number, linear in enumerate(linears)]
-        size, kept = at_once(linears[0].in_features), []
+        size = at_once(linears[0].in_features)
+        kept: list[Tensor] = []
         for start in range(0, len(groups), size):
             chunk = groups[start : start + size]
             collected = collect(states, layer, chunk, states.pruned) if states and states.pruned else []
@@ -241,8 +242,8 @@ def prune_group(group: Group, statistics: Statistics | None, recipe: Recipe) -> 
     sizes = [linear.out_features for linear in group.values()]
     weight = torch.cat([linear.weight for linear in group.values()]).float()
     errors, percdamp = None, None
-    live = statistics.hessian.diagonal() > 0 if statistics else None
-    measured = live is not None and bool(live.any())
+    live = statistics.hessian.diagonal() > 0 if statistics else torch.zeros(())
+    measured = bool(live.any())
     if measured and METHODS[recipe.method].needs_text:
         weight = weight * live  # the weights of inputs that never fire change no output, so they decide nothing
     if (score := METHODS[recipe.method].scores) is not None:

@@ -22,8 +22,8 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from sparsity.devices import bf16_is_faster
-from sparsity.distributed import WAIT_SECONDS, start_processes, warn
-from sparsity.errors import UserError, first_line
+from sparsity.distributed import WAIT_SECONDS, start_processes
+from sparsity.errors import UserError, first_line, warn
 from sparsity.sources import check_source, is_streamed, parse_sources
 
 # What the Trainer cannot combine with held masks, our checkpoints or our loss, unless left at its default.

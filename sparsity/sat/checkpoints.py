@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsity.distributed import is_main_process, warn
-from sparsity.errors import UserError, first_line
+from sparsity.distributed import is_main_process
+from sparsity.errors import UserError, first_line, warn
 from sparsity.files import SEAL, is_sealed, read_json, save_json
 from sparsity.sat.fsdp import model_state, tied_names
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsity.distributed import warn
-from sparsity.errors import UserError
+from sparsity.errors import UserError, warn
 from sparsity.files import file_digest, is_sealed, prepare_output_dir, require_file, scratch_folder, seal
 from sparsity.generated_text import generate_text
 from sparsity.sat.arguments import SatArguments
