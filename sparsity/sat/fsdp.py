@@ -194,40 +194,20 @@ def send_from_main(model: nn.Module, weights: dict[str, Any]) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of parameters that have several → the first name."""
-    first: dict[nn.Parameter, str] = {}
-    names = [(plain_name(name), weight) for name, weight in model.named_parameters(remove_duplicate=False)]
-    return {name: first[weight] for name, weight in names if first.setdefault(weight, name) != name}
-
-
-def model_state(model: nn.Module, trained_only: bool = False, whole: bool = False) -> dict[str, Any]:
-    """Weights and masks by name, sharded as they are, and tied weights only under their first name.
-
-    Args:
-        trained_only: leave out frozen weights.
-        whole: gather the shards on the CPU of the main process; the others may get nothing.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=trained_only)
-    state = get_model_state_dict(model, options=options)
-    for name in tied_names(model):
-        state.pop(name, None)
-    return state
-
-
-def full_state(model: nn.Module, dtypes: dict[str, torch.dtype], trained_only: bool) -> dict[str, torch.Tensor]:
+def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
     """Whole weights and masks on the CPU of the main process (elsewhere possibly empty), pruned weights exactly +0.0.
 
     All processes must call it. Weights are cast to `dtypes`, the dtypes of the restored state.
     """
-    gathered = model_state(model, trained_only, whole=torch.distributed.is_initialized())
+    gathered = accelerator.get_state_dict(model)  # tensor by tensor, kept on the main process only
     state: dict[str, torch.Tensor] = {}
+    copies: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, stored once
     for name in list(gathered):
         tensor = gathered.pop(name)  # frees what was gathered for it
-        state[name] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype), copy=True)
-    state |= {name: state[first] for name, first in tied_names(model).items() if first in state}
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype), copy=True)
+        state[name] = copies[key]
     for _, weight, mask in sparse_masks(state):
         # masked_fill_ writes +0.0 where a product with the mask would leave -0.0 for negative weights
         weight.masked_fill_(~mask, 0.0)
