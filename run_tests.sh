@@ -43,7 +43,7 @@ check lint-imports "$environment/bin/lint-imports" --no-cache
 check codespell "$ENV_PYTHON" -m codespell_lib
 check shellcheck "$environment/bin/shellcheck" --external-sources ./*.sh tools/*.sh benchmarks/gpu/*.sh .ci/run
 check tools.prepare_demo "$ENV_PYTHON" -m tools.prepare_demo
-check pytest "$ENV_PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+check pytest "$ENV_PYTHON" -m pytest -n 2 ${selection[@]+"${selection[@]}"} "$@"
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "$(IFS=,; echo "${failed[*]}")"
   exit 1
