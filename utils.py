@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsity.devices import INFERENCE_DTYPES
-from sparsity.distributed import have_joined, is_first_report
+from sparsity.distributed import have_joined, is_first_report, leave_group
 from sparsity.errors import UserError, first_line, memory_shortage
 from sparsity.files import release_locks
 
@@ -166,6 +166,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a 
     """
     try:
         main()
+        leave_group()
     except Exception as error:
         message = _explain(error, memory_advice)
         is_first = is_first_report()

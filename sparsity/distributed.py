@@ -38,6 +38,14 @@ def have_joined() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
+def leave_group() -> None:
+    """Leave the process group, if any: a thread of it that is alive when Python exits can abort the process."""
+    if have_joined():
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
 def is_first_report() -> bool:
     """Whether no other process has reported a failure of this run before.
 
