@@ -22,6 +22,7 @@ from torch import nn
 from sparsity.distributed import is_main_process
 from sparsity.errors import UserError, first_line, warn
 from sparsity.files import SEAL, is_sealed, read_json, save_json
+from sparsity.models import shared_names
 from sparsity.sat.fsdp import plain_name
 
 NAME = re.compile("checkpoint-[0-9]+")
@@ -165,9 +166,7 @@ def _named_weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tens
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
     """Further names of parameters that have several → the first name."""
-    first: dict[nn.Parameter, str] = {}
-    names = [(plain_name(name), weight) for name, weight in model.named_parameters(remove_duplicate=False)]
-    return {name: first[weight] for name, weight in names if first.setdefault(weight, name) != name}
+    return {plain_name(name): plain_name(first) for name, first in shared_names(model).items()}
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

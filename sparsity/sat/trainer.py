@@ -19,7 +19,7 @@ from sparsity.devices import return_freed_memory
 from sparsity.distributed import any_process, sum_over_processes
 from sparsity.errors import UserError, first_line
 from sparsity.files import save_torch
-from sparsity.modelopt_state import load_state, sparse_masks, state_to_save
+from sparsity.modelopt_state import load_state, pruned_errors, sparse_masks, state_to_save
 from sparsity.models import decoder_layers
 from sparsity.sat import checkpoints
 from sparsity.sat.callbacks import (
@@ -295,13 +295,12 @@ def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> Non
     if student.merge is not None:
         weights = student.merge(weights)
     save_torch(state_to_save(student.modelopt_state, weights), path)
-    pruned = intact = 0
+    pruned = wrong = 0
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
-        zeros = weight[~mask]
-        pruned += zeros.numel()
-        intact += int(((zeros == 0) & ~torch.signbit(zeros)).sum())
+        pruned += int((~mask).sum())
+        wrong += pruned_errors(weight, mask)
         if not torch.isfinite(weight).all():
             raise UserError(f"'{name}' in {path} is not finite; train again with a lower --lr")
-    if pruned == 0 or intact != pruned:
-        raise RuntimeError(f"{pruned - intact} of {pruned} pruned weights in {path} are not zero")
-    print(f"verified {path}: {100 * intact / pruned:.0f}% of {pruned:,} pruned weights are 0")
+    if pruned == 0 or wrong:
+        raise RuntimeError(f"{wrong} of {pruned} pruned weights in {path} are not zero")
+    print(f"verified {path}: 100% of {pruned:,} pruned weights are 0")
