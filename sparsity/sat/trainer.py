@@ -224,6 +224,7 @@ class SparseTrainer(Trainer):
             )
         if self.args.should_save and output_dir:
             checkpoints.remove(Path(output_dir))  # a damaged one, for example, would mix its files with the new ones
+            Path(output_dir).mkdir(parents=True)  # the Trainer takes only a folder that exists for the best checkpoint
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -150,6 +150,13 @@ def test_killed_after_the_last_checkpoint_trains_no_further(finished, run_here, 
         assert_same_weights(finished[0], folder, 0)
 
 
+def test_the_result_of_load_best_is_the_last_checkpoint_if_its_loss_is_lowest(finished, run_here):
+    folder = run_here(*TRAINING, "--train_bs", 2, "--load_best")
+    first, last = [line["eval_loss"] for line in read_log(folder / "train_log.jsonl") if "eval_loss" in line]
+    assert last < first
+    assert_same_weights(finished[0], folder, 1e-6)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(finished, model_dir, state_path, data_dir, tmp_path):
     arguments = command(model_dir, state_path, data_dir, tmp_path, *TRAINING, "--train_bs", 2)
