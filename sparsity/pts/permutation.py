@@ -9,14 +9,14 @@ columns of the other. Dealt by importance, the heaviest inputs of a weight no lo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.recipe import Pattern, Recipe
+from sparsity.pts.recipe import Pattern
 from sparsity.pts.statistics import MAX_SEQUENTIAL_GROUPS
 from sparsity.pts.structure import DecoderLayer, Group, reader, watched
 
@@ -125,46 +125,44 @@ def find_channels(groups: list[Group], heads: tuple[int, int, int], pattern: Pat
 
 
 @torch.no_grad()
-def permute(states: HiddenStates, layer: DecoderLayer, recipe: Recipe, heads: tuple[int, int, int]) -> list[str]:
-    """If the recipe says so, reorder inputs of linear layers where that changes no output, tried on the running layer.
-
-    The first calibration batch tells the energy of the inputs, and the same one of all processes.
+def permute(
+    states: HiddenStates,
+    layer: DecoderLayer,
+    candidates: list[Channels],
+    energies: Mapping[nn.Linear, Tensor],
+    pattern: Pattern,
+) -> dict[nn.Linear, Tensor]:
+    """Reorder inputs of linear layers where that changes none of their outputs, tried on the running layer.
 
     Args:
-        heads: number of query heads; of key and value heads; channels of each.
+        candidates: from `find_channels`.
+        energies: sums of the squares of each input [cols]; zero if calibration never runs the linear layer.
 
     Returns:
-        names of the linear layers whose inputs have a new order.
+        linear layer → its old input [cols] in each place, int64.
     """
-    pattern = recipe.pattern
-    candidates = find_channels(layer.groups, heads, pattern) if recipe.permute and pattern.m else []
-    expected = probe(states, layer, [channels.consumer for channels in candidates]) if candidates else {}
-    reordered = []
+    candidates = [channels for channels in candidates if energies[channels.consumer].any()]
+    expected = outputs(states, layer, [channels.consumer for channels in candidates])
+    reordered = {}
     for channels in candidates:
         linear = channels.consumer
-        if linear not in expected:
-            continue
-        inputs, output = expected[linear]
-        energy = inputs.flatten(0, -2).float().square().sum(0)
-        if dist.is_initialized():
-            dist.broadcast(energy, 0)
-        order = channels.best_order(energy, pattern)
+        order = channels.best_order(energies[linear], pattern)
         channels.reorder(order)
-        if _same(output, probe(states, layer, [linear])[linear][1], linear):
-            reordered += [name for group in layer.groups for name, module in group.items() if module is linear]
+        if _same(expected[linear], outputs(states, layer, [linear])[linear], linear):
+            reordered[linear] = _index(linear.in_features, channels.columns, order)
         else:
             channels.reorder(order.argsort(-1))
     return reordered
 
 
-def probe(
-    states: HiddenStates, layer: DecoderLayer, linears: list[nn.Linear]
-) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of linear layers within the dense decoder layer for the first calibration batch."""
+def outputs(states: HiddenStates, layer: DecoderLayer, linears: list[nn.Linear]) -> dict[nn.Linear, Tensor]:
+    """Outputs of linear layers within the decoder layer for one batch of hidden states, whichever they are by now."""
     assert states.dense is not None
+    if not linears:
+        return {}
     with states.precision(), watched(linears, stop=True) as calls:
         states.run(layer, 0, states.dense[0])
-    return {linear: pairs[0] for linear, pairs in calls.items()}
+    return {linear: calls[linear][0][1] for linear in linears}
 
 
 def _same(expected: Tensor, actual: Tensor, linear: nn.Linear) -> bool:

@@ -24,7 +24,7 @@ from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
 from sparsity.pts.experts import Experts, at_once, one_by_one
 from sparsity.pts.layer_store import LayerStore, MatrixLog
-from sparsity.pts.permutation import permute
+from sparsity.pts.permutation import find_channels, permute
 from sparsity.pts.recipe import METHODS, Recipe, score_mask
 from sparsity.pts.solvers import damp, fast_hessian, layer_error, least_squares, refit, sparsegpt
 from sparsity.pts.statistics import (
@@ -87,7 +87,7 @@ def prune_model(
         )
         for layer in (bar := tqdm(plans, "pruning", unit="layer", disable=hide_bar())):
             if store.has(layer.index):
-                layer_masks, layer_rows = repeat_layer(states, layer, recipe, heads, store, prefetcher)
+                layer_masks, layer_rows = repeat_layer(states, layer, store, prefetcher)
             else:
                 started = time.perf_counter()
                 prefetcher.fetch(layer.index)
@@ -130,8 +130,7 @@ def prune_layer(
     statistics: dict[int, Statistics] = {}
     targets: dict[int, Targets] = {}
     if states and states.dense is not None:
-        permute(states, layer, recipe, heads)
-        statistics, targets = collect_dense(states, layer, recipe)
+        statistics, targets = collect_dense(states, layer, recipe, heads)
     last = len(layer.groups) - 1
     at_end = last in targets and targets[last].inputs is not None
     steps: list[int | None] = list(range(last + 1))
@@ -185,11 +184,12 @@ def prune_experts(states: HiddenStates | None, layer: DecoderLayer, recipe: Reci
 
 
 def collect_dense(
-    states: HiddenStates, layer: DecoderLayer, recipe: Recipe
+    states: HiddenStates, layer: DecoderLayer, recipe: Recipe, heads: tuple[int, int, int]
 ) -> tuple[dict[int, Statistics], dict[int, Targets]]:
     """Run the dense decoder layer and collect the statistics and targets that the recipe takes from it.
 
-    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass.
+    Groups that write to the residual stream, or else the last one, are left for the pruned model's pass. Channels are
+    then dealt to the groups of the pattern, if the recipe says so.
 
     Returns:
         statistics of the inputs, and the residual stream to fit, by number of group.
@@ -206,8 +206,18 @@ def collect_dense(
         stream = reader(groups[inner]), targets[inner].stream
     later = {inner, len(groups) - 1} if recipe.asymmetric else set()
     early = [number for number in range(len(groups)) if recipe.dense_inputs and number not in later]
-    collected = collect(states, layer, [groups[n] for n in early], states.dense, advance=True, stream=stream)
-    return dict(zip(early, collected, strict=True)), targets
+    pattern = recipe.pattern
+    candidates = find_channels(groups, heads, pattern) if recipe.permute and pattern.m else []
+    energies = {each.consumer: each.consumer.weight.new_zeros(each.consumer.in_features).float() for each in candidates}
+    collected = collect(
+        states, layer, [groups[n] for n in early], states.dense, advance=True, stream=stream, energies=energies
+    )
+    statistics = dict(zip(early, collected, strict=True))
+    orders = permute(states, layer, candidates, energies, pattern)
+    for number in early:
+        if (order := orders.get(reader(groups[number]))) is not None:
+            statistics[number].hessian = statistics[number].hessian[order][:, order]
+    return statistics, targets
 
 
 def collect_pruned(
@@ -316,15 +326,12 @@ def relative_errors(
 def repeat_layer(
     states: HiddenStates | None,
     layer: DecoderLayer,
-    recipe: Recipe,
-    heads: tuple[int, int, int],
     store: LayerStore,
     prefetcher: LayerPrefetcher,
 ) -> tuple[Masks, list[MatrixLog]]:
     """Load a layer that an earlier run finished, and move the hidden states past it as that run did."""
     if states and states.dense is not None:
         prefetcher.fetch(layer.index)
-        permute(states, layer, recipe, heads)  # products in another order are rounded otherwise
         states.advance(layer, states.dense)
     masks, rows = store.load(layer.index, layer.module)
     if states and states.pruned is not None:

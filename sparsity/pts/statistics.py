@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from sparsity.pts.structure import DecoderLayer, Group, reader, replaced_forward
 
 TOKENS_AT_ONCE = 2048  # copied to float32 and multiplied at a time: enough for full speed, little memory
 HESSIAN_BLOCKS = 8  # of columns: half of a symmetric product needs no computing, 7 of 16 parts are left out
+ENERGY_STRIDE = 4  # between the tokens from which the energy of each input is taken
 MAX_TOKEN_WEIGHT = 10.0  # before weights are brought to a mean of 1: of a token whose target is nearly zero
 
 MAX_SEQUENTIAL_GROUPS = 8  # decoder layers have about four; a mixture of experts has many
@@ -142,6 +144,7 @@ def collect(
     advance: bool = False,
     targets: Targets | None = None,
     stream: tuple[nn.Linear, list[Tensor]] | None = None,
+    energies: Mapping[nn.Linear, Tensor] | None = None,
 ) -> list[Statistics]:
     """Run hidden states through a decoder layer and collect the statistics of the inputs of `groups`.
 
@@ -152,6 +155,7 @@ def collect(
             asymmetric calibration of GPTAQ (Li et al. 2025), with the residual's own error included. With
             `targets.inputs`, `hidden` receives the stream without the linear's output.
         stream: a linear layer whose output is added to the layer's input, and buffers for that sum.
+        energies: linear layers, each with zeros [cols] that receive the weighted sums of the squares of its inputs.
 
     Raises:
         UserError: an activation was NaN or infinite.
@@ -160,7 +164,7 @@ def collect(
     rows = linears[0].out_features if targets else 0
     collected = [Statistics(linear.in_features, states.device, rows) for linear in linears]
     at_end = targets is not None and targets.inputs is not None
-    modules = {*linears, *((stream[0],) if stream else ())}
+    modules, energies = {*linears, *((stream[0],) if stream else ()), *(energies or ())}, energies or {}
     with states.precision(), zero_output(linears[0], states.linear_dtype) if targets else nullcontext():
         for batch, buffer in enumerate(hidden):
             with watched(modules, stop=not (advance or at_end)) as calls:
@@ -175,6 +179,9 @@ def collect(
                 for inputs, _ in calls.get(linear, ()):
                     flat = inputs.flatten(0, -2).to(states.linear_dtype)
                     statistics.add(flat, outputs, token_weight=weight, token_scales=scales)
+            for linear, energy in energies.items():
+                for inputs, _ in calls.get(linear, ()):  # a sample of the tokens is enough
+                    energy.add_(inputs.flatten(0, -2)[::ENERGY_STRIDE].float().square().sum(0), alpha=weight)
             if stream is not None:
                 added = calls[stream[0]][0][1]
                 states.store(states.load(buffer) + added.view_as(buffer), stream[1][batch])
@@ -182,6 +189,9 @@ def collect(
                 states.store(calls[linears[0]][0][0], targets.inputs[batch])
             if advance or at_end:
                 states.store(output, buffer)
+    if dist.is_initialized():
+        for energy in energies.values():
+            dist.all_reduce(energy)
     for group, linear, statistics in zip(groups, linears, collected, strict=True):
         statistics.finish(next(iter(group)), linear.weight)
     return collected

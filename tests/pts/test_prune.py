@@ -67,7 +67,7 @@ def test_collecting_from_the_dense_model_does_not_change_what_it_computes(bf16, 
     expected = [hidden.clone() for hidden in states.dense]
     states.advance(layer, expected)
     with torch.no_grad():
-        collect_dense(states, layer, recipe)
+        collect_dense(states, layer, recipe, head_counts(model.config))
     assert all(torch.equal(left, right) for left, right in zip(states.dense, expected, strict=True))
 
 
