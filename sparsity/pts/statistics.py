@@ -211,8 +211,8 @@ def stream_linears(states: HiddenStates, layer: DecoderLayer) -> tuple[int | Non
     """Find the linear layers whose output is simply added to the residual stream.
 
     They are tested on the first batch of the dense model's hidden states: without the last linear, the layer must
-    return the rest; without an inner one, but with its output added to the input, what it returned before. Models that
-    normalize such outputs first (Gemma) have none; where experts come last, there is only an inner one.
+    return the rest, which is its input plus the output of the inner one. Models that normalize such outputs first
+    (Gemma) have none; where experts come last, there is only an inner one.
 
     Returns:
         number of the group that is added to the layer's input (o_proj in a Llama), and number of the last group
@@ -236,12 +236,17 @@ def stream_linears(states: HiddenStates, layer: DecoderLayer) -> tuple[int | Non
         outputs = {number: calls[linear][0][1] for number, linear in single.items() if linear in calls}
         order = list(calls)
         ends = last in outputs and not any(expert in order[order.index(single[last]) :] for expert in experts)
-        at_end = last if ends and _is_sum(whole - without(last, hidden), outputs[last]) else None
+        rest = without(last, hidden) if ends else whole
+        at_end = last if ends and _is_sum(whole - rest, outputs[last]) else None
         for number, output in outputs.items():
-            if number != at_end and output.numel() == hidden.numel():
-                added = states.load(hidden) + output.view_as(hidden)
-                if _is_sum(output, output + (without(number, added) - whole).view_as(output)):
-                    return number, at_end
+            if number == at_end or output.numel() != hidden.numel():
+                continue
+            added = rest - states.load(hidden)
+            if at_end is None:  # unknown what follows: it must return the same for the input with the output added
+                stream = states.load(hidden).to(states.dtype) + output.view_as(hidden)
+                added = output + (without(number, stream) - whole).view_as(output)
+            if _is_sum(added, output):
+                return number, at_end
     return None, at_end
 
 
