@@ -21,6 +21,9 @@ from sparsity.pts.structure import Call, DecoderLayer, hidden_states_of, layer_o
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Tests of how a layer works run on a batch of their own, the first tokens of the first sequence.
+PROBE, PROBE_TOKENS = -1, 128
+
 
 class HiddenStates:
     """The hidden states of the calibration set between two decoder layers, one tensor per batch.
@@ -77,6 +80,16 @@ class HiddenStates:
                     self.store(embedded, stream[number])
             first = seen.setdefault(embedded.shape, calls)
             self.calls.append(first if _equal(first, calls) else calls)
+        embedded, calls = record_calls(
+            model, layers, outputs, {"input_ids": batches[0]["input_ids"][:1, :PROBE_TOKENS]}
+        )
+        self.probe_shape = embedded.shape
+        self.calls.append(calls)  # as number PROBE
+
+    def probe(self) -> Tensor:
+        """The dense hidden states of the first tokens of the first sequence; `run` takes them as the batch `PROBE`."""
+        assert self.dense is not None
+        return self.dense[0][tuple(map(slice, self.probe_shape))]
 
     def allocate(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
         """One buffer for each batch, where activations are kept: memory, pinned for CUDA, or a mapped file.

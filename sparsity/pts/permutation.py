@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsity.pts.activations import HiddenStates
+from sparsity.pts.activations import PROBE, HiddenStates
 from sparsity.pts.recipe import Pattern
 from sparsity.pts.statistics import MAX_SEQUENTIAL_GROUPS
 from sparsity.pts.structure import DecoderLayer, Group, reader, watched
@@ -136,16 +136,17 @@ def permute(
 
     Args:
         candidates: from `find_channels`.
-        energies: sums of the squares of each input [cols]; zero if calibration never runs the linear layer.
+        energies: by consumer, sums of the squares of each input [cols].
 
     Returns:
         linear layer → its old input [cols] in each place, int64.
     """
-    candidates = [channels for channels in candidates if energies[channels.consumer].any()]
-    expected = outputs(states, layer, [channels.consumer for channels in candidates])
+    expected = outputs(states, layer, [channels.consumer for channels in candidates]) if candidates else {}
     reordered = {}
     for channels in candidates:
         linear = channels.consumer
+        if linear not in expected:
+            continue
         order = channels.best_order(energies[linear], pattern)
         channels.reorder(order)
         if _same(expected[linear], outputs(states, layer, [linear])[linear], linear):
@@ -156,13 +157,10 @@ def permute(
 
 
 def outputs(states: HiddenStates, layer: DecoderLayer, linears: list[nn.Linear]) -> dict[nn.Linear, Tensor]:
-    """Outputs of linear layers within the decoder layer for one batch of hidden states, whichever they are by now."""
-    assert states.dense is not None
-    if not linears:
-        return {}
+    """Outputs of linear layers within the decoder layer for a few hidden states, whichever they are by now."""
     with states.precision(), watched(linears, stop=True) as calls:
-        states.run(layer, 0, states.dense[0])
-    return {linear: calls[linear][0][1] for linear in linears}
+        states.run(layer, PROBE, states.probe())
+    return {linear: pairs[0][1] for linear, pairs in calls.items()}
 
 
 def _same(expected: Tensor, actual: Tensor, linear: nn.Linear) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
-from sparsity.pts.activations import HiddenStates
+from sparsity.pts.activations import PROBE, HiddenStates
 from sparsity.pts.structure import DecoderLayer, Group, reader, replaced_forward, watched
 
 TOKENS_AT_ONCE = 2048  # copied to float32 and multiplied at a time: enough for full speed, little memory
@@ -210,7 +210,7 @@ def zero_output(linear: nn.Linear, dtype: torch.dtype) -> AbstractContextManager
 def stream_linears(states: HiddenStates, layer: DecoderLayer) -> tuple[int | None, int | None]:
     """Find the linear layers whose output is simply added to the residual stream.
 
-    They are tested on the first batch of the dense model's hidden states: without the last linear, the layer must
+    They are tested on a few of the dense model's hidden states: without the last linear, the layer must
     return the rest, which is its input plus the output of the inner one. Models that normalize such outputs first
     (Gemma) have none; where experts come last, there is only an inner one.
 
@@ -218,21 +218,20 @@ def stream_linears(states: HiddenStates, layer: DecoderLayer) -> tuple[int | Non
         number of the group that is added to the layer's input (o_proj in a Llama), and number of the last group
         (down_proj); None where there is no such layer.
     """
-    assert states.dense is not None
     last = len(layer.groups) - 1
     if not 0 <= last < MAX_SEQUENTIAL_GROUPS or len(layer.groups[last]) != 1:
         return None, None
     single = {number: reader(group) for number, group in enumerate(layer.groups) if len(group) == 1}
     experts = [linear for linears in layer.experts.linears.values() for linear in linears] if layer.experts else []
-    hidden = states.dense[0]
+    hidden = states.probe()
 
     def without(number: int, stream: Tensor) -> Tensor:
         with zero_output(single[number], states.linear_dtype):
-            return states.run(layer, 0, stream)
+            return states.run(layer, PROBE, stream)
 
     with states.precision():
         with watched([*single.values(), *experts]) as calls:
-            whole = states.run(layer, 0, hidden)
+            whole = states.run(layer, PROBE, hidden)
         outputs = {number: calls[linear][0][1] for number, linear in single.items() if linear in calls}
         order = list(calls)
         ends = last in outputs and not any(expert in order[order.index(single[last]) :] for expert in experts)
