@@ -22,8 +22,7 @@ from torch import nn
 from sparsity.distributed import is_main_process
 from sparsity.errors import UserError, first_line, warn
 from sparsity.files import SEAL, is_sealed, read_json, save_json
-from sparsity.models import shared_names
-from sparsity.sat.fsdp import plain_name
+from sparsity.sat.fsdp import model_state, tied_names
 
 NAME = re.compile("checkpoint-[0-9]+")
 TENSORS, VALUES = "training_state", "training_state.json"  # in the folder of a checkpoint
@@ -92,7 +91,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, train
     """
     import torch.distributed.checkpoint as dcp
 
-    tensors = _named_weights(model, trained_only)  # first: it reshards what an evaluation has left gathered
+    # The weights first: that reshards what an evaluation has left gathered.
+    tensors = {f"model.{name}": tensor for name, tensor in model_state(model, trained_only).items()}
     state = _optimizer_state(model, optimizer)
     tensors |= _named_moments(state)
     values: dict[str, Any] = {"state": {}, "param_groups": state["param_groups"]}
@@ -101,7 +101,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, train
     writer = dcp.HuggingFaceStorageWriter(
         path=str(folder / TENSORS), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
     )
-    with _quiet(), _plain_errors(f"cannot write {folder}"):
+    with _plain_errors(f"cannot write {folder}"):
         dcp.save(tensors, storage_writer=writer, no_dist=not torch.distributed.is_initialized())
     if is_main_process():
         save_json(values, folder / VALUES)
@@ -118,12 +118,10 @@ def load_weights(folder: Path, model: nn.Module, trained_only: bool = False) -> 
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    named = _named_weights(model, trained_only)
-    _read(folder, named)
-    weights: dict[str, Any] = {name.removeprefix("model."): tensor for name, tensor in named.items()}
-    weights |= {name: weights[first] for name, first in _tied_names(model).items() if first in weights}
-    with _quiet():
-        set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+    weights = model_state(model, trained_only)
+    _read(folder, {f"model.{name}": tensor for name, tensor in weights.items()})
+    weights |= {name: weights[first] for name, first in tied_names(model).items() if first in weights}
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -141,8 +139,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         content = saved["state"][weight][name]
         state["state"][weight][name] = torch.full_like(value, content) if isinstance(value, torch.Tensor) else content
     state["param_groups"] = saved["param_groups"]
-    with _quiet():
-        set_optimizer_state_dict(model, unwrapped(optimizer), state)
+    set_optimizer_state_dict(model, unwrapped(optimizer), state)
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
@@ -152,29 +149,11 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _named_weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Weights and masks as "model.NAME", sharded as they are; tied weights only under their first name."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    left_out = set(_tied_names(model))
-    if trained_only:
-        left_out |= {plain_name(name) for name, weight in model.named_parameters() if not weight.requires_grad}
-    with _quiet():
-        state: dict[str, Any] = get_model_state_dict(model)
-    return {f"model.{name}": tensor for name, tensor in state.items() if name not in left_out}
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of parameters that have several → the first name."""
-    return {plain_name(name): plain_name(first) for name, first in shared_names(model).items()}
-
-
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """{"state": weight name → {name → value}, "param_groups": […]}; zeros before the first step."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    with _quiet():
-        return get_optimizer_state_dict(model, unwrapped(optimizer))
+    return get_optimizer_state_dict(model, unwrapped(optimizer))
 
 
 def _is_array(value: Any) -> bool:
@@ -212,7 +191,7 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(path=str(folder / TENSORS))
-    with _quiet(), _plain_errors(f"cannot read {folder}"):
+    with _plain_errors(f"cannot read {folder}"):
         dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
 
 
@@ -225,18 +204,11 @@ def _plain_errors(what: str) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a single process saves
+            yield
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, OSError | MemoryError | torch.OutOfMemoryError):
             raise cause from None
         raise UserError(f"{what}: {first_line(cause)}; other checkpoints are unchanged") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress torch's warnings about saving from a single process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        yield

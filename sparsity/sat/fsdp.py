@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from sparsity.modelopt_state import is_mask, mask_name, sparse_masks, weight_name
+from sparsity.models import shared_names
 from sparsity.sat.low_rank import LowRankLinear, mark_pruned
 
 if TYPE_CHECKING:
@@ -194,20 +195,38 @@ def send_from_main(model: nn.Module, weights: dict[str, Any]) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def full_state(accelerator: Accelerator, model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several → the first name."""
+    return {plain_name(name): plain_name(first) for name, first in shared_names(model).items()}
+
+
+def model_state(model: nn.Module, trained_only: bool = False, whole: bool = False) -> dict[str, Any]:
+    """Weights and masks by name, sharded as they are, and tied weights only under their first name.
+
+    Args:
+        trained_only: leave out frozen weights.
+        whole: gather the shards on the CPU of the main process; the others may get nothing.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=trained_only)
+    state = get_model_state_dict(model, options=options)
+    for name in tied_names(model):
+        state.pop(name, None)
+    return state
+
+
+def full_state(model: nn.Module, dtypes: dict[str, torch.dtype], trained_only: bool) -> dict[str, torch.Tensor]:
     """Whole weights and masks on the CPU of the main process (elsewhere possibly empty), pruned weights exactly +0.0.
 
     All processes must call it. Weights are cast to `dtypes`, the dtypes of the restored state.
     """
-    gathered = accelerator.get_state_dict(model)  # tensor by tensor, kept on the main process only
+    gathered = model_state(model, trained_only, whole=torch.distributed.is_initialized())
     state: dict[str, torch.Tensor] = {}
-    copies: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, stored once
     for name in list(gathered):
         tensor = gathered.pop(name)  # frees what was gathered for it
-        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype), copy=True)
-        state[name] = copies[key]
+        state[name] = tensor.detach().to("cpu", dtypes.get(name, tensor.dtype), copy=True)
+    state |= {name: state[first] for name, first in tied_names(model).items() if first in state}
     for _, weight, mask in sparse_masks(state):
         # masked_fill_ writes +0.0 where a product with the mask would leave -0.0 for negative weights
         weight.masked_fill_(~mask, 0.0)

@@ -13,9 +13,7 @@ zero as -0.0, which computes the same. A mask thus needs no memory, and is shard
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,35 +162,6 @@ def keep_dtype(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, torch.Tensor) and inputs and isinstance(inputs[0], torch.Tensor):
         return output.to(inputs[0].dtype)
     return output
-
-
-@contextlib.contextmanager
-def trained_only(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's state dict has only trained parameters, and loads without the frozen ones.
-
-    Checkpoints thus hold what training changes; everything else comes from the model and the pruned state.
-    """
-    wrapper = "_checkpoint_wrapped_module."  # in the names of layers that recompute activations under FSDP
-    parameters = model.named_parameters(remove_duplicate=False)
-    frozen = {name.replace(wrapper, "") for name, parameter in parameters if not parameter.requires_grad}
-
-    def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in frozen:
-            state.pop(prefix + name, None)
-
-    def allow_missing(module: nn.Module, incompatible: Any) -> None:
-        missing = incompatible.missing_keys
-        missing[:] = [name for name in missing if name.replace(wrapper, "") not in frozen]
-
-    handles = (
-        model.register_state_dict_post_hook(leave_out),
-        model.register_load_state_dict_post_hook(allow_missing),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def merge(state: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,6 @@ from sparsity.sat.callbacks import (
 from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed, sample_lengths
 from sparsity.sat.fsdp import configure_fsdp, force_fsdp, full_state, local, send_from_main, shard_teacher
 from sparsity.sat.loss import LossWeights, batch_loss
-from sparsity.sat.low_rank import trained_only
 from sparsity.sat.masking import mask_gradients
 
 if TYPE_CHECKING:
@@ -289,19 +287,17 @@ def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> Non
     trainer.model.zero_grad(set_to_none=True)  # gradients and optimizer state take as much memory as the saved state
     trainer.optimizer.state.clear()
     return_freed_memory()
-    with nullcontext() if student.merge is None else trained_only(trainer.model):
-        weights = full_state(trainer.accelerator, trainer.model, student.dtypes)
+    weights = full_state(trainer.model, student.dtypes, trained_only=student.merge is not None)
     if not trainer.args.should_save:
         return
     if student.merge is not None:
         weights = student.merge(weights)
     save_torch(state_to_save(student.modelopt_state, weights), path)
-    pruned = wrong = 0
+    pruned = 0
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
         pruned += int((~mask).sum())
-        wrong += pruned_errors(weight, mask)
+        if errors := pruned_errors(weight, mask):
+            raise RuntimeError(f"{errors} pruned weights of '{name}' in {path} are not zero")
         if not torch.isfinite(weight).all():
             raise UserError(f"'{name}' in {path} is not finite; train again with a lower --lr")
-    if pruned == 0 or wrong:
-        raise RuntimeError(f"{wrong} of {pruned} pruned weights in {path} are not zero")
     print(f"verified {path}: 100% of {pruned:,} pruned weights are 0")

@@ -68,7 +68,7 @@ def student_on(rank: int, port: int, lora_rank: int, paths: dict[str, str], resu
     )
     facts = {"bytes": bytes_held(model), "masks": masks, "teacher is the dense model": same}
     facts["frequencies"] = [value for name, value in model.named_buffers() if "inv_freq" in name]
-    facts["state"] = full_state(trainer.accelerator, model, student.dtypes)
+    facts["state"] = full_state(model, student.dtypes, trained_only=False)
     torch.save(facts, f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -10,7 +10,7 @@ from torch import nn
 from sparsity.errors import UserError
 from sparsity.modelopt_state import load_state, load_weights, sparse_masks
 from sparsity.models import model_without_weights
-from sparsity.sat.fsdp import allocate, fill
+from sparsity.sat.fsdp import allocate, fill, model_state
 from sparsity.sat.low_rank import (
     LowRankLinear,
     MaskedLowRankProduct,
@@ -18,7 +18,6 @@ from sparsity.sat.low_rank import (
     mark_pruned,
     marked_kept,
     merge,
-    trained_only,
 )
 
 SCALE = 0.7
@@ -86,8 +85,8 @@ def test_merged_state_computes_what_was_trained(model_dir, state_path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    with trained_only(model):
-        trained = model.state_dict()
+    trained = model_state(model, trained_only=True)
+    assert trained.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
     result = merge(state, trained, SCALE)
     assert result.keys() == state.keys()
     for name, weight, mask in sparse_masks(result):
@@ -116,24 +115,6 @@ def test_what_is_trained_is_float32_and_the_rest_stays_in_the_compute_dtype(mode
     # B is zero at first, so that A has no gradient yet.
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained.values())
     assert all(p.grad.abs().sum() > 0 for name, p in trained.items() if not name.endswith("lora_A"))
-
-
-def test_checkpoints_hold_only_what_is_trained(model_dir, state_path):
-    model, _ = prepared(model_dir, state_path, torch.bfloat16)
-    with trained_only(model):
-        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert saved.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in saved:
-                parameter.zero_()
-    with trained_only(model):
-        model.load_state_dict(saved)  # strict
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
-    with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict(saved)
-    with trained_only(model), pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({name: tensor for name, tensor in saved.items() if "lora_B" not in name})
 
 
 def test_a_rank_above_the_smaller_side_is_refused(model_dir, state_path):
