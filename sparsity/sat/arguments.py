@@ -120,24 +120,13 @@ class DataArguments:
     text_ratio: Kept[Fraction[float]] = option(
         "fraction of plain text among all training tokens, with --text_path; 1: only the text", default=0.5
     )
-    answer_weight: Kept[Positive[float]] = option(
-        "loss weight of answer tokens; plain-text tokens have weight 1", default=1.0
-    )
-    text_length: Kept[Positive[int | None]] = option(
-        "tokens per block of plain text; by default --max_length", default=None
-    )
+    answer_weight: Kept[Positive[float]] = option("loss weight of answer tokens; plain text has 1", default=1.0)
     packing: Kept[bool] = option("put several samples into a row; attention stays within each sample", default=False)
-    pad_to_max: bool = option("pad every batch to --max_length (for comparisons)", default=False)
     workers: Positive[int] = option("processes that tokenize", default_factory=lambda: min(8, os.cpu_count() or 1))
     cache_dir: str | None = option(
         "folder of tokenized data, shared by all runs; by default cache, beside the training records", default=None
     )
     max_eval_samples: NotNegative[int] = option("evaluate on the first N only; 0: all", default=512)
-
-    @property
-    def block(self) -> int:
-        """Tokens in a block of plain text."""
-        return self.text_length or self.model_max_length
 
     @property
     def train_file(self) -> Path:
@@ -211,9 +200,7 @@ class SparseTrainingArguments(TrainingArguments):
     optim: Kept[OptimizerNames | str] = option("optimizer; 8 bit needs bitsandbytes", default="adamw_torch_fused")
     seed: Kept[int] = option("random seed, also for the data order", default=0)
     group_by_length: Kept[bool] = option("batches of samples of similar length, which need less padding", default=True)
-    freeze_embeddings: Kept[bool] = option(
-        "freeze the embeddings, and an output head that is tied to them", default=True
-    )
+    freeze_embeddings: Kept[bool] = option("freeze the embeddings, and a head tied to them", default=True)
     lora_rank: Kept[NotNegative[int]] = option(
         "freeze the pruned weights and train masked updates of this rank, which are merged at the end, in far less "
         "memory; needs about 10 times the --lr. 0: train all weights",
@@ -289,7 +276,7 @@ class SparseTrainingArguments(TrainingArguments):
 
     @property
     def place_model_on_device(self) -> bool | None:
-        """Sharding places the model itself."""
+        """Sharding places the model itself, which until then has masks on the meta device."""
         return False if self.sharded else super().place_model_on_device
 
     def _set_precision(self) -> None:
@@ -324,7 +311,16 @@ class SparseTrainingArguments(TrainingArguments):
         Raises:
             UserError: the data does not fill one batch of every process.
         """
-        self.max_steps, per_epoch = planned_steps(self, samples)
+        size, processes = self.per_device_train_batch_size, self.processes
+        if samples < size * processes:
+            raise UserError(
+                f"{samples} training samples do not fill one batch of {size} on {processes} process(es); "
+                "add data or lower --train_bs or --num_processes"
+            )
+        batches = math.ceil(self.samples_per_epoch(samples) / (size * processes))
+        per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        if self.max_steps <= 0:
+            self.max_steps = math.ceil(per_epoch * self.num_train_epochs)
         self.warmup_steps = self.given["warmup_steps"] or round(self.given["warmup_ratio"] * self.max_steps)
         self.eval_strategy = self.eval_strategy if evaluates else type(self.eval_strategy)("no")
         self.eval_steps = self.given["eval_steps"] or per_epoch
@@ -405,8 +401,6 @@ def check_arguments(args: SatArguments) -> None:
             if isinstance(limits, Limits):
                 limits.check(name, value)
     data, training = args.data, args.training
-    if data.text_length and data.text_length > data.model_max_length:
-        raise UserError(f"--text_length {data.text_length} exceeds --max_length {data.model_max_length}")
     for source in parse_sources(data.text_path) if data.text_path else []:
         check_source(source)
         if is_streamed(source) and data.text_ratio >= 1 and not data.text_tokens:
@@ -416,22 +410,3 @@ def check_arguments(args: SatArguments) -> None:
     offload = training.cpu_offload or args.distillation.teacher_offload
     if offload and not (training.sharded or training.dry_run or training.check_only):
         raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
-
-
-def planned_steps(training: SparseTrainingArguments, samples: int) -> tuple[int, int]:
-    """Optimizer steps in all and per epoch.
-
-    Raises:
-        UserError: the data does not fill one batch of every process.
-    """
-    size, processes = training.per_device_train_batch_size, training.processes
-    if samples < size * processes:
-        raise UserError(
-            f"{samples} training samples do not fill one batch of {size} on {processes} process(es); "
-            "add data or lower --train_bs or --num_processes"
-        )
-    batches = math.ceil(training.samples_per_epoch(samples) / (size * processes))
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    if training.max_steps > 0:
-        return training.max_steps, per_epoch
-    return math.ceil(per_epoch * training.num_train_epochs), per_epoch

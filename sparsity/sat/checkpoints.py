@@ -95,9 +95,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, train
     tensors = {f"model.{name}": tensor for name, tensor in model_state(model, trained_only).items()}
     state = _optimizer_state(model, optimizer)
     tensors |= _named_moments(state)
-    values: dict[str, Any] = {"state": {}, "param_groups": state["param_groups"]}
-    for weight, name, value in _single_values(state):  # a step count, for example, equal on all processes
-        values["state"].setdefault(weight, {})[name] = value.item() if isinstance(value, torch.Tensor) else value
+    values = {"state": _single_values(state), "param_groups": state["param_groups"]}
     writer = dcp.HuggingFaceStorageWriter(
         path=str(folder / TENSORS), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
     )
@@ -135,9 +133,11 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     state = _optimizer_state(model, optimizer)
     _read(folder, _named_moments(state))
     saved = read_json(folder / VALUES, "checkpoint")
-    for weight, name, value in _single_values(state):
-        content = saved["state"][weight][name]
-        state["state"][weight][name] = torch.full_like(value, content) if isinstance(value, torch.Tensor) else content
+    for weight, contents in saved["state"].items():
+        for name, content in contents.items():
+            value = state["state"][weight][name]
+            is_tensor = isinstance(value, torch.Tensor)
+            state["state"][weight][name] = torch.full_like(value, content) if is_tensor else content
     state["param_groups"] = saved["param_groups"]
     set_optimizer_state_dict(model, unwrapped(optimizer), state)
 
@@ -170,10 +170,16 @@ def _named_moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _single_values(state: dict[str, Any]) -> list[tuple[str, str, Any]]:
-    """(weight, name, value) for all other values of an optimizer's state."""
-    items = [(weight, name, value) for weight, values in state["state"].items() for name, value in values.items()]
-    return [item for item in items if not _is_array(item[2])]
+def _single_values(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All other values by weight and name, for example a step count; they are equal on all processes."""
+    return {
+        weight: {
+            name: value.item() if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+            if not _is_array(value)
+        }
+        for weight, values in state["state"].items()
+    }
 
 
 def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -112,8 +112,8 @@ def without_empty(dataset: Dataset, max_length: int, end: int) -> Dataset:
     cut = sum(labels[-1] != end for labels in dataset.select(full)["labels"]) if full else 0
     empty = len(dataset) - len(fits)
     if cut or empty:
-        counts = [f"{cut} lost the end of their answer"] * bool(cut) + [f"{empty} were left out"] * bool(empty)
-        warn(f"--max_length {max_length} is short for the answers: of {len(dataset)} records {' and '.join(counts)}")
+        counts = f"of {len(dataset)} records {cut} lost the end of their answer and {empty} were left out"
+        warn(f"--max_length {max_length} is short for the answers: {counts}")
     return dataset.select(fits) if empty else dataset
 
 
@@ -286,10 +286,9 @@ def load_data(args: SatArguments, tokenizer: PreTrainedTokenizerBase, template: 
     for source in parse_sources(data.text_path) if data.text_path else []:
         tokens = None if data.text_tokens is None else math.ceil(data.text_tokens * source.weight)
         if tokens is None and records is not None and is_streamed(source):
-            blocks = math.ceil(blocks_for_ratio(records, data.text_ratio, data.block) * source.weight)
-            tokens = blocks * data.block
+            tokens = math.ceil(blocks_for_ratio(records, data.text_ratio, length) * source.weight) * length
         generated = source.spec == SELF
-        samples = None if generated else load_texts(tokenizer, source, data.block, cache, tokens, args.training.seed)
+        samples = None if generated else load_texts(tokenizer, source, length, cache, tokens, args.training.seed)
         texts.append(Text(samples, source.weight, generated))
     return TrainingData(records, evaluation, texts)
 
@@ -305,16 +304,16 @@ def generated_blocks(args: SatArguments, loaded: TrainingData) -> int:
     if not fraction:
         return 0
     if data.self_tokens is not None:
-        return math.ceil(data.self_tokens / data.block)
+        return math.ceil(data.self_tokens / data.model_max_length)
     limits = [len(text.blocks) / text.fraction for text in loaded.texts if text.blocks is not None]
     if data.text_tokens is not None:
-        limits.append(data.text_tokens / data.block)
+        limits.append(data.text_tokens / data.model_max_length)
     if loaded.records is not None and data.text_ratio < 1:
-        limits.append(blocks_for_ratio(loaded.records, data.text_ratio, data.block))
+        limits.append(blocks_for_ratio(loaded.records, data.text_ratio, data.model_max_length))
     if training.max_steps > 0:
         samples = training.max_steps * training.gradient_accumulation_steps * training.processes
         tokens = samples * training.per_device_train_batch_size * data.model_max_length
-        limits.append(tokens * data.text_ratio / data.block)
+        limits.append(tokens * data.text_ratio / data.model_max_length)
     if not limits:
         raise UserError(f"nothing says how much text the model is to write for '{SELF}'; give --self_tokens")
     return max(1, math.ceil(min(limits) * fraction))
@@ -340,7 +339,7 @@ def load_generated(
     if not blocks:
         return None
     model = args.model
-    options = (args.data.block, device, args.training.seed, model.trust_remote_code)
+    options = (args.data.model_max_length, device, args.training.seed, model.trust_remote_code)
     tokens = generate_text(model.model_name_or_path, tokenizer, blocks, *options, part=(process, processes))
     return text_dataset(tokens.tolist())
 
@@ -398,8 +397,8 @@ class Collator:
     packed rows bool [B, 1, T, T] that keeps attention causal and within a sample.
     """
 
-    def __init__(self, pad_token_id: int, pad_to: int | None = None):
-        self.pad_token_id, self.pad_to = pad_token_id, pad_to
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         packed = isinstance(items[0]["record"], list)
@@ -407,7 +406,7 @@ class Collator:
         if not packed:
             rows = [tuple([value] for value in row) for row in rows]
         longest = max(sum(map(len, row[0])) for row in rows)
-        shape = (len(rows), self.pad_to or -(-longest // 8) * 8)
+        shape = (len(rows), -(-longest // 8) * 8)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORE),

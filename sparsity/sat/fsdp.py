@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from sparsity.modelopt_state import is_mask, mask_name, sparse_masks, weight_name
 from sparsity.models import shared_names
@@ -82,13 +82,11 @@ def shard_teacher(
     Args:
         mesh: one-dimensional; by default all processes.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype),
-        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy(),
-    }
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for module in teacher.modules():
         if type(module).__name__ == layer_class:
             fully_shard(module, **options)
@@ -119,14 +117,9 @@ def plain_name(name: str) -> str:
 
 
 def rows_of(whole: torch.Tensor, sharded: DTensor) -> torch.Tensor:
-    """This process's part of `whole`, which has the shape of the DTensor `sharded`; a view."""
-    part = whole
-    for dimension, placement in enumerate(sharded.placements):
-        if isinstance(placement, Shard):
-            rank, size = sharded.device_mesh.get_local_rank(dimension), sharded.device_mesh.size(dimension)
-            chunks = part.chunk(size, placement.dim)  # with few rows, the last processes have none
-            part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)
-    return part
+    """This process's rows of `whole`, which has the shape of the DTensor `sharded`; a view."""
+    rank, chunks = sharded.device_mesh.get_local_rank(), whole.chunk(sharded.device_mesh.size())
+    return chunks[rank] if rank < len(chunks) else whole[:0]  # with few rows, the last processes have none
 
 
 def shard_mask(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -54,53 +54,35 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     """
     import modelopt.torch.opt as mto
 
-    path = args.model.modelopt_restore_path
+    training, path = args.training, args.model.modelopt_restore_path
     state = load_state(path)
     tensors = state["model_state_dict"]
     require_masks(tensors, path)
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    if args.training.lora_rank:
-        return load_low_rank(args, state, dtypes, pad_token_id)
-    model = model_without_weights(args.model.model_name_or_path, trust_remote_code=args.model.trust_remote_code)
-    model = restore_layers(model, state, path)
-    modelopt_state = mto.modelopt_state(model)
-    model = use_plain_weights(model, tensors)
-    if args.training.freeze_embeddings:
-        freeze_embeddings(model)
+    # Low-rank training reads the weights straight into the compute dtype, without a float32 copy.
+    dtype = training.compute_dtype if training.lora_rank else torch.float32
+    model = model_without_weights(args.model.model_name_or_path, dtype, args.model.trust_remote_code)
+    if training.lora_rank:
+        check_state_fits(tensors, model, path)
+        modelopt_state, scale = state["modelopt_state"], training.lora_alpha / training.lora_rank
+        embeddings = not training.freeze_embeddings
+        add_low_rank(model, tensors, training.lora_rank, scale, training.seed, embeddings)
+        merged = partial(merge, tensors, scale=scale)
+    else:
+        model = restore_layers(model, state, path)
+        modelopt_state, merged = mto.modelopt_state(model), None
+        model = use_plain_weights(model, tensors)
+        if training.freeze_embeddings:
+            freeze_embeddings(model)
     allocate(model)
-    fill_where_needed(args, model, tensors, pad_token_id)
-    return Student(model, modelopt_state, tensors if args.training.sharded else {}, dtypes)
-
-
-def load_low_rank(
-    args: SatArguments, state: dict[str, Any], dtypes: dict[str, torch.dtype], pad_token_id: int
-) -> Student:
-    """The student for --lora_rank: its weights go straight into the compute dtype, without a float32 copy."""
-    training, tensors = args.training, state["model_state_dict"]
-    model = model_without_weights(args.model.model_name_or_path, training.compute_dtype, args.model.trust_remote_code)
-    check_state_fits(tensors, model, args.model.modelopt_restore_path)
-    scale = training.lora_alpha / training.lora_rank
-    add_low_rank(model, tensors, training.lora_rank, scale, training.seed, embeddings=not training.freeze_embeddings)
-    allocate(model)
-    fill_where_needed(args, model, tensors, pad_token_id)
-    whole = dict(tensors) if training.sharded else {}  # the trainer empties it, while `merge` needs the weights
-    return Student(model, state["modelopt_state"], whole, dtypes, merge=partial(merge, tensors, scale=scale))
-
-
-def fill_where_needed(
-    args: SatArguments, model: PreTrainedModel, tensors: dict[str, torch.Tensor], pad_token_id: int
-) -> None:
-    """Give the model its weights if it will not be sharded, or on the main process to check packing with them.
-
-    Raises:
-        UserError: the model does not support packed rows.
-    """
     checks_packing = args.data.packing and is_main_process()
-    if checks_packing or not args.training.sharded:
+    if checks_packing or not training.sharded:
         fill(model, tensors)
     if checks_packing:
-        dtype = args.training.compute_dtype if args.training.lora_rank else torch.float32
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size, dtype)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    # The trainer empties this dict, while `merge` needs its own.
+    whole = dict(tensors) if training.sharded else {}
+    return Student(model, modelopt_state, whole, dtypes, merged)
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.files import file_digest, is_sealed, is_whole_number, read_json, save_json
+from sparsity.files import file_digest, is_sealed, read_json, save_json
 from sparsity.sat import checkpoints
 from sparsity.sat.arguments import RESUME, SatArguments, options
 from sparsity.sources import content_key, parse_sources
@@ -86,7 +86,7 @@ def order_batch(args: SatArguments, checkpoint: Path | None, samples: int) -> in
     record = training.result_dir / RUN_RECORD
     if checkpoint is None or not record.is_file():
         return batch
-    before = read_record(record)[BATCH]
+    before = read_json(record, "run record")[BATCH]
     earlier = before["samples"] * before["processes"]
     step = earlier * before["accumulated"]
     if batch * training.gradient_accumulation_steps != step:
@@ -113,23 +113,9 @@ def open_run(args: SatArguments, template: PromptTemplate, checkpoint: Path | No
     """
     settings, record = run_settings(args, template), args.training.result_dir / RUN_RECORD
     if checkpoint and record.is_file():
-        check_same_run(read_record(record), settings, Path(args.training.output_dir))
+        check_same_run(read_json(record, "run record"), settings, Path(args.training.output_dir))
     checkpoints.remove_partial(Path(args.training.output_dir))
     save_json(settings, record)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The settings of the run to resume.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    content = read_json(path, "run record")
-    batch = content.get(BATCH) if isinstance(content, dict) else None
-    names = ("samples", "processes", "accumulated", "order")
-    if not isinstance(batch, dict) or not all(is_whole_number(batch.get(name)) and batch[name] > 0 for name in names):
-        raise UserError(f"run record {path} has no valid '{BATCH}'; remove {path.parent} to start over")
-    return content
 
 
 def check_same_run(before: dict[str, Any], settings: dict[str, Any], root: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from sparsity.attention import use_blocked_attention
@@ -121,21 +118,9 @@ class SparseTrainer(Trainer):
         else:
             self.teacher = self.teacher.to(self.args.device)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches in the order of our sampler, which a resumed run continues on any number of processes."""
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            args.train_batch_size,
-            sampler=self.sampler,
-            drop_last=args.dataloader_drop_last,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        """Our own order of samples, which a resumed run continues on any number of processes."""
+        return self.sampler
 
     # ------------------------------------------------------------------------------------------------- loss
 
@@ -164,15 +149,12 @@ class SparseTrainer(Trainer):
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             mask_gradients(model)
         self.progress.tokens += int(inputs["real"].sum())
-        if any_process(not torch.isfinite(loss), self.args.device):
-            from accelerate.utils import gather_object
-
+        if not torch.isfinite(loss):  # the launcher stops the other processes
             records = sorted(set(inputs["record"].flatten().tolist()) - {-1})
-            losses = gather_object([(loss.item(), records)])
-            value, records = next(entry for entry in losses if not math.isfinite(entry[0]))
             raise UserError(
-                f"the loss is {value} at step {self.state.global_step + 1}, in a batch of the records {records}; the "
-                "checkpoints are unchanged. Lower --lr or use --mixed_precision bf16 or no, then continue with --resume"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the records {records}; "
+                "the checkpoints are unchanged. Lower --lr or use --mixed_precision bf16 or no, then continue with "
+                "--resume"
             )
         return loss
 
@@ -257,20 +239,18 @@ def build_trainer(
     layer = type(decoder_layers(student.model)[1][0]).__name__
     if training.sharded:
         configure_fsdp(layer, training.cpu_offload, training.recompute)
-    weights = LossWeights(answers=args.data.answer_weight)
-    if distillation.distill:
-        weights = replace(
-            weights,
-            kl=distillation.distill_kl,
-            answer_kl=distillation.distill_kl_answers,
-            temperature=distillation.distill_temperature,
-        )
+    weights = LossWeights(
+        kl=distillation.distill_kl,
+        answer_kl=distillation.distill_kl_answers,
+        temperature=distillation.distill_temperature,
+        answers=args.data.answer_weight,
+    )
     trainer = SparseTrainer(
         model=student.model,
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=Collator(tokenizer.pad_token_id, args.data.model_max_length if args.data.pad_to_max else None),
+        data_collator=Collator(tokenizer.pad_token_id),
         loss_weights=weights,
         teacher=teacher,
         tensors=student.tensors if training.sharded else {},

@@ -118,7 +118,7 @@ def test_another_prompt_is_refused(make):
         open_run(args, PromptTemplate("{instruction}", ""))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"batch": {"samples": 0}}', "{"])
+@pytest.mark.parametrize("content", ["{", ""])
 def test_a_damaged_record_is_refused(make, content):
     args = make(resume=True)
     checkpoint = add_checkpoint(args, 4)

@@ -440,8 +440,8 @@ def test_low_rank_training_on_two_processes_equals_one(low_rank, model_dir, stat
 @pytest.mark.parametrize(("processes", "rank"), [(1, 0), (1, 4), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_training_in_bf16_with_everything(run_here, model_dir, state_path, data_dir, tmp_path, processes, rank):
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(TEXTS * 10))
-    more = ["--text_path", text, "--text_ratio", 0.3, "--text_length", 64, "--packing", "--max_length", 900]
+    text.write_text(" ".join(TEXTS * 100))
+    more = ["--text_path", text, "--text_ratio", 0.3, "--packing", "--max_length", 900]
     more += ["--distill", "--load_best", "--lr", 1e-2, "--gradient_checkpointing"]
     more += ["--mixed_precision", "bf16", "--no_freeze_embeddings", "--lora_rank", rank]
     more += ["--max_steps", 10, "--train_bs", 2 // processes, "--logging_steps", 1]
