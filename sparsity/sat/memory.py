@@ -95,56 +95,40 @@ def model_shapes(config: PretrainedConfig, trust_remote_code: bool = False) -> S
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- estimate
-
-
-def activations(shapes: Shapes, run: Settings) -> tuple[float, float]:
-    """Bytes that all decoder layers keep for the backward pass, and bytes in which one layer computes.
-
-    In a Llama a layer makes about 8 tensors of the hidden and 4 of the intermediate size, and two fp32 normalizations.
-    """
-    tokens, size, sharded = run.train_bs * run.max_length, run.compute_bytes, run.processes > 1
-    layer = tokens * (size * (8 * shapes.hidden + 4 * shapes.intermediate) + 8 * shapes.hidden)
-    stream = tokens * shapes.hidden * (size if sharded or run.lora_rank else 4)  # autocast adds up layers in fp32
-    gathered = size * (shapes.layer_parameters + run.lora_rank * shapes.sides // shapes.layers) * sharded
-    # Gathered from the shards are this layer and the next one; their gradients take as much, those of factors little.
-    return shapes.layers * (stream if run.checkpointing else layer), layer + (3 if run.lora_rank else 4) * gathered
-
-
-def logits(shapes: Shapes, run: Settings) -> float:
-    """Bytes of the logits, their gradient, the teacher's logits, fp32 copies of a part of them, and gathered heads."""
-    values, size, sharded = run.train_bs * run.max_length * shapes.vocabulary, run.compute_bytes, run.processes > 1
-    copies = 4 * min(values, GPU_CHUNK) * (6 if run.distill else 3)
-    heads = size * shapes.vocabulary * shapes.hidden * (2 + run.distill) * sharded
-    return values * (2 * (size if sharded else 4) + size * run.distill) + copies + heads
-
-
 def estimate(shapes: Shapes, run: Settings) -> dict[str, float]:
     """Bytes per GPU by purpose, at the moment of a step that needs the most.
 
-    Weights, gradients and optimizer state are divided among the processes. Trained weights are fp32; the frozen ones of
-    low-rank training have the compute type and carry their masks. Attention keeps no score matrices, and the fused
-    optimizer no temporary tensors. Fragmentation and CUDA's own memory come on top.
+    The processes share weights, gradients and optimizer state. In a Llama, a layer makes about 8 tensors of the hidden
+    and 4 of the intermediate size, and two fp32 normalizations. Attention keeps no score matrices. Fragmentation and
+    CUDA's own memory come on top.
     """
-    outer = shapes.parameters - shapes.layers * shapes.layer_parameters  # embeddings, the last norm and the head
+    size, tokens, sharded = run.compute_bytes, run.train_bs * run.max_length, run.processes > 1
     if run.lora_rank:
+        outer = shapes.parameters - shapes.layers * shapes.layer_parameters  # embeddings, the last norm and the head
         trained = run.lora_rank * shapes.sides + (0 if run.freeze_embeddings else outer)
+        weights, masks = size * shapes.parameters + 4 * trained, 0
     else:
         trained = shapes.parameters - (shapes.embeddings if run.freeze_embeddings else 0)
-    weights = run.compute_bytes * shapes.parameters + 4 * trained if run.lora_rank else 4 * shapes.parameters
+        weights, masks = 4 * shapes.parameters, shapes.pruned
     divided = 0 if run.cpu_offload else 1 / run.processes
     always = {
         "weights": weights * divided,
-        "masks": 0 if run.lora_rank else shapes.pruned / run.processes,
-        "teacher": run.compute_bytes * shapes.parameters / run.processes * (run.distill and not run.teacher_offload),
+        "masks": masks / run.processes,
+        "teacher": size * shapes.parameters / run.processes * (run.distill and not run.teacher_offload),
         "optimizer": run.optimizer_bytes * trained * divided,
     }
+    layer = tokens * (size * (8 * shapes.hidden + 4 * shapes.intermediate) + 8 * shapes.hidden)
+    stream = tokens * shapes.hidden * (size if sharded or run.lora_rank else 4)  # autocast adds up layers in fp32
+    kept = shapes.layers * (stream if run.checkpointing else layer)
+    if not sharded and size < 4:
+        kept += size * trained  # copies of the weights that autocast keeps
+    working = layer + 3.5 * size * shapes.layer_parameters * sharded  # two gathered layers and their gradients
+    values, heads = tokens * shapes.vocabulary, shapes.vocabulary * shapes.hidden * sharded
+    logits = values * (2 * (size if sharded else 4) + size * run.distill) + size * heads * (2 + run.distill)
+    logits += 4 * min(values, GPU_CHUNK) * (6 if run.distill else 3)  # the loss works in fp32, on a part at a time
     gradients = 4 * trained * divided
     early = gradients if run.accumulates else 0  # before the backward pass has made them
-    kept, working = activations(shapes, run)
-    if run.processes == 1 and run.compute_bytes < 4:
-        kept += run.compute_bytes * trained  # copies of the weights that autocast keeps
-    loss = {"gradients": early, "activations": kept, "logits": logits(shapes, run)}
+    loss = {"gradients": early, "activations": kept, "logits": logits}
     start_of_backward = {"gradients": early, "activations": kept + working}
     end_of_backward = {"gradients": gradients, "activations": working}
     return always | max(loss, start_of_backward, end_of_backward, key=lambda parts: sum(parts.values()))
@@ -153,9 +137,6 @@ def estimate(shapes: Shapes, run: Settings) -> dict[str, float]:
 def total_gib(shapes: Shapes, run: Settings) -> float:
     """The estimate in GiB."""
     return sum(estimate(shapes, run).values()) / GIB
-
-
-# ------------------------------------------------------------------------------------------------------------ reports
 
 
 def table(shapes: Shapes, run: Settings) -> str:
