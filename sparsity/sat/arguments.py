@@ -120,7 +120,6 @@ class DataArguments:
     text_ratio: Kept[Fraction[float]] = option(
         "fraction of plain text among all training tokens, with --text_path; 1: only the text", default=0.5
     )
-    answer_weight: Kept[Positive[float]] = option("loss weight of answer tokens; plain text has 1", default=1.0)
     packing: Kept[bool] = option("put several samples into a row; attention stays within each sample", default=False)
     workers: Positive[int] = option("processes that tokenize", default_factory=lambda: min(8, os.cpu_count() or 1))
     cache_dir: str | None = option(
@@ -164,7 +163,6 @@ class DistillationArguments:
     distill_kl_answers: Kept[Fraction[float | None]] = option(
         "the same for the answers of records; by default --distill_kl. 0: cross entropy only", default=None
     )
-    distill_temperature: Kept[Positive[float]] = option("softens both distributions", default=1.0)
     teacher_offload: bool = option("keep the teacher's weights in CPU memory (FSDP only)", default=False)
 
 

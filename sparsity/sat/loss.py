@@ -25,31 +25,27 @@ GPU_CHUNK, CPU_CHUNK = 2**25, 2**20  # logits in one piece of the loss; on a CPU
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights in (1 - kl) · cross entropy + kl · T² · KL divergence at temperature T.
+    """The weight of the KL divergence; cross entropy has the rest.
 
     Attributes:
         answer_kl: `kl` for the answers of records; None: the same as for plain text.
-        answers: weight of answer tokens; plain-text tokens have weight 1.
     """
 
     kl: float = 0.0
-    temperature: float = 1.0
     answer_kl: float | None = None
-    answers: float = 1.0
 
 
 @dataclass
 class TokenTargets:
-    """Labelled tokens: their rows in the flattened logits, target ids, and weights of both losses; each [N]."""
+    """Labelled tokens: their rows in the flattened logits, target ids, and weights of the KL divergence; each [N]."""
 
     rows: torch.Tensor
     ids: torch.Tensor
-    ce: torch.Tensor
     kl: torch.Tensor
 
     def split(self, size: int) -> Iterator[TokenTargets]:
         """Pieces of at most `size` tokens."""
-        for parts in zip(*(part.split(size) for part in (self.rows, self.ids, self.ce, self.kl)), strict=True):
+        for parts in zip(*(part.split(size) for part in (self.rows, self.ids, self.kl)), strict=True):
             yield TokenTargets(*parts)
 
 
@@ -78,11 +74,10 @@ def token_targets(
     columns = labelled.any(0).nonzero().squeeze(1)
     labelled = labelled[:, columns]
     ids, plain = (batch[name][:, 1:][:, columns][labelled] for name in ("labels", "plain"))
-    kl = torch.full(ids.shape, weights.kl if distill else 0.0, device=ids.device)
+    kl = torch.full(ids.shape, float(weights.kl) if distill else 0.0, device=ids.device)
     if distill and weights.answer_kl is not None:
         kl[~plain] = weights.answer_kl
-    scale = torch.where(plain, 1.0, weights.answers)
-    return columns, TokenTargets(labelled.flatten().nonzero().squeeze(1), ids, (1 - kl) * scale, kl * scale)
+    return columns, TokenTargets(labelled.flatten().nonzero().squeeze(1), ids, kl)
 
 
 def logits_at(
@@ -136,20 +131,16 @@ def check_packing(
 
 
 class TokenLoss(torch.autograd.Function):
-    """Σ ce · cross entropy + kl · T² · KL(teacher ‖ student) over labelled tokens, a few rows of logits at a time.
+    """Σ (1 - kl) · cross entropy + kl · KL(teacher ‖ student) over labelled tokens, a few rows of logits at a time.
 
-    The gradient for the logits is written while the loss is computed: ce · (q - onehot) + kl · T · (q_T - p_T), with
-    the student's distribution q and the teacher's p (Hinton, Vinyals and Dean 2015, section 2). So no more than two
+    The gradient for the logits is written while the loss is computed: q - (1 - kl) · onehot - kl · p, with the
+    student's distribution q and the teacher's p (Hinton, Vinyals and Dean 2015, section 2). So no more than two
     tensors of the size of the logits exist, in their own dtype, where autograd would keep five in float32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
-        tokens: TokenTargets,
-        temperature: float,
+        ctx: Any, logits: torch.Tensor, teacher_logits: torch.Tensor | None, tokens: TokenTargets
     ) -> torch.Tensor:
         """Args: logits [B, K, V] of the student, and of the teacher; returns a float32 scalar."""
         flat, theirs = logits.flatten(0, 1), None if teacher_logits is None else teacher_logits.flatten(0, 1)
@@ -163,7 +154,7 @@ class TokenLoss(torch.autograd.Function):
         rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
         for part in tokens.split(rows):
             value, slope = _rows_loss(
-                flat[part.rows].float(), None if theirs is None else theirs[part.rows].float(), part, temperature
+                flat[part.rows].float(), None if theirs is None else theirs[part.rows].float(), part
             )
             loss += value
             if gradient is not None:
@@ -174,29 +165,23 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so it serves once
-        return gradient.mul_(outputs[0].to(gradient.dtype)), None, None, None
+        return gradient.mul_(outputs[0].to(gradient.dtype)), None, None
 
 
 def _rows_loss(
-    logits: torch.Tensor, teacher: torch.Tensor | None, tokens: TokenTargets, temperature: float
+    logits: torch.Tensor, teacher: torch.Tensor | None, tokens: TokenTargets
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of some rows of logits [N, V], float32, and its gradient for them."""
-    ours = functional.log_softmax(logits, dim=-1)
-    at_target = ours.gather(1, tokens.ids[:, None])[:, 0]
-    loss, ce = -(tokens.ce * at_target).sum(), tokens.ce[:, None]
+    ours, targets = functional.log_softmax(logits, dim=-1), tokens.ids[:, None]
+    ce = 1 - tokens.kl
+    loss = -(ce * ours.gather(1, targets)[:, 0]).sum()
     if teacher is None:
-        return loss, ours.exp_().mul_(ce).scatter_add_(1, tokens.ids[:, None], -ce)
-    softened = ours if temperature == 1 else functional.log_softmax(logits / temperature, dim=-1)
-    theirs = functional.log_softmax(teacher / temperature, dim=-1)
-    target, kl = theirs.exp(), tokens.kl[:, None]
-    divergence = torch.linalg.vecdot(target, theirs.sub_(softened))
-    loss = loss + temperature**2 * (tokens.kl * divergence).sum()
-    if temperature == 1:
-        slope = ours.exp_().mul_(ce + kl)
-    else:
-        slope = ours.exp_().mul_(ce).addcmul_(softened.exp_(), kl, value=temperature)
-    slope.addcmul_(target, kl, value=-temperature)
-    return loss, slope.scatter_add_(1, tokens.ids[:, None], -ce)
+        return loss, ours.exp_().scatter_add_(1, targets, -ce[:, None])
+    theirs = functional.log_softmax(teacher, dim=-1)
+    p = theirs.exp()
+    loss += (tokens.kl * torch.linalg.vecdot(p, theirs.sub_(ours))).sum()
+    slope = ours.exp_().addcmul_(p, tokens.kl[:, None], value=-1)
+    return loss, slope.scatter_add_(1, targets, -ce[:, None])
 
 
 def batch_loss(
@@ -214,4 +199,4 @@ def batch_loss(
     if teacher is not None:
         with torch.no_grad():
             teacher_logits = logits_at(teacher, batch, columns)
-    return TokenLoss.apply(logits, teacher_logits, targets, weights.temperature) / total
+    return TokenLoss.apply(logits, teacher_logits, targets) / total

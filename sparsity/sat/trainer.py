@@ -239,19 +239,13 @@ def build_trainer(
     layer = type(decoder_layers(student.model)[1][0]).__name__
     if training.sharded:
         configure_fsdp(layer, training.cpu_offload, training.recompute)
-    weights = LossWeights(
-        kl=distillation.distill_kl,
-        answer_kl=distillation.distill_kl_answers,
-        temperature=distillation.distill_temperature,
-        answers=args.data.answer_weight,
-    )
     trainer = SparseTrainer(
         model=student.model,
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=Collator(tokenizer.pad_token_id),
-        loss_weights=weights,
+        loss_weights=LossWeights(distillation.distill_kl, distillation.distill_kl_answers),
         teacher=teacher,
         tensors=student.tensors if training.sharded else {},
     )

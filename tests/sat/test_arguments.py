@@ -29,7 +29,6 @@ def training(**options) -> SparseTrainingArguments:
         ("data", {"text_ratio": 1.5}, "--text_ratio must be between 0 and 1, got 1.5"),
         ("data", {"text_path": ["/nowhere.txt"]}, "text file not found: /nowhere.txt"),
         ("distillation", {"distill_kl": -0.5}, "--distill_kl must be between 0 and 1, got -0.5"),
-        ("distillation", {"distill_temperature": 0}, "--distill_temperature must be greater than 0"),
         ("training", {"learning_rate": float("nan")}, "--lr must be greater than 0, got nan"),
         ("training", {"per_device_train_batch_size": 0}, "--train_bs must be greater than 0, got 0"),
         ("training", {"max_steps": 0}, "--max_steps must be greater than 0, got 0"),
