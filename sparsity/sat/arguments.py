@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,11 +66,6 @@ def option(help: str, **more: Any) -> Any:
     """A dataclass field with the `help` text of its option; `aliases` are further names of it."""
     default = {key: more.pop(key) for key in ("default", "default_factory") if key in more}
     return field(**default, metadata={"help": help, **more})
-
-
-def switch(help: str) -> Any:
-    """A field for an option that is on, off, or left to the program (None); the value may be omitted."""
-    return option(help, default=None, nargs="?", const=True)
 
 
 @dataclass
@@ -208,7 +203,9 @@ class SparseTrainingArguments(TrainingArguments):
     mixed_precision: Kept[Literal["auto", "no", "bf16", "fp16"]] = option(
         "compute dtype; weights and optimizer stay fp32. auto: bf16 if the hardware computes in it", default="auto"
     )
-    gradient_checkpointing: bool | None = switch("recompute activations instead of keeping them; by default on GPUs")
+    gradient_checkpointing: bool | None = option(
+        "recompute activations instead of keeping them; by default on GPUs", default=None, nargs="?", const=True
+    )
     gradient_checkpointing_kwargs: str | None = option("arguments of torch's checkpoint, as JSON", default=None)
     fsdp: Literal["auto", "off"] = option("shard over several processes (auto), or keep a copy in each", default="auto")
     fsdp_version: Literal[1, 2] = option("always 2, torch's fully_shard; 1 is accepted with a warning", default=2)
@@ -350,10 +347,6 @@ def _default(name: str, owner: type = SparseTrainingArguments) -> Any:
     return next((entry.default for entry in fields(owner) if entry.name == name), None)
 
 
-def _short_name(entry: Field) -> str:
-    return entry.metadata.get("aliases", [entry.name])[0].removeprefix("--")
-
-
 def options(args: SatArguments) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Yield (short name, value as parsed, notes) for every option; its notes are Limits or RESUME.
 
@@ -367,7 +360,8 @@ def options(args: SatArguments) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
             value = values[entry.name]
             if value is None or (entry.default is not MISSING and value == entry.default):
                 notes = tuple(note for note in notes if note is RESUME)
-            yield _short_name(entry), value, notes
+            name = entry.metadata.get("aliases", [entry.name])[0].removeprefix("--")  # the short one, if there is one
+            yield name, value, notes
 
 
 def choose_precision(requested: str) -> str:

@@ -6,7 +6,6 @@ The distillation loss is the Kullback-Leibler divergence from teacher to student
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +34,6 @@ class LossWeights:
     answer_kl: float | None = None
 
 
-@dataclass
-class TokenTargets:
-    """Labelled tokens: their rows in the flattened logits, target ids, and weights of the KL divergence; each [N]."""
-
-    rows: torch.Tensor
-    ids: torch.Tensor
-    kl: torch.Tensor
-
-    def split(self, size: int) -> Iterator[TokenTargets]:
-        """Pieces of at most `size` tokens."""
-        for parts in zip(*(part.split(size) for part in (self.rows, self.ids, self.kl)), strict=True):
-            yield TokenTargets(*parts)
-
-
 # ----------------------------------------------------------------------------------------------------- forward passes
 
 
@@ -68,8 +53,11 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
 
 def token_targets(
     batch: dict[str, torch.Tensor], weights: LossWeights, distill: bool
-) -> tuple[torch.Tensor, TokenTargets]:
-    """Positions [K] at which any row predicts a labelled token, and the targets in logits [B, K, V] of these."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Positions [K] at which any row predicts a labelled token, and the N labelled tokens in logits [B, K, V] of these.
+
+    The latter are rows of the flattened logits, target ids, and weights of the KL divergence; each [N].
+    """
     labelled = batch["labels"][:, 1:] != IGNORE
     columns = labelled.any(0).nonzero().squeeze(1)
     labelled = labelled[:, columns]
@@ -77,7 +65,7 @@ def token_targets(
     kl = torch.full(ids.shape, float(weights.kl) if distill else 0.0, device=ids.device)
     if distill and weights.answer_kl is not None:
         kl[~plain] = weights.answer_kl
-    return columns, TokenTargets(labelled.flatten().nonzero().squeeze(1), ids, kl)
+    return columns, (labelled.flatten().nonzero().squeeze(1), ids, kl)
 
 
 def logits_at(
@@ -140,25 +128,24 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, teacher_logits: torch.Tensor | None, tokens: TokenTargets
+        ctx: Any, logits: torch.Tensor, teacher_logits: torch.Tensor | None, tokens: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """Args: logits [B, K, V] of the student, and of the teacher; returns a float32 scalar."""
+        """Args: logits [B, K, V] of the student, and of the teacher, and `token_targets`; returns a float32 scalar."""
         flat, theirs = logits.flatten(0, 1), None if teacher_logits is None else teacher_logits.flatten(0, 1)
         gradient = None
         if ctx.needs_input_grad[0]:
             # float16 would lose small probabilities before the loss is scaled
             dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-            new = torch.empty_like if len(tokens.ids) == len(flat) else torch.zeros_like
+            new = torch.empty_like if len(tokens[0]) == len(flat) else torch.zeros_like
             gradient = new(flat, dtype=dtype)
         loss = torch.zeros((), device=logits.device)
-        rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
-        for part in tokens.split(rows):
-            value, slope = _rows_loss(
-                flat[part.rows].float(), None if theirs is None else theirs[part.rows].float(), part
-            )
+        size = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
+        for rows, ids, kl in zip(*(values.split(size) for values in tokens), strict=True):
+            teacher = None if theirs is None else theirs[rows].float()
+            value, slope = _rows_loss(flat[rows].float(), teacher, ids[:, None], kl)
             loss += value
             if gradient is not None:
-                gradient[part.rows] = slope.to(gradient.dtype)
+                gradient[rows] = slope.to(gradient.dtype)
         ctx.gradient = None if gradient is None else gradient.view(logits.shape)
         return loss
 
@@ -169,19 +156,18 @@ class TokenLoss(torch.autograd.Function):
 
 
 def _rows_loss(
-    logits: torch.Tensor, teacher: torch.Tensor | None, tokens: TokenTargets
+    logits: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor, kl: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of some rows of logits [N, V], float32, and its gradient for them."""
-    ours, targets = functional.log_softmax(logits, dim=-1), tokens.ids[:, None]
-    ce = 1 - tokens.kl
-    loss = -(ce * ours.gather(1, targets)[:, 0]).sum()
+    """Loss of some rows of logits [N, V], float32, with targets [N, 1], and its gradient for them."""
+    ours, ce = functional.log_softmax(logits, dim=-1), 1 - kl[:, None]
+    loss = -(ce * ours.gather(1, targets)).sum()
     if teacher is None:
-        return loss, ours.exp_().scatter_add_(1, targets, -ce[:, None])
+        return loss, ours.exp_().scatter_add_(1, targets, -ce)
     theirs = functional.log_softmax(teacher, dim=-1)
     p = theirs.exp()
-    loss += (tokens.kl * torch.linalg.vecdot(p, theirs.sub_(ours))).sum()
-    slope = ours.exp_().addcmul_(p, tokens.kl[:, None], value=-1)
-    return loss, slope.scatter_add_(1, targets, -ce[:, None])
+    loss += (kl * torch.linalg.vecdot(p, theirs.sub_(ours))).sum()
+    slope = ours.exp_().addcmul_(p, kl[:, None], value=-1)
+    return loss, slope.scatter_add_(1, targets, -ce)
 
 
 def batch_loss(
