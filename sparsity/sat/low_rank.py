@@ -111,7 +111,7 @@ def add_low_rank(
 ) -> None:
     """Freeze a model and give the layers that a sparse state prunes trained updates, in place.
 
-    The model may be on the meta device; the updates are not. `loading.fill` gives it weights that carry their masks.
+    The model may be on the meta device; the updates are not. `fsdp.fill` gives it weights that carry their masks.
 
     Args:
         state: weights and masks by name.
