@@ -1,4 +1,4 @@
-r"""Write a sparse model as an ordinary Hugging Face folder: masks folded into the weights, nothing of modelopt left.
+r"""Write a model as an ordinary Hugging Face folder: masks folded into the weights, nothing of modelopt left.
 
     python export_hf.py --model_dir meta-llama/Llama-2-7b-hf --dtype fp16 \
         --modelopt_restore_path saved_models/finetuned/finetuned_modelopt_state.pth --output_dir exported \
@@ -6,6 +6,7 @@ r"""Write a sparse model as an ordinary Hugging Face folder: masks folded into t
 
 The folder opens with plain transformers. Its config.json has no sparsity_config: servers either need none or refuse it.
 Weights are read from the memory-mapped state and written shard by shard: memory holds a shard or two, never the model.
+Without --modelopt_restore_path the dense model is exported.
 
     python export_hf.py --model_dir meta-llama/Llama-2-7b-hf --dtype fp16 --quantization fp8 --calib_data calib.jsonl \
         --modelopt_restore_path saved_models/finetuned/finetuned_modelopt_state.pth --output_dir exported-fp8
@@ -23,14 +24,22 @@ from pathlib import Path
 from sparsity.devices import DTYPES
 from sparsity.errors import UserError
 from sparsity.export.formats import CALIBRATED, FORMATS
-from utils import Parser, add_device_options, add_remote_code_option, check_at_least, parse_pairs, run_cli
+from utils import (
+    Parser,
+    add_device_options,
+    add_model_option,
+    add_remote_code_option,
+    check_at_least,
+    parse_pairs,
+    run_cli,
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    source = parser.add_argument_group("sparse model")
-    source.add_argument("--model_dir", required=True, help="dense model the state was made from: folder or hub id")
-    source.add_argument("--modelopt_restore_path", required=True, metavar="STATE", help="from hf_pts.py or finetune.py")
+    source = parser.add_argument_group("model")
+    add_model_option(source, "dense model, from which the state was made: folder or hub id")
+    source.add_argument("--modelopt_restore_path", metavar="STATE", help="sparse state from hf_pts.py or finetune.py")
     add_remote_code_option(source)
     target = parser.add_argument_group("exported folder")
     target.add_argument("--output_dir", required=True, help="folder to create")
@@ -105,8 +114,11 @@ def main() -> None:
     models.refuse_quantized(config, args.model_dir)
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)
-    state = modelopt_state.load_state(args.modelopt_restore_path)["model_state_dict"]
-    modelopt_state.require_masks(state, args.modelopt_restore_path)
+    if args.modelopt_restore_path:
+        state = modelopt_state.load_state(args.modelopt_restore_path)["model_state_dict"]
+        modelopt_state.require_masks(state, args.modelopt_restore_path)
+    else:
+        state = models.load_model(args.model_dir, trust_remote_code=args.trust_remote_code).state_dict()
     # Without its weights, the model shows which tensors there are, what they are called and which of them are tied.
     model = models.load_structure(args.model_dir, args.trust_remote_code)
     modelopt_state.check_state_fits(state, model, args.modelopt_restore_path)
@@ -135,7 +147,7 @@ def main() -> None:
             quantized = quantize.quantize(dense, FORMATS[args.quantization], batches, device)
             settings = quantize.write_quantized(quantized, args.max_shard_size, folder)
             zeros = quantize.check_zeros(folder, model, state)
-            print(f"all {zeros:,} pruned weights are 0 in the quantized files")
+            print(f"all {zeros:,} pruned weights are 0 in the quantized files" if zeros else "no weight is pruned")
         else:
             settings = None
             copied = {name: files[name] for name in others}
@@ -145,7 +157,8 @@ def main() -> None:
         write_model_card(folder, args.model_dir, config, dtype_name, reports, figures, settings)
         count_files = len(list(folder.glob("*.safetensors")))
     count = sum(report.is_2_4 for report in reports)
-    print(f"{count} of {len(reports)} pruned matrices are 2:4 in the exported files")
+    if reports:
+        print(f"{count} of {len(reports)} pruned matrices are 2:4 in the exported files")
     print(f"wrote {target}: {count_files} weight file(s), {args.quantization or dtype_name}")
 
 

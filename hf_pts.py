@@ -21,7 +21,7 @@ from sparsity.errors import UserError
 from sparsity.pts.calibration import DEFAULT_SOURCES, CalibrationSet, load_calibration_set, share_of_process
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
 from sparsity.sources import check_source, parse_sources
-from utils import Parser, add_device_options, add_remote_code_option, check_at_least, run_cli
+from utils import Parser, add_device_options, add_model_option, add_remote_code_option, check_at_least, run_cli
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name_or_path", required=True, help="hub id or folder of a decoder-only model")
+    add_model_option(group, "hub id or folder of a decoder-only model")
     group.add_argument(
         "--dtype", choices=DTYPES, default="fp16", help="dtype of the weights; statistics are always fp32"
     )
@@ -118,14 +118,14 @@ def load_dense(
     from sparsity.devices import torch_dtype
     from sparsity.pts.report import describe_plan
 
-    config = models.load_config(args.model_name_or_path, args.trust_remote_code)
+    config = models.load_config(args.model_dir, args.trust_remote_code)
     if calibration.sources:
         models.check_lengths(config, {"--model_max_length": args.model_max_length})
     dtype = torch_dtype(args.dtype)
     if args.dry_run:
         model = models.empty_model(config, dtype, args.trust_remote_code)
     else:
-        model = models.load_model(args.model_name_or_path, dtype, args.trust_remote_code)
+        model = models.load_model(args.model_dir, dtype, args.trust_remote_code)
     process.print(describe_plan(model, recipe, args.ignore), end="")
     return model
 
@@ -169,9 +169,7 @@ def main() -> None:
             save_log(rows, output_dir / "pts_layers.jsonl")
 
     # Prune, with a log line for every weight as soon as its layer is finished.
-    batches, weights = load_calibration_set(
-        calibration, args.model_name_or_path, model, device, process, args.trust_remote_code
-    )
+    batches, weights = load_calibration_set(calibration, args.model_dir, model, device, process, args.trust_remote_code)
     own, own_weights = share_of_process(batches, process), share_of_process(weights, process)
     key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model, weights)
     store = LayerStore(output_dir / "pts_resume" if batches else None, key, writer=process.is_main_process)
@@ -186,7 +184,7 @@ def main() -> None:
         print(report.unmeasured_line(rows) + report.few_tokens_line(rows), end="")
     print(report.sparsity_line(masks, model))
     path = output_dir / "pts_modelopt_state.pth"
-    load_dense_again = partial(load_model, args.model_name_or_path, torch_dtype(args.dtype), args.trust_remote_code)
+    load_dense_again = partial(load_model, args.model_dir, torch_dtype(args.dtype), args.trust_remote_code)
     write_verified_state(model, masks, path, recipe, batches, load_dense_again)
     store.remove()
     print(f"pruned in {seconds:.0f} s, peak memory {peak:.0f} MiB on {device.type}")

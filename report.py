@@ -18,7 +18,7 @@ from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import prepare_output_dir
-from utils import Parser, check_at_least, parse_named, run_cli
+from utils import Parser, add_model_option, check_at_least, parse_named, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,9 +30,8 @@ def parse_args() -> argparse.Namespace:
     what.add_argument(
         "--state", metavar="NAME=FILE", **pair, help="state file of a run, to measure its sparsity; repeat"
     )
-    what.add_argument(
-        "--model_dir", help="folder of the dense model; its zeros are counted for the runs without a state"
-    )
+    dense = "folder of the dense model; its zeros are counted for the runs without a state"
+    add_model_option(what, dense, required=False)
     how = parser.add_argument_group("how they were made")
     how.add_argument("--pts_layers", metavar="FILE", help="pts_layers.jsonl of hf_pts.py: error and sparsity by layer")
     how.add_argument("--train_log", metavar="FILE", help="train_log.jsonl of finetune.py: the loss curve")

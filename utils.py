@@ -82,9 +82,14 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default="auto", help="cuda, cuda:N, cpu, or auto: CUDA where there is one")
 
 
+def add_model_option(group: argparse._ArgumentGroup, help: str, required: bool = True) -> None:
+    """The dense model, as `args.model_dir`, under both names that scripts of NVIDIA's example have for it."""
+    group.add_argument(*("--model_dir", "--model_name_or_path"), required=required, help=help)
+
+
 def add_inference_options(group: argparse._ArgumentGroup) -> None:
     """The model to evaluate, dense or with a sparse state, its precision and device."""
-    group.add_argument("--model_dir", required=True, help="Hugging Face model folder or hub id, dense or exported")
+    add_model_option(group, "Hugging Face model folder or hub id, dense or exported")
     group.add_argument("--modelopt_restore_path", metavar="STATE", help="sparse state from hf_pts.py or finetune.py")
     group.add_argument(
         "--dtype",

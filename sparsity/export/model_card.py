@@ -12,6 +12,11 @@ from sparsity.text import valid_unicode
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ZEROS = """
+The zeros are ordinary zeros in ordinary tensors. They make neither the files smaller nor the model faster until a
+runtime with 2:4 kernels compresses it.
+"""
+
 
 def write_model_card(
     folder: Path,
@@ -28,7 +33,6 @@ def write_model_card(
         figures: a label such as "dense" and the content of a result file; see `read_metrics`.
         quantization: the quantization_config of a quantized model.
     """
-    elements, zeros = zero_totals(reports)
     # A local folder is no name others could follow, so its path stays out of the card.
     name = Path(base).resolve().name if Path(base).is_dir() else base
     quantized = ""
@@ -36,23 +40,24 @@ def write_model_card(
         algorithm = quantization.get("quant_algo")
         quantized = f", those of the decoder's linear layers quantized to {algorithm} by NVIDIA Model Optimizer"
     hub = "" if Path(base).is_dir() else f"base_model: {base}\n"
+    title, tags, weights, zeros_text = f"{name}, dense", "", f"The weights of {name}, none of them pruned.", ""
+    if reports:
+        elements, zeros = zero_totals(reports)
+        title, tags, zeros_text = f"{name}, 2:4 sparse", "tags:\n- sparse\n- 2:4\n", ZEROS
+        weights = (
+            f"The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} matrices\n"
+            f"({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense)."
+        )
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation
-{hub}tags:
-- sparse
-- 2:4
----
+{hub}{tags}---
 
-# {name}, 2:4 sparse
+# {title}
 
-The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} matrices
-({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense). Architecture:
+{weights} Architecture:
 {(config.architectures or [config.model_type])[0]}; weights in {dtype}{quantized}.
-
-The zeros are ordinary zeros in ordinary tensors. They make neither the files smaller nor the model faster until a
-runtime with 2:4 kernels compresses it.
-
+{zeros_text}
 ## Loading
 
 {_loading_text(quantization)}

@@ -74,7 +74,9 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: Kept[str] = option("dense model that was pruned: hub id or folder", aliases=["--model"])
+    model_name_or_path: Kept[str] = option(
+        "dense model that was pruned: hub id or folder", aliases=["--model", "--model_dir"]
+    )
     modelopt_restore_path: str = option("pts_modelopt_state.pth that hf_pts.py wrote", aliases=["--restore_path"])
     trust_remote_code: bool = option("run model code that comes with the checkpoint", default=False)
 

@@ -54,6 +54,11 @@ OUT_FLAG = {
 }
 ROWS = [
     *((script, "no such model", f"{flag} {{absent}}", ["{absent}"]) for script, flag in MODEL_FLAG.items()),
+    ("hf_pts.py", "no such model, other name", "--model_dir {absent}", ["{absent}"]),
+    ("eval.py", "no such model, other name", "--model_name_or_path {absent}", ["{absent}"]),
+    ("eval_ppl.py", "no such model, other name", "--model_name_or_path {absent}", ["{absent}"]),
+    ("export_hf.py", "no such model, other name", "--model_name_or_path {absent}", ["{absent}"]),
+    ("finetune.py", "no such model, other name", "--model_dir {absent}", ["{absent}"]),
     *(
         (script, "no such state", f"{flag} {{absent}}", ["not found", "{absent}"])
         for script, flag in STATE_FLAG.items()

@@ -188,6 +188,19 @@ def test_readme_evaluation(model, data, finetuned, tmp_path):
     assert "more than the 32 positions" in result.stderr
 
 
+def test_readme_export_without_a_state(model, tmp_path):
+    """export_hf_ckpt.py as the reference types it; without a state it exports the dense model."""
+    from transformers import AutoModelForCausalLM
+
+    words = ["--device", "cpu", "--dtype", "fp16", "--model_max_length", "2048", "--output_dir", tmp_path / "out"]
+    result = run_inline("export_hf_ckpt.py", "--model_name_or_path", model, *words)
+    assert result.returncode == 0, result.stderr
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (model, tmp_path / "out"))
+    weights = ours.state_dict()
+    assert all(torch.equal(weights[name], weight.half()) for name, weight in theirs.state_dict().items())
+    assert "sparse" not in (tmp_path / "out" / "README.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------- states exchanged
 
 
