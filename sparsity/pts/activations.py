@@ -40,6 +40,7 @@ class HiddenStates:
         token_weights: for each batch, the weight of each of its tokens in statistics.
         dtype: of the layers' inputs.
         linear_dtype: in which linear layers run.
+        outputs: what each dense decoder layer returns for `first_tokens`.
 
     Args:
         folder: keep the activations in files here instead, which have no names and vanish with the process.
@@ -62,7 +63,8 @@ class HiddenStates:
         self.pruned: list[Tensor] | None = None
         self.dense: list[Tensor] | None = None
         self._moved: tuple[Call, Call] | None = None  # a layer's arguments, and the same on the device
-        outputs = layer_outputs(model, layers, batches[0]["input_ids"][:, :2])
+        self.first_tokens = batches[0]["input_ids"][:, :2]
+        self.outputs = outputs = layer_outputs(model, layers, self.first_tokens)
         distinct = {batch["input_ids"].shape: batch for batch in batches}
         shapes = {shape: record_calls(model, layers, outputs, batch)[0].shape for shape, batch in distinct.items()}
         seen: dict[torch.Size, list[Call]] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,7 +37,17 @@ from sparsity.pts.statistics import (
     fill_up,
     stream_linears,
 )
-from sparsity.pts.structure import DecoderLayer, Group, check_layers, choose_weights, reader, shared_inputs
+from sparsity.pts.structure import (
+    DecoderLayer,
+    Group,
+    check_layers,
+    choose_weights,
+    hidden_states_of,
+    reader,
+    replaced_forward,
+    shared_inputs,
+    watched,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +115,8 @@ def prune_model(
             bar.set_postfix(
                 error=f"{sum(row.relative_error or 0.0 for row in layer_rows) / max(1, len(layer_rows)):.4f}"
             )
+        if states and recipe.asymmetric:
+            rescale_final_norm(model, states)
     return masks
 
 
@@ -339,6 +352,45 @@ def repeat_layer(
         states.advance(layer, states.pruned)
         layer.module.to("cpu")
     return masks, rows
+
+
+def final_norm(model: PreTrainedModel, states: HiddenStates) -> nn.Module | None:
+    """The normalization that reads the last decoder layer's output, with a gain for each channel; None without one."""
+    _, layers = decoder_layers(model)
+    inside, last = set(layers.modules()), hidden_states_of(states.outputs[-1])
+    norms = [
+        m for m in model.modules() if m not in inside and [p.dim() for p in m.parameters(recurse=False)][:1] == [1]
+    ]
+    with replaced_forward(layers, lambda index: lambda *args, **kwargs: states.outputs[index]), watched(norms) as calls:
+        model(input_ids=states.first_tokens, use_cache=False)
+    return next((norm for norm, pairs in calls.items() if pairs[0][0] is last), None)
+
+
+@torch.no_grad()
+def rescale_final_norm(model: PreTrainedModel, states: HiddenStates) -> None:
+    """Scale the final norm n by the factor s that minimizes Σ ‖s·n(p) - n(d)‖² over the calibration tokens.
+
+    p and d are the outputs of the last decoder layer in the pruned and in the dense model. The error in p is nearly
+    uncorrelated with d, so s is below 1, which makes the pruned model's logits less certain.
+    """
+    assert states.pruned is not None and states.dense is not None
+    if (norm := final_norm(model, states)) is None:
+        return
+    norm.to(states.device)
+    sums = torch.zeros(2, device=states.device)
+    for weight, *streams in zip(states.token_weights, states.pruned, states.dense, strict=True):
+        p, d = (norm(states.load(hidden).to(states.dtype)).float() for hidden in streams)
+        sums += weight * torch.stack([(p * d).sum(), (p * p).sum()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    scale, hidden = sums[0] / sums[1], states.load(states.pruned[0])
+    before, gains = norm(hidden), [(parameter, parameter.data) for parameter in norm.parameters(recurse=False)]
+    for parameter, gain in gains:
+        parameter.data = gain * scale
+    if not torch.allclose(norm(hidden).float(), before.float() * scale, rtol=0.02, atol=1e-3):
+        for parameter, gain in gains:  # which is no plain factor (Gemma multiplies by 1 + weight)
+            parameter.data = gain
+    norm.to("cpu")
 
 
 def plan(model: PreTrainedModel, recipe: Recipe, ignore: Sequence[str], with_text: bool = True) -> list[DecoderLayer]:

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, tiny_llama
-from pruning import agree, calibration, prune
+from pruning import agree, calibration, prune, small_config
+from transformers import AutoModelForCausalLM
 
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates
@@ -36,6 +37,23 @@ def test_more_effort_brings_the_output_nearer_to_the_dense_model(quality):
     with torch.no_grad():
         target = dense(ids).logits
         assert (ours(ids).logits - target).square().mean() < (plain(ids).logits - target).square().mean()
+
+
+@pytest.mark.parametrize(("architecture", "is_scaled"), [("llama", True), ("opt", True), ("gemma2", False)])
+def test_the_final_norm_is_scaled_to_the_dense_model(architecture, is_scaled):
+    """Gemma's gain is no plain factor, so its norm stays."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(architecture)).eval()
+    norm = model.get_submodule("model.decoder.final_layer_norm" if architecture == "opt" else "model.norm")
+    norm.weight.data.add_(0.1)
+    before = norm.weight.detach().clone()
+    prune(model, recipe=QUALITY["balanced"])
+    scale = (norm.weight / before)[before != 0]
+    assert is_scaled == (before.any() and 0.3 < scale.mean().item() < 1)
+    if is_scaled:
+        torch.testing.assert_close(norm.weight.detach(), before * scale.mean())
+    else:
+        assert torch.equal(norm.weight, before)
 
 
 def states_of(model, recipe):
