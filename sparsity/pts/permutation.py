@@ -156,7 +156,7 @@ def permute(
     return reordered
 
 
-def outputs(states: HiddenStates, layer: DecoderLayer, linears: list[nn.Linear]) -> dict[nn.Linear, Tensor]:
+def outputs(states: HiddenStates, layer: DecoderLayer, linears: list[nn.Linear]) -> dict[nn.Module, Tensor]:
     """Outputs of linear layers within the decoder layer for a few hidden states, whichever they are by now."""
     with states.precision(), watched(linears, stop=True) as calls:
         states.run(layer, PROBE, states.probe())
