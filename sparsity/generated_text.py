@@ -9,24 +9,25 @@ of text (docs/measurements.md).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from sparsity.attention import use_blocked_attention
 from sparsity.devices import bf16_is_faster, keep_freed_memory, return_freed_memory
 from sparsity.distributed import hide_bar
 from sparsity.errors import UserError
 from sparsity.files import atomic_path, is_sealed, prepare_output_dir, seal
-from sparsity.kv_cache import preallocate
-from sparsity.models import cache_name, few_values, head_counts, load_config, load_model
+from sparsity.models import few_values, head_counts, load_config, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,34 +74,32 @@ def generate_text(
         int64 [sequences, length] on the CPU; with `part`, only the batches of this process.
 
     Raises:
-        UserError: the model cannot be loaded, has no output head, gives no finite probabilities, or exceeds the GPU.
+        UserError: the model cannot be loaded, has no output head, or gives no finite probabilities.
     """
     if device.type == "cpu":
         keep_freed_memory()  # from token to token
-    dtype = _dtype(model_name, device, trust_remote_code)
+        dtype = writing_dtype(device)
+    else:
+        own = load_config(model_name, trust_remote_code).dtype
+        dtype = own if isinstance(own, torch.dtype) else torch.float32
     model = load_model(model_name, dtype, trust_remote_code) if dense is None else dense
     if model.get_output_embeddings() is None:
         raise UserError(f"'{model_name}' has no output head to write text with; give text files in place of 'self'")
     prompt = prompt_of(tokenizer)[: length - 1]
     rows = sequences_at_once(model, length, dtype)
-    settings = [length, seed, rows, len(tokenizer), prompt, device.type, str(dtype)]
+    settings = [prompt, length, len(tokenizer), seed, rows, device.type, str(dtype)]
     kept = (folder or cache_folder()) / _key(model, settings, dtype)
-    numbers = range(part[0], batch_count(sequences, rows), part[1])
-    folders = {number: kept / f"batch_{number:04d}" for number in numbers}
-    missing = [number for number in numbers if not is_sealed(folders[number], TOKENS)]
-    try:
-        if missing:
-            model = model if dense is None else load_model(model_name, dtype, trust_remote_code)
-            model.to(device)
-            use_blocked_attention(model, device)
-        for number in missing:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            tokens = write_batch(model, rows, length, generator, len(tokenizer), prompt)
-            with atomic_path(prepare_output_dir(folders[number]) / TOKENS) as temporary:
-                save_file({"input_ids": tokens}, temporary)
-            seal(folders[number])
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"'{model_name}' and its cache do not fit on {device}; give text files, not 'self'") from error
+    folders = {n: kept / f"batch_{n:04d}" for n in range(part[0], math.ceil(sequences / rows), part[1])}
+    missing = [number for number in folders if not is_sealed(folders[number], TOKENS)]
+    if missing:
+        model = model if dense is None else load_model(model_name, dtype, trust_remote_code)
+        model.to(device)
+        use_blocked_attention(model, device)
+    for number in missing:
+        tokens = write_batch(model, rows, length, seed * 1_000_003 + number, len(tokenizer), prompt)
+        with atomic_path(prepare_output_dir(folders[number]) / TOKENS) as temporary:
+            save_file({"input_ids": tokens}, temporary)
+        seal(folders[number])
     del model  # before anything else takes memory
     return_freed_memory()
     if device.type == "cuda":
@@ -128,17 +127,9 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(between[len(end) :].lstrip(), add_special_tokens=False)["input_ids"]
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
-
-
 @torch.inference_mode()
 def write_batch(
-    model: PreTrainedModel,
-    rows: int,
-    length: int,
-    generator: torch.Generator,
-    vocabulary: int,
-    prompt: Sequence[int],
+    model: PreTrainedModel, rows: int, length: int, seed: int, vocabulary: int, prompt: Sequence[int]
 ) -> Tensor:
     """Sample `rows` sequences at once, each next token from the model's own distribution.
 
@@ -155,56 +146,29 @@ def write_batch(
     """
     # A tokenizer's vocabulary and a model's output can each be the larger one.
     size = min(vocabulary, model.get_output_embeddings().weight.shape[0])
-    tokens = torch.empty(rows, length, dtype=torch.long)
-    known = max(1, len(prompt))
-    tokens[:, :known] = torch.tensor(prompt) if prompt else torch.randint(0, size, (rows, 1), generator=generator)
-    cache: dict[str, Any] = {}
-    done = 0
-    for place in tqdm(range(known, length), "self-generated text", unit="token", leave=False, disable=hide_bar()):
-        output = model(input_ids=tokens[:, done:place].to(model.device), use_cache=True, **cache)
-        if not cache:
-            cache = {cache_name(output): preallocate(output[cache_name(output)], length)}
-        tokens[:, place] = draw(output.logits[:, -1, :size], generator).cpu()
-        done = place
-    return tokens
+    # In place of the checkpoint's own settings, which `generate` would mix with those that it is given.
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=length)
+    bar = tqdm(desc="self-generated text", total=length, unit="token", leave=False, disable=hide_bar())
 
+    def restrict(_: Tensor, logits: Tensor) -> Tensor:
+        bar.update()
+        if not torch.isfinite(logits[:, :size]).all():
+            raise UserError(
+                "the model's output is NaN or infinite, so it cannot write text; give text files in place of 'self'"
+            )
+        logits[:, size:] = -torch.inf
+        return logits
 
-def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row [rows] from the softmax of logits [rows, vocabulary], by inverting the distribution function.
-
-    Several times as fast as torch.multinomial on a CPU.
-
-    Raises:
-        UserError: the logits are not finite.
-    """
-    sums = torch.softmax(logits.float(), 1).cumsum(1)
-    if not torch.isfinite(sums[:, -1]).all():
-        raise UserError(
-            "the model's output is NaN or infinite, so it cannot write text; give text files in place of 'self'"
-        )
-    point = torch.rand(len(sums), 1, generator=generator).to(sums.device) * sums[:, -1:]
-    return torch.searchsorted(sums, point, right=True).clamp(max=sums.shape[1] - 1)[:, 0]
-
-
-# --------------------------------------------------------------------------------------------------------------- size
-
-
-def batch_count(sequences: int, rows: int) -> int:
-    """Number of batches of `rows` sequences that hold `sequences`."""
-    return -(-sequences // rows)
+    with bar, torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        first = torch.tensor(prompt).expand(rows, -1) if prompt else torch.randint(size, (rows, 1))
+        first = first.to(model.device)
+        return model.generate(first, attention_mask=torch.ones_like(first), logits_processor=[restrict]).cpu()
 
 
 def writing_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which a model writes on the CPU, and in which most checkpoints that write on a GPU are stored."""
     return torch.bfloat16 if bf16_is_faster(device) else torch.float32
-
-
-def _dtype(model_name: str, device: torch.device, trust_remote_code: bool) -> torch.dtype:
-    """The precision to write in: the checkpoint's own on a GPU, the faster one of two on a CPU."""
-    if device.type == "cpu":
-        return writing_dtype(device)
-    own = load_config(model_name, trust_remote_code).dtype
-    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def sequences_at_once(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sparsity import generated_text as module
 from sparsity.errors import UserError
-from sparsity.generated_text import draw, generate_text, prompt_of, write_batch
+from sparsity.generated_text import generate_text, prompt_of, write_batch
 from sparsity.models import load_model
 
 CPU = torch.device("cpu")
@@ -24,26 +24,19 @@ def write(model_dir, tokenizer, tmp_path, monkeypatch):
 
 
 def test_tokens_are_drawn_with_their_probabilities():
-    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2]).repeat(1, 150) / 150
-    logits = probabilities.log().expand(20_000, -1)
-    drawn = draw(logits, torch.Generator().manual_seed(0))
-    frequencies = torch.bincount(drawn % 4, minlength=4) / len(drawn)
-    torch.testing.assert_close(frequencies, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015, rtol=0)
-    places = torch.bincount(drawn // 300, minlength=2) / len(drawn)
-    torch.testing.assert_close(places, torch.tensor([0.5, 0.5]), atol=0.015, rtol=0)
-
-
-def test_cached_keys_and_values_change_no_token():
+    """Only tokens of the tokenizer, and behind an end-of-text token as anywhere."""
     model = tiny_llama()
-    written = write_batch(model, 3, 20, torch.Generator().manual_seed(0), 400, [5, 6, 7])
-    assert written[:, :3].tolist() == [[5, 6, 7]] * 3
-    generator = torch.Generator().manual_seed(0)
-    expected = written[:, :3]
-    for _ in range(17):
-        with torch.no_grad():
-            token = draw(model(expected).logits[:, -1], generator)
-        expected = torch.cat([expected, token[:, None]], dim=1)
-    assert torch.equal(written, expected)
+    model.lm_head.weight.data *= 30
+    model.generation_config.eos_token_id = model.config.eos_token_id = 7
+    written = write_batch(model, 20_000, 2, 0, 300, [5])
+    assert written.shape == (20_000, 2) and (written[:, 0] == 5).all()
+    with torch.no_grad():
+        expected = torch.softmax(model(written[:1, :1]).logits[0, -1, :300], 0)
+    frequencies = torch.bincount(written[:, 1], minlength=300) / len(written)
+    assert expected.max() > 0.02 and len(frequencies) == 300
+    torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
+    likely_end = write_batch(model, 200, 6, 0, 8, [7])
+    assert likely_end.shape == (200, 6) and (likely_end[:, 1:] == 7).any()
 
 
 def test_text_depends_on_the_seed_alone_and_a_longer_one_begins_with_a_shorter(write):

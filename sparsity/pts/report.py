@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster, peak_memory_mib
-from sparsity.generated_text import batch_count, sequences_at_once, writing_bytes, writing_dtype
+from sparsity.generated_text import sequences_at_once, writing_bytes, writing_dtype
 from sparsity.models import decoder_layers, empty_model
 from sparsity.pts.calibration import CalibrationSet
 from sparsity.pts.experts import at_once, likely_shape
@@ -180,7 +180,7 @@ def writing_estimate(model: PreTrainedModel, sequences: int, length: int, kind: 
     size = sequences_at_once(model, length, model.dtype)
     weights = sum(p.numel() for p in model.parameters())
     step = 2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * size / (4 * FLOPS[kind])
-    seconds = batch_count(sequences, size) * length * step
+    seconds = ceil(sequences / size) * length * step
     return (
         f"self-generated text: {sequences} sequences of {length} tokens, {size} at a time; "
         f"computed time: about {seconds:,.0f} s, none where an earlier run has left it in the cache"
