@@ -147,23 +147,27 @@ def write_batch(
     # A tokenizer's vocabulary and a model's output can each be the larger one.
     size = min(vocabulary, model.get_output_embeddings().weight.shape[0])
     # In place of the checkpoint's own settings, which `generate` would mix with those that it is given.
-    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=length)
+    model.generation_config = GenerationConfig(max_length=length)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.tensor(prompt).expand(rows, -1) if prompt else torch.randint(size, (rows, 1), generator=generator)
+    first = first.to(model.device)
     bar = tqdm(desc="self-generated text", total=length, unit="token", leave=False, disable=hide_bar())
 
-    def restrict(_: Tensor, logits: Tensor) -> Tensor:
-        bar.update()
-        if not torch.isfinite(logits[:, :size]).all():
-            raise UserError(
-                "the model's output is NaN or infinite, so it cannot write text; give text files in place of 'self'"
-            )
-        logits[:, size:] = -torch.inf
-        return logits
+    def draw(_: Tensor, logits: Tensor) -> Tensor:
+        """Leave one token per row, drawn by inverting the distribution function.
 
-    with bar, torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        first = torch.tensor(prompt).expand(rows, -1) if prompt else torch.randint(size, (rows, 1))
-        first = first.to(model.device)
-        return model.generate(first, attention_mask=torch.ones_like(first), logits_processor=[restrict]).cpu()
+        On a CPU, `generate` with do_sample=True takes 1.2 to 1.4 times as long.
+        """
+        bar.update()
+        sums = torch.softmax(logits[:, :size], 1).cumsum(1)
+        if not torch.isfinite(sums[:, -1]).all():
+            raise UserError("the model's output is NaN or infinite, so it cannot write text; give files, not 'self'")
+        point = torch.rand(rows, 1, generator=generator).to(sums.device) * sums[:, -1:]
+        token = torch.searchsorted(sums, point, right=True).clamp_(max=size - 1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
+    with bar:
+        return model.generate(first, attention_mask=torch.ones_like(first), logits_processor=[draw]).cpu()
 
 
 def writing_dtype(device: torch.device) -> torch.dtype:
