@@ -29,12 +29,8 @@ _held_locks = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error.
-
-    Temporary files of the same name that killed processes left are removed once they are a day old.
-    """
+    """Yield a temporary path beside `path`; it replaces `path` only if the block ends without error."""
     path = Path(path)
-    remove_leftovers(path.parent, path.name)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -52,11 +48,8 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Its name is fixed: the next run cleans up after one that was killed, also between the two renames at the end.
 
-    Args:
-        overwrite: replace a `target` that is not empty.
-
     Raises:
-        UserError: another run is writing `target`, or has finished it meanwhile.
+        UserError: another run is writing `target`, or has finished it meanwhile and `overwrite` is not set.
     """
     parent = prepare_output_dir(target.parent)
     new, old = parent / f".{target.name}.unfinished", parent / f".{target.name}.old"
@@ -92,30 +85,16 @@ def _finish_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def scratch_folder(parent: str | Path | None = None, prefix: str = ".scratch.") -> Iterator[Path]:
-    """Yield a new folder in `parent` (by default the system's temporary folder), removed when the block ends.
-
-    Folders of the same prefix that killed processes left there are removed once they are a day old.
-    """
-    parent = Path(parent or tempfile.gettempdir())
-    _remove_old(parent, f"{glob.escape(prefix)}*{TEMPORARY}", DAY)
-    with tempfile.TemporaryDirectory(TEMPORARY, prefix, parent, ignore_cleanup_errors=True) as folder:
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`, removed when the block ends, and remove those that killed runs left a day ago."""
+    _remove_leftovers(parent, ".scratch", DAY)
+    with tempfile.TemporaryDirectory(TEMPORARY, ".scratch.", parent, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
-def remove_leftovers(folder: Path, name: str | None = None, age: float = DAY) -> None:
-    """Remove temporary files of `atomic_path` that killed processes left in a folder.
-
-    Args:
-        name: of the file that they were for; None: of all files, in the folders inside it as well.
-        age: seconds since they were last written; 0 if no other process can be writing them.
-    """
-    pattern = "**/.*" if name is None else f".{glob.escape(name)}"
-    _remove_old(folder, f"{pattern}.????????{TEMPORARY}", age)
-
-
-def _remove_old(folder: Path, pattern: str, age: float) -> None:
-    for path in list(folder.glob(pattern)):
+def _remove_leftovers(folder: Path, pattern: str, age: float) -> None:
+    """Remove temporary files and folders that were last written `age` seconds ago or earlier."""
+    for path in list(folder.glob(f"{pattern}.????????{TEMPORARY}")):
         with contextlib.suppress(OSError):  # another process may remove it at the same time
             if time.time() - path.stat().st_mtime >= age:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -125,14 +104,6 @@ def save_json(value: Any, path: str | Path) -> None:
     """Write `value` as indented UTF-8 JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_torch(value: Any, path: str | Path) -> None:
-    """`torch.save`, whole or not at all."""
-    import torch
-
-    with atomic_path(path) as temporary:
-        torch.save(value, temporary)
 
 
 # ----------------------------------------------------------------------------------------------- folders of one run
@@ -168,7 +139,7 @@ def lock_output_dir(path: str | Path, file: str | None = None) -> None:
     path = Path(path)
     target = path / file if file else path
     _held_locks.enter_context(_acquire(path / (f".{file}{LOCK}" if file else LOCK), target))
-    remove_leftovers(path, file, age=0)
+    _remove_leftovers(path, f".{glob.escape(file)}" if file else "**/.*", age=0)
 
 
 def release_locks() -> None:
@@ -264,8 +235,6 @@ def is_sealed(folder: Path, *names: str) -> bool:
 
 # -------------------------------------------------------------------------------------------------------------- JSON
 
-NOT_JSON = (ValueError, RecursionError)  # raised by json.loads, also for numbers of thousands of digits, deep nesting
-
 
 def is_whole_number(value: Any) -> TypeGuard[int]:
     """Whether a JSON value is an integer and not a bool, which Python counts among them."""
@@ -292,7 +261,7 @@ def read_json(path: str | Path, what: str) -> Any:
 def _parse_json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
-    except NOT_JSON as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and deep nesting
         raise UserError(f"{where} is not valid JSON in UTF-8: {error}") from error
 
 
@@ -307,15 +276,9 @@ def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Itera
     """
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = _parse_json(line, f"{what} {path} line {number}")
-            except UserError:
-                if skip_damaged:
-                    continue
-                raise
-            yield value
+            if line.strip():
+                with contextlib.suppress(UserError) if skip_damaged else contextlib.nullcontext():
+                    yield _parse_json(line, f"{what} {path} line {number}")
 
 
 def json_lines(values: Iterable[Any]) -> Iterator[str]:
@@ -362,10 +325,9 @@ def safetensors_files(path: Path) -> list[Path]:
         return files
     content = read_json(index, "weight index")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"weight index {index} has no weight_map; copy or export the model again")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        if Path(name).name != name or not is_file(path / name):
-            raise UserError(f"{path} lacks the shard {name} that its index names; copy or export the model again")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    missing = [name for name in names if Path(name).name != name or not is_file(path / name)]
+    if missing or not names:
+        wrong = f"names {missing[0]}, which is missing" if missing else "has no weight_map"
+        raise UserError(f"weight index {index} {wrong}; copy or export the model again")
     return [path / name for name in names]

@@ -87,7 +87,7 @@ def generate_text(
         raise UserError(f"'{model_name}' has no output head to write text with; give text files in place of 'self'")
     prompt = prompt_of(tokenizer)[: length - 1]
     rows = sequences_at_once(model, length, dtype)
-    settings = [prompt, length, len(tokenizer), seed, rows, device.type, str(dtype)]
+    settings = [length, seed, rows, len(tokenizer), prompt, device.type, str(dtype)]
     kept = (folder or cache_folder()) / _key(model, settings, dtype)
     folders = {n: kept / f"batch_{n:04d}" for n in range(part[0], math.ceil(sequences / rows), part[1])}
     missing = [number for number in folders if not is_sealed(folders[number], TOKENS)]

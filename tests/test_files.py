@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -145,24 +144,18 @@ def test_saved_lines_replace_the_file_only_once_all_are_there(tmp_path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def old_file(path, age):
-    path.write_text("half")
-    os.utime(path, (time.time() - age,) * 2)
-    return path
-
-
 def test_leftovers_of_killed_runs_are_removed(tmp_path):
     (tmp_path / "cache").mkdir()
-    new = old_file(tmp_path / "cache" / ".a [b].json.abcdefgh.tmp", 0)
-    old = old_file(tmp_path / "cache" / ".b.json.abcdefgh.tmp", 2 * files.DAY)
-    (tmp_path / ".notes.tmp").write_text("not ours")
-    files.remove_leftovers(tmp_path / "cache", "a [b].json")
-    assert new.exists() and old.exists()
-    files.remove_leftovers(tmp_path / "cache")  # shared by runs: by age
-    assert new.exists() and not old.exists()
+    ours, other = (tmp_path / f".{name}.json.abcdefgh.tmp" for name in ("a [b]", "b"))
+    inner = tmp_path / "cache" / ".c.json.abcdefgh.tmp"
+    for path in (ours, other, inner, tmp_path / ".notes.tmp"):
+        path.write_text("half")
+    files.lock_output_dir(tmp_path, "a [b].json")  # other runs may write other files
+    assert not ours.exists() and other.exists()
     files.lock_output_dir(tmp_path)  # no other run can be writing here
     files.release_locks()
-    assert not new.exists() and sorted(os.listdir(tmp_path)) == [".lock", ".notes.tmp", "cache"]
+    assert sorted(os.listdir(tmp_path)) == [".a [b].json.lock", ".lock", ".notes.tmp", "cache"]
+    assert not inner.exists()
 
 
 def test_scratch_folder_is_removed_and_old_ones_too(tmp_path):

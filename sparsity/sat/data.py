@@ -11,6 +11,7 @@ import hashlib
 import math
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-BUILDING = ".building."  # prefix of folders whose data is being tokenized
 FORMAT = 4  # raise it when the layout of samples changes, so that older caches are not read
 STRETCH = 50  # batches that are sorted by length together
 
@@ -132,9 +132,9 @@ def text_dataset(blocks: list[list[int]]) -> Dataset:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of everything the tokenizer would save: vocabulary, merges, normalization, special tokens."""
     digest = hashlib.sha256()
-    with scratch_folder(prefix="hf-sparsity.tokenizer.") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -154,7 +154,7 @@ def cached(cache_dir: Path, key: Sequence[str], build: Callable[[], Dataset]) ->
             print(f"the cached data in {folder} is damaged; tokenizing again")
         prepare_output_dir(cache_dir)
         dataset = build()
-        with scratch_folder(cache_dir, BUILDING) as scratch:
+        with scratch_folder(cache_dir) as scratch:
             dataset.save_to_disk(str(scratch / name))
             seal(scratch / name)
             if not is_sealed(folder):  # else another run was faster

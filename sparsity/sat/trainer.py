@@ -14,7 +14,7 @@ from sparsity.attention import use_blocked_attention
 from sparsity.devices import return_freed_memory
 from sparsity.distributed import any_process, sum_over_processes
 from sparsity.errors import UserError, first_line
-from sparsity.files import save_torch
+from sparsity.files import atomic_path
 from sparsity.modelopt_state import load_state, pruned_errors, sparse_masks, state_to_save
 from sparsity.models import decoder_layers
 from sparsity.sat import checkpoints
@@ -266,7 +266,8 @@ def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> Non
         return
     if student.merge is not None:
         weights = student.merge(weights)
-    save_torch(state_to_save(student.modelopt_state, weights), path)
+    with atomic_path(path) as temporary:
+        torch.save(state_to_save(student.modelopt_state, weights), temporary)
     pruned = 0
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
         pruned += int((~mask).sum())
