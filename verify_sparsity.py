@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsity.errors import UserError
+from sparsity.errors import UserError, reported_as
 from sparsity.files import prepare_output_dir, save_json
 from utils import Parser, run_cli
 
@@ -37,10 +37,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_json", metavar="FILE", help="file for the table")
     args = parser.parse_args()
-    try:
+    with reported_as(f"--exclude {args.exclude} is not a regular expression", re.error):
         re.compile(args.exclude or "")
-    except re.error as error:
-        raise UserError(f"--exclude {args.exclude} is not a regular expression: {error}") from error
     return args
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import re
 import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -39,10 +40,9 @@ def resolve_device(name: str) -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device '{name}'; use cuda, cuda:N or cpu") from error
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
+        raise UserError(f"unknown device '{name}'; use cuda, cuda:N or cpu")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name} was asked for, but torch sees no CUDA GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

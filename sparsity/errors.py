@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
 
 # Messages of torch, oneDNN, Python and Linux when memory runs out, in exceptions of many classes.
 NO_MEMORY = re.compile(
@@ -30,6 +32,17 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's text, for one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def reported_as(message: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn these errors of libraries into a UserError: `message` and the first line of theirs."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f"{message}: {first_line(error)}") from error
 
 
 def memory_shortage(error: BaseException | None) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from sparsity.errors import UserError, warn
+from sparsity.errors import UserError, reported_as, warn
 
 TEMPORARY = ".tmp"  # suffix of files and folders that are being written
 LOCK = ".lock"
@@ -116,12 +116,9 @@ def prepare_output_dir(path: str | Path) -> Path:
         UserError: the path is a file, or cannot be created or written.
     """
     path = Path(path)
-    try:
+    with reported_as(f"cannot write to the output folder {path}; choose another one", OSError):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {path}: {error.strerror}; choose another one") from error
+        tempfile.TemporaryFile(dir=path).close()
     return path
 
 
@@ -259,10 +256,9 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def _parse_json(content: bytes, where: str) -> Any:
-    try:
+    # Also for numbers of thousands of digits, and deep nesting.
+    with reported_as(f"{where} is not valid JSON in UTF-8", ValueError, RecursionError):
         return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and deep nesting
-        raise UserError(f"{where} is not valid JSON in UTF-8: {error}") from error
 
 
 def read_jsonl(path: str | Path, what: str, skip_damaged: bool = False) -> Iterator[Any]:

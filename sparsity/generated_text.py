@@ -8,6 +8,7 @@ of text (docs/measurements.md).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -117,11 +118,10 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         return []
     turns = [("user", "USER ONE"), ("assistant", "ANSWER ONE"), ("user", "USER TWO")]
-    try:
+    text = ""
+    with contextlib.suppress(Exception):  # a template is a program by anybody, and may raise anything
         chat = [{"role": role, "content": content} for role, content in turns]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template is a program by anybody: without it the text begins with a random token
-        return []
     between = text.partition("ANSWER ONE")[2].partition("USER TWO")[0].lstrip()
     end = next((token for token in tokenizer.all_special_tokens if between.startswith(token)), "")
     return tokenizer(between[len(end) :].lstrip(), add_special_tokens=False)["input_ids"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, reported_as
 from sparsity.files import safetensors_files
 from sparsity.modelopt_state import load_state, require_masks, weight_name
 
@@ -134,18 +134,16 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
 
     empty = True
     for file in safetensors_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
-                    shape = tensors.get_slice(name).get_shape()
-                    is_linear = len(shape) == 2 and name.endswith("weight")
-                    are_experts = len(shape) == 3 and not re.search(NO_MATRIX, name)
-                    if (is_linear or are_experts) and all(shape) and not exclude.search(name):
-                        if tensors.get_slice(name).get_dtype() in PACKED:
-                            raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
-                        empty = False
-                        yield inspect_matrix(name, tensors.get_tensor(name))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or truncated: {first_line(error)}") from error
+        damaged = reported_as(f"{file} is damaged or truncated", SafetensorError, OSError)
+        with damaged, safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
+                shape = tensors.get_slice(name).get_shape()
+                is_linear = len(shape) == 2 and name.endswith("weight")
+                are_experts = len(shape) == 3 and not re.search(NO_MATRIX, name)
+                if (is_linear or are_experts) and all(shape) and not exclude.search(name):
+                    if tensors.get_slice(name).get_dtype() in PACKED:
+                        raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
+                    empty = False
+                    yield inspect_matrix(name, tensors.get_tensor(name))
     if empty:
         raise UserError(f"{path} holds no weight matrices to inspect (embeddings and output heads do not count)")

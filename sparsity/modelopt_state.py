@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsity.devices import torch_dtype
-from sparsity.errors import UserError, first_line, warn
+from sparsity.errors import UserError, reported_as, warn
 from sparsity.files import require_file
 from sparsity.models import load_model, shared_names
 
@@ -90,12 +90,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
         UserError: missing, truncated, not such a file, or with masks that do not match their weights.
     """
     path = require_file(path, "modelopt state")
-    try:
+    # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged zip.
+    with reported_as(f"{path} is not a readable modelopt state (damaged, truncated or unsafe)", Exception):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged zip
-        raise UserError(
-            f"{path} is not a readable modelopt state (damaged, truncated or unsafe): {first_line(error)}"
-        ) from None
     tensors = state.get("model_state_dict") if isinstance(state, dict) else None
     if not isinstance(tensors, dict) or "modelopt_state" not in state:
         raise UserError(
@@ -254,10 +251,9 @@ def restore_layers(model: PreTrainedModel, state: dict[str, Any], path: str | Pa
     import modelopt.torch.sparsity  # noqa: F401  # registers the sparsity modes
 
     check_state_fits(state["model_state_dict"], model, path)
-    try:
+    # modelopt trusts the file's settings and fails in many ways on wrong ones.
+    with reported_as(f"state {path} does not fit the model", Exception):
         model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
-    except Exception as error:  # modelopt trusts the file's settings and fails in many ways on wrong ones
-        raise UserError(f"state {path} does not fit the model: {first_line(error)}") from error
     _compare_shapes(without_expert_masks(state["model_state_dict"]), model, path)
     return model
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, first_line, warn
+from sparsity.errors import UserError, reported_as, warn
 from sparsity.files import safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
@@ -36,7 +35,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise UserError(f"model folder {model} has no config.json; give a Hugging Face model folder or hub id")
     # The last two errors: JSON of a wrong shape.
-    with loading(f"a model from '{model}'", OSError, ValueError, KeyError, TypeError, AttributeError):
+    with reported_as(f"cannot load a model from '{model}'", OSError, ValueError, KeyError, TypeError, AttributeError):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     architectures = config.architectures or []
     auto_classes = getattr(config, "auto_map", {})  # of code that comes with a checkpoint
@@ -98,21 +97,12 @@ def load_model(
         refuse_quantized(config, model)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
-    with loading(f"the weights of '{model}'", *errors):
+    with reported_as(f"cannot load the weights of '{model}'", *errors):
         loaded, report = AutoModelForCausalLM.from_pretrained(model, config=config, output_loading_info=True, **options)
     check_complete(model, report)
     if not placing:
         check_finite(loaded, model)
     return loaded.eval()
-
-
-@contextlib.contextmanager
-def loading(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn these errors of a library into a UserError."""
-    try:
-        yield
-    except errors as error:
-        raise UserError(f"cannot load {what}: {first_line(error)}") from error
 
 
 def check_complete(model: str, report: Mapping[str, Any]) -> None:
@@ -168,7 +158,7 @@ def _load_quantized(
     target = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
     tensors, scales = read_dequantized(Path(model), target)
     create: Any = type(empty_model(config, target, trust_remote_code)).from_pretrained
-    with loading(f"the weights of '{model}'", OSError, ValueError, RuntimeError):
+    with reported_as(f"cannot load the weights of '{model}'", OSError, ValueError, RuntimeError):
         loaded = create(None, config=config, state_dict=tensors, dtype=target)
     round_inputs(loaded, scales, algorithm)
     return loaded.eval()
@@ -268,7 +258,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
-    with loading(f"a tokenizer from '{model}'", Exception):  # tokenizers raises it for a malformed tokenizer.json
+    with reported_as(
+        f"cannot load a tokenizer from '{model}'", Exception
+    ):  # tokenizers raises it for a malformed tokenizer.json
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -16,9 +16,9 @@ import torch
 
 from sparsity.attention import use_blocked_attention
 from sparsity.devices import torch_dtype
-from sparsity.errors import UserError
+from sparsity.errors import UserError, reported_as
 from sparsity.modelopt_state import check_state_fits, folded_weights, load_for_inference, load_state
-from sparsity.models import load_config, load_model, load_structure, loading
+from sparsity.models import load_config, load_model, load_structure
 from sparsity.quantized import quantization_algorithm
 
 if TYPE_CHECKING:
@@ -54,11 +54,10 @@ def parse_max_memory(text: str) -> dict[int | str, str] | None:
     limits: dict[int | str, str] = {}
     for part in filter(None, text.split(",")):
         device, _, size = part.partition("=")
-        try:
+        wrong = f"--max_memory takes DEVICE=SIZE, e.g. 0=20GiB,cpu=64GiB; got '{part}'"
+        with reported_as(wrong, ValueError, OverflowError):
             convert_file_size_to_int(size)
             limits["cpu" if device == "cpu" else int(device)] = size
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"--max_memory takes DEVICE=SIZE, e.g. 0=20GiB,cpu=64GiB; got '{part}'") from error
     return limits or None
 
 
@@ -114,7 +113,7 @@ def load_sparse(
         dtype = config.dtype or next(iter(weights.values())).dtype
     create: Any = type(empty).from_pretrained
     # The last error: transformers 4 with weights on disk.
-    with loading(f"the weights of {path}", OSError, ValueError, RuntimeError, TypeError):
+    with reported_as(f"cannot load the weights of {path}", OSError, ValueError, RuntimeError, TypeError):
         loaded = create(None, config=config, state_dict=folded_weights(weights), dtype=dtype, **placing)
     with contextlib.suppress(OSError):  # the checkpoint has none
         loaded.generation_config = GenerationConfig.from_pretrained(model)

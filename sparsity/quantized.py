@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, reported_as
 from sparsity.files import safetensors_files
 
 if TYPE_CHECKING:
@@ -64,10 +64,8 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
 
     tensors: dict[str, Tensor] = {}
     for file in safetensors_files(folder):
-        try:
+        with reported_as(f"{file} is damaged or truncated", SafetensorError, OSError):
             tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or truncated: {first_line(error)}") from error
     scales: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.rpartition(".")[2] in SCALES]:
         layer, _, kind = name.rpartition(".")
@@ -77,10 +75,9 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
         if weight is None or scale is None or weight.dim() != 2 or scale.shape not in ((), (1,), weight.shape[:1]):
             raise UserError(f"{folder} is damaged: the layer {layer} has no weight with a weight_scale that fits it")
         tensors[f"{layer}.weight"] = weight.float() * (scale.float()[:, None] if scale.dim() else scale.float())
-    try:
+    # A type that torch cannot convert, such as packed 4-bit numbers.
+    with reported_as(f"{folder} cannot be read as {dtype}", RuntimeError):
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales
-    except RuntimeError as error:  # a type that torch cannot convert, such as packed 4-bit numbers
-        raise UserError(f"{folder} cannot be read as {dtype}: {first_line(error)}") from error
 
 
 def round_values(values: Tensor, kind: torch.dtype, scale: Tensor | None) -> Tensor:

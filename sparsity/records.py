@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, first_line, reported_as
 from sparsity.files import read_json, read_jsonl
 from sparsity.sources import stream_rows
 from sparsity.text import DEFAULT_INSTRUCTION, pick_column
@@ -87,9 +87,9 @@ def read_rows(path: Path) -> Iterator[Any]:
     JSON is parsed here and not by `datasets`, which refuses columns of mixed types even if nobody needs them.
 
     Raises:
-        UserError: the file cannot be read; names the last good record.
+        UserError: the file cannot be read.
     """
-    suffix, count = path.suffix.lower(), 0
+    suffix = path.suffix.lower()
     if suffix == ".jsonl":
         yield from read_jsonl(path, "source")
     elif suffix == ".json":
@@ -98,9 +98,5 @@ def read_rows(path: Path) -> Iterator[Any]:
             raise UserError(f"source {path} must hold a list of records, got {type(rows).__name__}")
         yield from rows
     else:
-        try:
-            for row in stream_rows(path):
-                yield row
-                count += 1
-        except Exception as error:  # pandas, pyarrow and datasets raise errors of many classes
-            raise UserError(f"source {path} is not readable after record {count}: {first_line(error)}") from error
+        with reported_as(f"source {path} is not readable", Exception):  # of many classes: pandas, pyarrow, datasets
+            yield from stream_rows(path)

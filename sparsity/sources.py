@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, reported_as
 from sparsity.files import file_digest, is_file, path_exists
 from sparsity.text import TEXT_FIELDS, pick_column, read_texts, sample_blocks
 
@@ -209,11 +209,7 @@ def draw_sequences(
     Raises:
         UserError: the source cannot be read, or does not fill one sequence.
     """
-    texts = read_source(source, count * length, seed)
-    try:
-        return sample_blocks(tokenizer, texts, length, count, seed)
-    except UserError as error:
-        raise UserError(f"source {source.spec} is too short for its share of --calib_data: {error}") from error
+    return sample_blocks(tokenizer, read_source(source, count * length, seed), length, count, seed, source.spec)
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
@@ -232,26 +228,20 @@ def _dataset_texts(
     spec: str, num_tokens: int | None, seed: int | None, split: str, column: str | None
 ) -> Iterator[str]:
     """Texts that are not blank, of a file, folder or hub data set; see `read_source`."""
-    rows_read = characters = 0
-    try:
+    characters = 0
+    hint = "" if path_exists(_parts(spec)[0]) else "; check the name and the network, or give a local file or folder"
+    # datasets and the network stack below it raise errors of a dozen unrelated classes.
+    with reported_as(f"cannot read the data set '{spec}'{hint}", Exception):
         rows = _open_dataset(spec, split)
         if num_tokens is not None and seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in rows:
             text = pick_column(row, column, TEXT_FIELDS, f"data set '{spec}'")
-            rows_read += 1
             if text.strip():
                 yield text
                 characters += min(len(text), COUNTED_CHARACTERS)
             if num_tokens is not None and characters >= 2 * CHARACTERS_PER_TOKEN * num_tokens:
                 return
-    except UserError:
-        raise
-    except Exception as error:  # datasets and the network stack below it raise errors of a dozen unrelated classes
-        where = f"after {rows_read} rows " if rows_read else ""
-        is_local = path_exists(_parts(spec)[0])
-        hint = "" if is_local else "; check the name and the network, or give a local file or folder"
-        raise UserError(f"cannot read the data set '{spec}' {where}({first_line(error)}){hint}") from error
 
 
 def _open_dataset(spec: str, split: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, reported_as
 from sparsity.files import read_json, require_file
 
 if TYPE_CHECKING:
@@ -115,10 +115,8 @@ def read_texts(path: str | Path) -> list[str]:
             raise UserError(f"text file {path} must hold a list, got {type(items).__name__}")
         texts = [_text_of(item, f"text file {path}: item {number}") for number, item in enumerate(items)]
     else:
-        try:
+        with reported_as(f"text file {path} is not UTF-8 text; convert it to UTF-8", UnicodeDecodeError):
             texts = [path.read_text(encoding="utf-8-sig")]
-        except UnicodeDecodeError as error:
-            raise UserError(f"text file {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"text file {path} holds no text")
@@ -153,22 +151,22 @@ def token_blocks(
         stream.append(tokenizer.eos_token_id)
         if limit is not None and len(stream) >= limit * block_size:
             break
-    return _cut_blocks(stream, block_size, limit)
+    return _cut_blocks(stream, block_size, limit, "the text")
 
 
-def _cut_blocks(stream: list[int], block_size: int, limit: int | None) -> torch.Tensor:
+def _cut_blocks(stream: list[int], block_size: int, limit: int | None, name: str) -> torch.Tensor:
     import torch
 
     blocks = len(stream) // block_size
     if limit is not None:
         blocks = min(blocks, limit)
     if blocks == 0:
-        raise UserError(f"the text has only {len(stream)} tokens, less than one block of {block_size}")
+        raise UserError(f"{name} has only {len(stream)} tokens, less than one block of {block_size}")
     return torch.tensor(stream[: blocks * block_size]).view(blocks, block_size)
 
 
 def sample_blocks(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int, limit: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], block_size: int, limit: int, seed: int, name: str = "the text"
 ) -> torch.Tensor:
     """Like `token_blocks`, but drawn from as many texts as possible: a window at a random place in each.
 
@@ -198,7 +196,7 @@ def sample_blocks(
     for tokens in ids:
         start = rng.randrange(max(0, len(tokens) - share) + 1)
         stream += tokens[start : start + share]
-    return _cut_blocks(stream, block_size, limit)
+    return _cut_blocks(stream, block_size, limit, name)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompt
@@ -232,12 +230,9 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
     """
     article = "<article>"
     turn = [{"role": "user", "content": f"{INSTRUCTION}\n\n{article}"}]
-    try:
+    # ValueError without a template, errors of jinja in a broken one.
+    with reported_as("the tokenizer has no usable chat template; leave --chat_template out", Exception):
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # ValueError without a template, errors of jinja in a broken one
-        raise UserError(
-            f"--chat_template: the tokenizer has no usable chat template ({first_line(error)}); leave the option out"
-        ) from error
     head, _, tail = text.partition(article)
     if INSTRUCTION not in head or not tail:
         raise UserError("--chat_template: the tokenizer's template changes the user's text; use --prompt_template")

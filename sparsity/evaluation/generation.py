@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sparsity.distributed import hide_bar
-from sparsity.errors import UserError, first_line
+from sparsity.errors import reported_as
 from sparsity.evaluation.predictions import PredictionLog, prediction_line
 from sparsity.kv_cache import preallocate
 from sparsity.models import cache_name
@@ -79,13 +79,9 @@ def generate_batch(
     with torch.inference_mode():
         if longest > 1:
             inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
-        try:
+        # Of the model's own checks, as ProphetNet's of positions.
+        with reported_as(f"{type(model).__name__} does not take such prompts; try --batch_size 1", ValueError):
             output = model.generate(**inputs, generation_config=config)
-        except ValueError as error:  # of the model's own checks, as ProphetNet's of positions
-            raise UserError(
-                f"{type(model).__name__} does not generate from such prompts ({first_line(error)}); --batch_size 1 "
-                "gives it one at a time, without padding"
-            ) from error
     texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts]
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import reported_as
 from sparsity.files import read_json, save_json
 
 if TYPE_CHECKING:
@@ -41,10 +41,8 @@ def source_folder(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    try:
+    with reported_as(f"cannot fetch the tokenizer and settings of '{model}'", OSError, ValueError):
         return Path(snapshot_download(model, allow_patterns=list(COMPANIONS)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot fetch the tokenizer and settings of '{model}': {first_line(error)}") from error
 
 
 def write_companions(

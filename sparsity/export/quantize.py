@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsity.errors import UserError, first_line, warn
+from sparsity.errors import UserError, reported_as, warn
 from sparsity.export.weights import in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
 from sparsity.modelopt_state import pruned_errors, sparse_masks
@@ -70,12 +70,10 @@ def quantize(model: PreTrainedModel, settings: str, batches: list[Tensor], devic
             decoder(input_ids=batch.to(device), use_cache=False)
 
     model.to(device)
-    try:
-        with _quiet_modelopt(), torch.inference_mode():
-            return mtq.quantize(model, vars(mtq)[settings], calibrate if batches else None)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        name = type(model).__name__
-        raise UserError(f"modelopt cannot quantize {name}: {first_line(error)}; leave out --quantization") from error
+    errors = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+    message = f"modelopt cannot quantize {type(model).__name__}; leave out --quantization"
+    with reported_as(message, *errors), _quiet_modelopt(), torch.inference_mode():
+        return mtq.quantize(model, vars(mtq)[settings], calibrate if batches else None)
 
 
 def write_quantized(model: PreTrainedModel, shard_size: str, folder: Path) -> dict[str, Any]:
@@ -89,16 +87,10 @@ def write_quantized(model: PreTrainedModel, shard_size: str, folder: Path) -> di
     """
     from modelopt.torch.export import export_hf_checkpoint
 
-    try:
-        with _quiet_modelopt(), torch.inference_mode():
-            export_hf_checkpoint(model, export_dir=folder, max_shard_size=shard_size)
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds, one per architecture and format
-        name = type(model).__name__
-        raise UserError(
-            f"modelopt cannot export {name} quantized: {first_line(error)}; leave out --quantization"
-        ) from error
+    errors = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)  # not a full disk
+    message = f"modelopt cannot export {type(model).__name__} quantized; leave out --quantization"
+    with reported_as(message, *errors), _quiet_modelopt(), torch.inference_mode():
+        export_hf_checkpoint(model, export_dir=folder, max_shard_size=shard_size)
     return read_json(folder / "config.json", "model configuration")["quantization_config"]
 
 

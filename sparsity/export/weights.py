@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsity.errors import UserError, first_line
+from sparsity.errors import UserError, reported_as
 from sparsity.files import save_json
 from sparsity.modelopt_state import folded, is_mask, mask_name
 from sparsity.models import shared_names
@@ -39,13 +39,9 @@ def in_checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 loads weights as they are
         return tensors
-    try:
+    # Errors of many kinds, one per conversion.
+    with reported_as("cannot restore the checkpoint's own format; try a larger --max_shard_size", Exception):
         converted = revert_weight_conversion(model, dict(tensors))
-    except Exception as error:  # of many kinds, one per conversion
-        reason = first_line(error)
-        raise UserError(
-            f"cannot restore the checkpoint's own format ({reason}); try a larger --max_shard_size"
-        ) from error
     # What a conversion cuts out of one tensor shares its memory, which safetensors refuses to store.
     return {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
 
@@ -104,10 +100,8 @@ def write_weights(
     for name, file in others.items():
         with safe_open(file, framework="pt") as tensors:
             planned[name] = tensors.get_tensor(name).to("meta")
-    try:
+    with reported_as(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB", ValueError):
         plan = split_torch_state_dict_into_shards(planned, max_shard_size=shard_size)
-    except ValueError as error:
-        raise UserError(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB") from error
     weight_map: dict[str, str] = {}
     for file, members in tqdm(plan.filename_to_tensors.items(), desc="shards", disable=None):
         own = {name: exported(state, name, dtype) for name in members if name not in others}
