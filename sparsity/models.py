@@ -251,16 +251,15 @@ def cache_name(output: Mapping[str, Any]) -> str:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; a missing pad token falls back to end-of-text, then to the unknown token.
+    """Load the tokenizer; a missing pad token falls back to end-of-text.
 
     Raises:
-        UserError: no tokenizer, no end-of-text token, or nothing to pad with.
+        UserError: no tokenizer, or no end-of-text token.
     """
     from transformers import AutoTokenizer
 
-    with reported_as(
-        f"cannot load a tokenizer from '{model}'", Exception
-    ):  # tokenizers raises it for a malformed tokenizer.json
+    # tokenizers raises Exception itself for a malformed tokenizer.json.
+    with reported_as(f"cannot load a tokenizer from '{model}'", Exception):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
