@@ -39,7 +39,6 @@ def parse_args() -> argparse.Namespace:
         help="hub: cnn_dailymail 3.0.0; aclsum: the data in the wheel aclsum==0.1.2; else a .json, .jsonl, .csv or "
         ".parquet file or a folder of them, where test, eval, val and dev files are for evaluation",
     )
-    source.add_argument("--eval_source", metavar="PATH", help="local files for the evaluation set, read like --source")
     source.add_argument(
         "--eval_fraction",
         type=float,
@@ -62,8 +61,6 @@ def parse_args() -> argparse.Namespace:
     )
     columns.add_argument("--instruction", help="the task as the model reads it (by default one that fits the source)")
     columns.add_argument("--max_samples", type=int, help="write at most this many records to each of the two files")
-    columns.add_argument("--max_train", type=int, help="the same for training records only")
-    columns.add_argument("--max_eval", type=int, help="the same for evaluation records only")
     return parser.parse_args()
 
 
@@ -71,9 +68,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse invalid options before anything is read."""
     if not 0 < args.eval_fraction < 1:
         raise UserError(f"--eval_fraction must be between 0 and 1, got {args.eval_fraction}")
-    check_at_least(args, 1, "max_samples", "max_train", "max_eval")
-    if args.eval_source and args.source in ("hub", "aclsum"):
-        raise UserError(f"--eval_source goes with local files; --source {args.source} has its own evaluation split")
+    check_at_least(args, 1, "max_samples")
 
 
 # --------------------------------------------------------------------------------------------- splitting
@@ -95,9 +90,6 @@ def open_splits(args: argparse.Namespace) -> tuple[Iterator[records.Triple], Ite
         raise UserError(
             f"source {args.source} holds evaluation files only ({eval_files[0].name}, …); add training files"
         )
-    if args.eval_source:
-        held_out, named_eval = records.list_files(args.eval_source)
-        return read(train_files), read(held_out + named_eval)
     if eval_files:
         return read(train_files), read(eval_files)
 
@@ -184,8 +176,8 @@ def main() -> None:
         temporaries = [stack.enter_context(atomic_path(folder / name)) for name in names]
         with ExitStack() as open_files:
             streams = [open_files.enter_context(open(path, "w", encoding="utf-8")) for path in temporaries]
-            evaluation = write_records(held_out, streams[1], "evaluation", args.max_eval or args.max_samples, set())
-            write_records(train, streams[0], "training", args.max_train or args.max_samples, evaluation)
+            evaluation = write_records(held_out, streams[1], "evaluation", args.max_samples, set())
+            write_records(train, streams[0], "training", args.max_samples, evaluation)
             if args.source == "aclsum":
                 write_lines(demo_data.aclsum_bodies("train", without="test"), streams[2], "calibration text")
                 write_lines(demo_data.aclsum_bodies("test"), streams[3], "held-out text")

@@ -34,7 +34,6 @@ def parse_args() -> argparse.Namespace:
         metavar="[NAME=]SOURCE",
         help="texts to measure, each a file, a folder, or a hub data set NAME:CONFIG:SPLIT",
     )
-    text.add_argument("--dataset_config", metavar="NAME", help="configuration of a hub data set that names none")
     text.add_argument("--split", default="test", help="split of a data set that names none")
     text.add_argument("--text_column", default="text", help="column of a data set's text")
     protocol = parser.add_argument_group("protocol")
@@ -79,21 +78,20 @@ def main() -> None:
         files.prepare_output_dir(Path(args.output_json).parent)
     if args.modelopt_restore_path:
         files.require_file(args.modelopt_restore_path, "modelopt state")
-    texts = perplexity.choose_texts(args.text, args.dataset_config, args.split, args.text_column)
+    texts = perplexity.choose_texts(args.text)
     config = models.load_config(args.model_dir, args.trust_remote_code)
     models.check_lengths(config, {"--context": args.context})
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)
-    windows = {
-        name: perplexity.windows_of(tokenizer, text, args.context, args.stride, args.max_blocks)
-        for name, text in texts.items()
-    }
+    reading = (args.context, args.stride, args.max_blocks, args.split, args.text_column)
+    windows = {name: perplexity.windows_of(tokenizer, source, *reading) for name, source in texts.items()}
 
     # Phase 2: the figures.
     model = load_placed(args, device)
     results = {}
-    for name, text in texts.items():
+    for name, source in texts.items():
         result = perplexity.measure(model, windows[name], input_device(model), args.batch_size, args.stride)
-        result["protocol"] = perplexity.protocol_line(windows[name], args.stride, result["tokens"], str(text))
+        protocol = (args.stride, result["tokens"], source, args.split, args.text_column)
+        result["protocol"] = perplexity.protocol_line(windows[name], *protocol)
         results[name] = result
         print(result["protocol"])
         label = f" ({name})" if name else ""

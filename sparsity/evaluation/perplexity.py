@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from sparsity.distributed import hide_bar
 from sparsity.errors import UserError
-from sparsity.files import path_exists
+from sparsity.files import is_file, path_exists
 from sparsity.sources import Source, check_source, read_source
 from sparsity.text import token_blocks
 
@@ -25,66 +24,43 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 16  # tokens whose fp32 logits are computed together: few enough for a processor's cache
 
 
-@dataclass(frozen=True)
-class MeasuredText:
-    """A text to measure.
-
-    Attributes:
-        split, column: for a data set; see `read_source`.
-    """
-
-    source: Source
-    split: str
-    column: str
-
-    def __str__(self) -> str:
-        """Its name in the protocol line."""
-        if Path(self.source.spec).is_file():
-            return Path(self.source.spec).name
-        return " ".join([*filter(None, self.source.spec.split(":")), self.split, self.column])
-
-    def read(self, tokens: int | None) -> list[str]:
-        """The texts; the rows of a data set as one text, joined by blank lines as the literature joins WikiText-2.
-
-        Args:
-            tokens: read about as many; None: all.
-        """
-        texts = read_source(self.source, tokens, None, self.split, self.column)
-        return texts if Path(self.source.spec).is_file() else ["\n\n".join(texts)]
-
-
-def choose_texts(items: Sequence[str], config: str | None, split: str, column: str) -> dict[str, MeasuredText]:
+def choose_texts(items: Sequence[str]) -> dict[str, Source]:
     """The texts of --text by name; a single text needs none and is then called "".
 
     Args:
         items: [NAME=]SOURCE; an existing path may contain "=".
-        config, split, column: of data sets that do not name theirs.
 
     Raises:
         UserError: a name is missing or given twice, or a source is a path that does not exist.
     """
-    texts: dict[str, MeasuredText] = {}
+    texts: dict[str, Source] = {}
     for item in items:
         name, separator, spec = item.partition("=")
         if path_exists(item) or not separator:
             name, spec = "", item
         if (not name and len(items) > 1) or name in texts or not spec:
             raise UserError(f"--text takes one SOURCE, or several NAME=SOURCE with different names; got '{item}'")
-        if config and ":" not in spec and not path_exists(spec):
-            spec = f"{spec}:{config}"
-        source = Source(spec)
-        check_source(source)
-        texts[name] = MeasuredText(source, "" if spec.count(":") > 1 else split, column)
+        texts[name] = Source(spec)
+        check_source(texts[name])
     return texts
 
 
 def windows_of(
-    tokenizer: PreTrainedTokenizerBase, text: MeasuredText, context: int, stride: int, limit: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    context: int,
+    stride: int,
+    limit: int | None,
+    split: str = "test",
+    column: str = "text",
 ) -> torch.Tensor:
-    """Full windows of the text's token stream, each starting `stride` tokens after the one before.
+    """Full windows of a text's token stream, each starting `stride` tokens after the one before.
+
+    The rows of a data set are one text, joined by blank lines as the literature joins WikiText-2.
 
     Args:
         limit: most windows; None: all.
+        split, column: of a data set; see `read_source`.
 
     Returns:
         int64 tensor [windows, context], a view of the stream. What follows the last full window is left out.
@@ -93,7 +69,10 @@ def windows_of(
         UserError: the text does not fill one window.
     """
     needed = context + (limit - 1) * stride if limit else None
-    stream = token_blocks(tokenizer, text.read(needed), block_size=1, limit=needed).flatten()
+    texts = read_source(source, needed, None, split, column)
+    if not is_file(source.spec):
+        texts = ["\n\n".join(texts)]
+    stream = token_blocks(tokenizer, texts, block_size=1, limit=needed).flatten()
     if len(stream) < context:
         raise UserError(
             f"the text has only {len(stream)} tokens, less than a window of {context}; give more or a smaller window"
@@ -101,11 +80,13 @@ def windows_of(
     return stream.unfold(0, context, stride)
 
 
-def protocol_line(windows: torch.Tensor, stride: int, scored: int, source: str) -> str:
+def protocol_line(windows: torch.Tensor, stride: int, scored: int, source: Source, split: str, column: str) -> str:
     """One line that says how a perplexity was measured; see `windows_of` for the arguments."""
+    parts = [*[*source.spec.split(":"), split][:3], column]
+    text = Path(source.spec).name if is_file(source.spec) else " ".join(filter(None, parts))
     count, context = windows.shape
     kind = "blocked" if stride == context else f"sliding by {stride}"
-    return f"protocol: {source}; {count} windows of {context} tokens, {kind}; {scored} tokens predicted"
+    return f"protocol: {text}; {count} windows of {context} tokens, {kind}; {scored} tokens predicted"
 
 
 def measure(

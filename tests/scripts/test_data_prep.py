@@ -99,9 +99,11 @@ def test_folder_with_test_file_is_split_by_file_name(prepare, tmp_path):
 
 
 def test_evaluation_articles_are_dropped_from_training(prepare, tmp_path, capsys):
-    train_file = write_as(tmp_path / "train.json", rows(4))
-    eval_file = write_as(tmp_path / "held.json", [{"article": "TEXT  2 É", "highlights": "another summary"}])
-    train, held_out = splits(prepare("--source", train_file, "--eval_source", eval_file))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_as(folder / "train.json", rows(4))
+    write_as(folder / "test.json", [{"article": "TEXT  2 É", "highlights": "another summary"}])
+    train, held_out = splits(prepare("--source", folder))
     assert [record["output"] for record in train] == ["summary 0", "summary 1", "summary 3"]
     assert len(held_out) == 1
     assert "1 that are in the evaluation set" in capsys.readouterr().out
@@ -110,8 +112,8 @@ def test_evaluation_articles_are_dropped_from_training(prepare, tmp_path, capsys
 def test_limits_and_records_without_text(prepare, tmp_path, capsys):
     items = [*rows(6), {"article": None, "highlights": "x"}, {"article": "y", "highlights": "  "}]
     file = write_as(tmp_path / "a.json", items)
-    train, held_out = splits(prepare("--source", file, "--eval_fraction", 0.5, "--max_train", 2, "--max_eval", 1))
-    assert (len(train), len(held_out)) == (2, 1)
+    train, held_out = splits(prepare("--source", file, "--eval_fraction", 0.5, "--max_samples", 2))
+    assert (len(train), len(held_out)) == (2, 2)
     prepare("--source", file)
     assert "training: 5 records (left out: 2 without text)" in capsys.readouterr().out
 
@@ -145,11 +147,11 @@ class FakeHub:
 def test_hub_is_streamed_with_its_own_test_split(prepare, monkeypatch):
     hub = FakeHub()
     monkeypatch.setattr("datasets.load_dataset", hub)
-    train, held_out = splits(prepare("--max_train", 3))
+    train, held_out = splits(prepare("--max_samples", 3))
     assert sorted(hub.splits) == ["test", "train"]
     assert [record["input"] for record in train] == [f"train article {i}" for i in range(3)]
     assert held_out[1]["output"] == "point 1 .\nmore ."
-    assert len(held_out) == 5
+    assert len(held_out) == 3
 
 
 def test_broken_download_is_reported_and_nothing_is_written(prepare, monkeypatch, tmp_path):

@@ -143,7 +143,6 @@ ROWS = [
     ("data_prep.py", "column of numbers", "--output_column n --source {numbers}", ["'n'"]),
     ("data_prep.py", "fraction", "--eval_fraction 1.5", ["--eval_fraction", "1.5"]),
     ("data_prep.py", "one record only", "--source {one}", ["training set is empty"]),
-    ("data_prep.py", "evaluation files for the hub", "--source hub --eval_source {table}", ["--eval_source"]),
     ("data_prep.py", "hub out of reach", "--source hub", ["cnn_dailymail", "--source"]),
     ("report.py", "no such run", "--run x={absent}", ["{absent}"]),
     ("report.py", "no such layer log", "--pts_layers {absent}", ["not found"]),
