@@ -15,7 +15,6 @@ NO_MEMORY = re.compile(
     r"MemoryError|could not create a primitive",
     re.IGNORECASE,
 )
-AMOUNT = re.compile(r"(?:allocate|mmap|size) ([\d.]+) ?([KMGT]iB|bytes|failed)", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -49,8 +48,8 @@ def memory_shortage(error: BaseException | None) -> str | None:
     """Describe an error that comes from a lack of memory, of this machine or of a GPU.
 
     Returns:
-        e.g. "out of memory (tried to allocate 2.0 GiB)"; None for any other error, and for a UserError, which has its
-        own advice, unless it only quotes the library's message.
+        "out of memory" or "GPU out of memory"; None for any other error, and for a UserError, which has its own advice,
+        unless it only quotes the library's message.
     """
     if isinstance(error, UserError) and not NO_MEMORY.search(str(error)):
         return None
@@ -58,19 +57,9 @@ def memory_shortage(error: BaseException | None) -> str | None:
         text = str(error)
         is_system_error = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         if is_system_error or (not isinstance(error, UserError) and NO_MEMORY.search(text)):
-            amount = AMOUNT.search(text)
-            device = "GPU " if "CUDA" in text else ""
-            return f"{device}out of memory" + (f" (tried to allocate {_size(*amount.groups())})" if amount else "")
+            return "GPU out of memory" if "CUDA" in text else "out of memory"
         error = error.__cause__ or error.__context__
     return None
-
-
-def _size(number: str, unit: str) -> str:
-    """A readable size; a `unit` that is none stands behind a number of bytes."""
-    if unit.endswith("iB"):
-        return f"{number} {unit}"
-    mebibytes = float(number) / 2**20
-    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
 
 
 def warn(message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -47,15 +47,14 @@ class PreallocatedLayer(DynamicLayer):
             generated.copy_(generated.index_select(0, beam_idx.to(tensor.device)))
 
 
-def preallocate(cache: Cache, length: int, beams: int = 1) -> Cache:
+def preallocate(cache: DynamicCache, length: int, beams: int) -> DynamicCache:
     """The cache of prompts, repeated for `beams` rows each, with memory for `length` positions in all.
 
     Layers of other kinds than the one that grows by copying, such as those of a sliding window, are only repeated.
     """
     if beams > 1:
         cache.batch_repeat_interleave(beams)
-    if isinstance(cache, DynamicCache):
-        for number, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and layer.is_initialized:
-                cache.layers[number] = PreallocatedLayer(layer, length)
+    cache.layers = [
+        PreallocatedLayer(layer, length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache

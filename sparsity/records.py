@@ -73,8 +73,6 @@ def file_triples(
     for path in files:
         for number, row in enumerate(read_rows(path), start=1):
             where = f"source {path} record {number}"
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is a {type(row).__name__}, not an object with named fields")
             article = pick_column(row, input_column, INPUT_COLUMNS, where, "; choose another with --input_column")
             summary = pick_column(row, output_column, OUTPUT_COLUMNS, where, "; choose another with --output_column")
             own = row.get("instruction")

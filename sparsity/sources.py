@@ -83,19 +83,16 @@ def _parts_of_item(item: str) -> list[str]:
 
 
 def _parse_source(part: str) -> Source:
-    if path_exists(part):
-        return Source(part)
     spec, equals, weight = part.rpartition("=")
-    if not equals:
+    if not equals or path_exists(part):
         spec, weight = part, "1"
     if not spec:
         raise UserError(f"got an empty source in '{part}'; write SOURCE or SOURCE=WEIGHT")
-    try:
+    wrong = f"the weight of the source '{spec}' must be a number of at least 0, got '{weight}'"
+    with reported_as(wrong, ValueError):
         number = float(weight)
-    except ValueError:
-        number = math.nan
     if not 0 <= number < math.inf:
-        raise UserError(f"the weight of the source '{spec}' must be a number of at least 0, got '{weight}'")
+        raise UserError(wrong)
     return Source(spec, number)
 
 
@@ -141,14 +138,13 @@ def check_source(source: Source) -> None:
 
 def content_key(source: Source) -> str:
     """Digest that identifies the content of a source: of its files, or of a hub data set's name."""
-    path = Path(_parts(source.spec)[0])
-    if source.spec == SELF or not path_exists(path):
-        return hashlib.sha256(source.spec.encode()).hexdigest()
-    if path.is_file():
-        return file_digest(path)
+    if is_file(source.spec):
+        return file_digest(source.spec)
     digest = hashlib.sha256(source.spec.encode())
-    for file in _text_files(path):
-        digest.update(f"{file.relative_to(path)} {file_digest(file)}".encode())
+    if source.spec != SELF:
+        path = Path(_parts(source.spec)[0])
+        for file in _text_files(path):  # none of a hub data set
+            digest.update(f"{file.relative_to(path)} {file_digest(file)}".encode())
     return digest.hexdigest()
 
 

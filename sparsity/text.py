@@ -55,7 +55,7 @@ def valid_unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def pick_column(row: dict[str, Any], chosen: str | None, known: Sequence[str], where: str, hint: str = "") -> str:
+def pick_column(row: Any, chosen: str | None, known: Sequence[str], where: str, hint: str = "") -> str:
     """The text in column `chosen` of a row, or in the first of `known` that the row has; "" for a missing value.
 
     Args:
@@ -63,8 +63,10 @@ def pick_column(row: dict[str, Any], chosen: str | None, known: Sequence[str], w
         hint: what to do about a wrong column; ends the message.
 
     Raises:
-        UserError: no such column, or its value is not text.
+        UserError: the row has no named fields or no such column, or its value is not text.
     """
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is a {type(row).__name__}, not text or an object with named fields")
     name = chosen or next((column for column in known if column in row), None)
     if name not in row:
         missing = f"'{chosen}'" if chosen else " or ".join(known)
@@ -113,7 +115,12 @@ def read_texts(path: str | Path) -> list[str]:
         items = read_json(path, "text file")
         if not isinstance(items, list):
             raise UserError(f"text file {path} must hold a list, got {type(items).__name__}")
-        texts = [_text_of(item, f"text file {path}: item {number}") for number, item in enumerate(items)]
+        texts = [
+            valid_unicode(item)
+            if isinstance(item, str)
+            else pick_column(item, None, TEXT_FIELDS, f"text file {path}: item {number}")
+            for number, item in enumerate(items)
+        ]
     else:
         with reported_as(f"text file {path} is not UTF-8 text; convert it to UTF-8", UnicodeDecodeError):
             texts = [path.read_text(encoding="utf-8-sig")]
@@ -121,14 +128,6 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise UserError(f"text file {path} holds no text")
     return texts
-
-
-def _text_of(item: Any, where: str) -> str:
-    if isinstance(item, str):
-        return valid_unicode(item)
-    if not isinstance(item, dict):
-        raise UserError(f"{where} is a {type(item).__name__}, not text or an object with named fields")
-    return pick_column(item, None, TEXT_FIELDS, where)
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks

@@ -15,20 +15,10 @@ if TYPE_CHECKING:
 
 
 # The files of a model folder other than its weights.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *(
-        "*processor_config.json",
-        "vocab.*",
-        "merges.txt",
-        "*.model",
-        "*.tiktoken",
-        "chat_template*",
-        "*.py",
-        "LICENSE*",
-        "NOTICE*",
-    ),
-)
+COMPANIONS = """
+config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json *processor_config.json vocab.*
+merges.txt *.model *.tiktoken chat_template* *.py LICENSE* NOTICE*
+""".split()
 
 
 def source_folder(model: str) -> Path:
@@ -42,7 +32,7 @@ def source_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with reported_as(f"cannot fetch the tokenizer and settings of '{model}'", OSError, ValueError):
-        return Path(snapshot_download(model, allow_patterns=list(COMPANIONS)))
+        return Path(snapshot_download(model, allow_patterns=COMPANIONS))
 
 
 def write_companions(
