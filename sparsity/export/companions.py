@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 # The files of a model folder other than its weights.
-COMPANIONS = """
-config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json *processor_config.json vocab.*
-merges.txt *.model *.tiktoken chat_template* *.py LICENSE* NOTICE*
-""".split()
+COMPANIONS = (
+    "config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json *processor_config.json "
+    "vocab.* merges.txt *.model *.tiktoken chat_template* *.py LICENSE* NOTICE*"
+)
 
 
 def source_folder(model: str) -> Path:
@@ -32,7 +32,7 @@ def source_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with reported_as(f"cannot fetch the tokenizer and settings of '{model}'", OSError, ValueError):
-        return Path(snapshot_download(model, allow_patterns=COMPANIONS))
+        return Path(snapshot_download(model, allow_patterns=COMPANIONS.split()))
 
 
 def write_companions(
@@ -50,7 +50,7 @@ def write_companions(
     from transformers import GenerationConfig
 
     for path in source.iterdir():
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS.split()):
             shutil.copyfile(path, folder / path.name)
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(model_config).save_pretrained(folder)
