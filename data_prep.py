@@ -151,17 +151,6 @@ def write_records(
     return written
 
 
-def write_lines(items: Iterable[dict[str, str]], stream: TextIO, what: str) -> None:
-    """Write one JSON object per line."""
-    from tqdm import tqdm
-
-    count = 0
-    for item in tqdm(items, what, unit="", disable=None):
-        stream.writelines(json_lines([item]))
-        count += 1
-    print(f"{what}: {count} papers")
-
-
 def main() -> None:
     args = parse_args()
     check_args(args)
@@ -179,8 +168,8 @@ def main() -> None:
             evaluation = write_records(held_out, streams[1], "evaluation", args.max_samples, set())
             write_records(train, streams[0], "training", args.max_samples, evaluation)
             if args.source == "aclsum":
-                write_lines(demo_data.aclsum_bodies("train", without="test"), streams[2], "calibration text")
-                write_lines(demo_data.aclsum_bodies("test"), streams[3], "held-out text")
+                streams[2].writelines(json_lines(demo_data.aclsum_bodies("train", without="test")))
+                streams[3].writelines(json_lines(demo_data.aclsum_bodies("test")))
                 streams[4].write(demo_data.python_manual())
     print("wrote " + ", ".join(str(folder / name) for name in names))
 

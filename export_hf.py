@@ -100,7 +100,7 @@ def main() -> None:
     from sparsity.files import atomic_folder
     from sparsity.inspection import inspect_path
     from sparsity.metrics import read_metrics
-    from sparsity.sources import check_source, parse_sources
+    from sparsity.sources import check_source, draw_sequences, parse_sources
 
     # Phase 1: checks, before the long work.
     target = Path(args.output_dir)
@@ -135,7 +135,8 @@ def main() -> None:
     device = resolve_device(args.device)
     if args.calib_data:
         models.check_lengths(config, {"--model_max_length": args.model_max_length})
-        batches = quantize.calibration_batches(tokenizer, sources, args.calib_size, args.model_max_length, args.seed)
+        drawn = draw_sequences(tokenizer, sources, args.calib_size, args.model_max_length, args.seed)
+        batches = list(torch.cat(drawn).split(1))
 
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
     masked = {name: weight.to("meta") for name, weight, _ in modelopt_state.sparse_masks(state)}

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError, reported_as
+from sparsity.errors import UserError, reported_as, warn
 from sparsity.files import file_digest, is_file, path_exists
 from sparsity.text import TEXT_FIELDS, pick_column, read_texts, sample_blocks
 
@@ -198,14 +198,31 @@ def shares(sources: Sequence[Source], size: int) -> list[int]:
 
 
 def draw_sequences(
-    tokenizer: PreTrainedTokenizerBase, source: Source, count: int, length: int, seed: int
-) -> torch.Tensor:
-    """At most `count` calibration sequences of a source, int64 [count, length], all of them full.
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    size: int,
+    length: int,
+    seed: int,
+    write: Callable[[int], torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """At most `size` calibration sequences, shared by weight: int64 [count, length] of each source, all of them full.
+
+    Args:
+        write: from a number of sequences to self-generated text, where that is available.
 
     Raises:
-        UserError: the source cannot be read, or does not fill one sequence.
+        UserError: a source cannot be read, gets no sequence, or does not fill one.
     """
-    return sample_blocks(tokenizer, read_source(source, count * length, seed), length, count, seed, source.spec)
+    drawn = []
+    for source, count in zip(sources, shares(sources, size), strict=True):
+        if write is not None and source.spec == SELF:
+            drawn.append(write(count))
+            continue
+        texts = read_source(source, count * length, seed)
+        drawn.append(sample_blocks(tokenizer, texts, length, count, seed, source.spec))
+        if len(drawn[-1]) < count:
+            warn(f"{source.spec} gives {len(drawn[-1])} sequences of {length}, not {count}; its weight is the same")
+    return drawn
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
@@ -250,10 +267,9 @@ def _open_dataset(spec: str, split: str) -> Any:
         return load_dataset(name, config, split=own_split or split, streaming=True)
     if path.is_file():
         return stream_rows(path)
-    if (path / "state.json").is_file():
-        return load_from_disk(name).to_iterable_dataset()
-    if (path / "dataset_dict.json").is_file():
-        splits = load_from_disk(name)
+    if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(name)
+        splits = {split: saved} if isinstance(saved, Dataset) else saved
     else:
         suffixes = {file.suffix.lower() for file in _text_files(path)}
         if not suffixes:

@@ -15,32 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsity.errors import UserError, reported_as, warn
+from sparsity.errors import UserError, reported_as
 from sparsity.export.weights import in_checkpoint_format
 from sparsity.files import read_json, safetensors_files
 from sparsity.modelopt_state import pruned_errors, sparse_masks
-from sparsity.sources import Source, draw_sequences, shares
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def calibration_batches(
-    tokenizer: PreTrainedTokenizerBase, sources: list[Source], size: int, length: int, seed: int
-) -> list[Tensor]:
-    """Token ids [1, length] of `size` sequences, drawn from the sources by their weights.
-
-    Raises:
-        UserError: a source cannot be read, or does not fill one sequence.
-    """
-    drawn = [
-        draw_sequences(tokenizer, source, count, length, seed)
-        for source, count in zip(sources, shares(sources, size), strict=True)
-    ]
-    blocks = torch.cat(drawn)
-    if len(blocks) < size:
-        warn(f"the text gives {len(blocks)} sequences of {length}, not {size}")
-    return list(blocks.split(1))
+    from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsity.errors import UserError, warn
+from sparsity.errors import UserError
 from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences, shares
 
 if TYPE_CHECKING:
@@ -53,15 +53,8 @@ def load_calibration(
     Raises:
         UserError: no text, or less than one sequence of it.
     """
-    blocks = []
-    for source, count in zip(calibration.sources, calibration.counts(), strict=True):
-        if source.spec == SELF:
-            blocks.append(write(count))
-            continue
-        blocks.append(draw_sequences(tokenizer, source, count, calibration.length, calibration.seed))
-        if len(blocks[-1]) < count:
-            counts = ", with the same total weight" if len(calibration.sources) > 1 else ""
-            warn(f"{source.spec} gives {len(blocks[-1])} sequences of {calibration.length}, not {count}{counts}")
+    sizes = (calibration.size, calibration.length, calibration.seed)
+    blocks = draw_sequences(tokenizer, calibration.sources, *sizes, write)
     total = sum(map(len, blocks))
     batches, token_weights = [], []
     for source, block in zip(calibration.sources, blocks, strict=True):

@@ -16,7 +16,7 @@ from sparsity.export.companions import write_companions
 from sparsity.export.formats import CALIBRATED, FORMATS
 from sparsity.modelopt_state import load_for_inference, load_state, load_weights, sparse_masks
 from sparsity.models import load_config, load_model
-from sparsity.sources import parse_sources
+from sparsity.sources import draw_sequences, parse_sources
 
 ALGORITHMS = {
     "int8": "W8A8_SQ_PER_CHANNEL",
@@ -99,7 +99,7 @@ def test_the_folder_computes_what_modelopt_simulates(
 ):
     batches = []
     if name in CALIBRATED:
-        batches = quantize.calibration_batches(tokenizer, parse_sources(str(calibration)), 4, 32, seed=0)
+        batches = list(torch.cat(draw_sequences(tokenizer, parse_sources(str(calibration)), 4, 32, seed=0)).split(1))
     model = load_for_inference(str(model_dir), None, state_path)
     expected = logits(quantize.quantize(model, FORMATS[name], batches, torch.device("cpu")))
     ours = logits(load_for_inference(str(export(name)), None, None))
