@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,20 @@ def read_metrics(path: str | Path) -> dict[str, Any]:
     content = read_json(path, "result file")
     if isinstance(content, dict) and "perplexity" in content:
         content = {**content, PERPLEXITIES: {"": content}}
-    numbers = list(_numbers(content))
+    numbers: list[Any] = []
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # of another shape
+        has_rouge = not content.keys().isdisjoint(ROUGE_TYPES)
+        intervals = content.get(INTERVALS, {}).values() if has_rouge else ()
+        numbers = [
+            *(content[name] for name in ROUGE_TYPES if has_rouge),
+            *(end for low, high in intervals for end in (low, high)),
+            *(
+                result["perplexity"] if name.isprintable() else None
+                for name, result in content.get(PERPLEXITIES, {}).items()
+            ),
+        ]
     if not numbers or not all(map(is_number, numbers)):
         raise UserError(
             f"result file {path} has no ROUGE or perplexity; give an --output_json of eval.py or eval_ppl.py"
         )
     return content
-
-
-def _numbers(content: Any) -> Iterator[Any]:
-    """Everything that must be a number; None for what is missing or of another type."""
-    if not isinstance(content, dict):
-        return
-    perplexities, intervals = content.get(PERPLEXITIES, {}), content.get(INTERVALS, {})
-    for name, result in perplexities.items() if isinstance(perplexities, dict) else [("", None)]:
-        yield result.get("perplexity") if isinstance(result, dict) and name.isprintable() else None
-    if not content.keys().isdisjoint(ROUGE_TYPES):
-        yield from (content.get(name) for name in ROUGE_TYPES)
-        for pair in intervals.values() if isinstance(intervals, dict) else [None]:
-            yield from pair if isinstance(pair, list) and len(pair) == 2 else [None]

@@ -83,7 +83,7 @@ def protocol_notes(runs: list[Run]) -> list[str]:
         if run.rouge and "examples" in run.rouge:
             notes.append(f"ROUGE: mean F-measure in percent over {run.rouge['examples']} examples.")
             break
-    if any(run.sparsity for run in runs):
+    if any(run.matrices for run in runs):
         notes.append("Sparsity: zeros counted in the linear layers as saved, output head and embeddings aside.")
     return notes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import is_number, is_whole_number, read_json
-from sparsity.inspection import inspect_path, zero_totals
+from sparsity.inspection import MatrixReport, inspect_path, zero_totals
 from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_metrics
 
 # Types of the fields in a JSONL file.
@@ -30,6 +30,7 @@ class Run:
 
     Attributes:
         perplexities: results by the name of the text; "" for a text without a name.
+        matrices: those of the linear layers, as saved; embeddings and output heads do not count.
     """
 
     name: str
@@ -37,18 +38,8 @@ class Run:
     perplexities: dict[str, dict[str, Any]] = field(default_factory=dict)
     rouge: dict[str, Any] | None = None
     predictions: dict[int, dict[str, Any]] = field(default_factory=dict)
-    sparsity: Sparsity | None = None
+    matrices: list[MatrixReport] = field(default_factory=list)
     state: Path | None = None
-
-
-@dataclass
-class Sparsity:
-    """Zeros counted in the linear layers. `valid` of `matrices` have two or more zeros in every group of four."""
-
-    zeros: float
-    weights: int
-    matrices: int
-    valid: int
 
 
 def read_lines(path: str | Path, what: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -93,19 +84,12 @@ def text_names(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.perplexities))
 
 
-def count_zeros(path: Path) -> Sparsity:
-    """Add up what the matrices of a state or of a safetensors folder hold; embeddings and output heads do not count."""
-    matrices = list(inspect_path(path))
-    weights, zeros = zero_totals(matrices)
-    return Sparsity(zeros, weights, len(matrices), sum(matrix.is_2_4 for matrix in matrices))
-
-
 def measure(runs: list[Run], states: dict[str, Path], model_dir: str | None) -> None:
-    """Fill in every run's sparsity; a run without a state is the dense model, which is measured if it is a folder."""
-    dense = count_zeros(Path(model_dir)) if model_dir and Path(model_dir).is_dir() else None
+    """Inspect every run's matrices; a run without a state is the dense model, which is inspected if it is a folder."""
+    dense = list(inspect_path(model_dir)) if model_dir and Path(model_dir).is_dir() else []
     for run in runs:
         run.state = states.get(run.name)
-        run.sparsity = count_zeros(run.state) if run.state else dense
+        run.matrices = list(inspect_path(run.state)) if run.state else dense
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
@@ -115,14 +99,15 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
     rows = [["model", *perplexities, "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
     for run in runs:
         rouge = [f"{run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
-        sparsity = run.sparsity
+        weights, zeros = zero_totals(run.matrices)
+        valid = sum(matrix.is_2_4 for matrix in run.matrices)
         rows.append(
             [
                 run.name,
                 *(f"{run.perplexities[text]['perplexity']:.2f}" if text in run.perplexities else "-" for text in texts),
                 *rouge,
-                f"{100 * sparsity.zeros / sparsity.weights:.2f}%" if sparsity else "-",
-                f"{sparsity.valid} of {sparsity.matrices}" if sparsity else "-",
+                f"{zeros / weights:.2%}" if run.matrices else "-",
+                f"{valid} of {len(run.matrices)}" if run.matrices else "-",
             ]
         )
     return rows

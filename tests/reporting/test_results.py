@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sparsity.reporting.results import Run, Sparsity, markdown, read_run, table_rows
+import torch
+from conftest import sparse_matrix
+
+from sparsity.inspection import inspect_matrix
+from sparsity.reporting.results import Run, markdown, read_run, table_rows
 
 ROUGE = {"rouge1": 25.0, "rouge2": 12.5, "rougeL": 20.0, "rougeLsum": 21.0}
 
 
 def test_rows_show_percent_and_dashes_for_what_is_missing():
-    full = Run("PTS", Path("a"), {"": {"perplexity": 12.345}}, ROUGE, sparsity=Sparsity(50, 100, 7, 6))
+    matrices = [inspect_matrix("a", sparse_matrix()), inspect_matrix("b", torch.ones(32, 64))]
+    full = Run("PTS", Path("a"), {"": {"perplexity": 12.345}}, ROUGE, matrices=matrices)
     header, *rows = table_rows([full, Run("dense", Path("b"))])
-    assert rows[0] == ["PTS", "12.35", "25.00", "12.50", "20.00", "21.00", "50.00%", "6 of 7"]
+    assert rows[0] == ["PTS", "12.35", "25.00", "12.50", "20.00", "21.00", "25.00%", "1 of 2"]
     assert rows[1] == ["dense", *["-"] * 7] and len(header) == 8
 
 
