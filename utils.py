@@ -132,20 +132,17 @@ def parse_pairs(option: str, pairs: Sequence[str]) -> list[tuple[str, str]]:
     [('dense', 'eval/dense')]
     """
     split = [(name, value) for name, _, value in (pair.partition("=") for pair in pairs)]
-    for pair, names in zip(pairs, split, strict=True):
-        if not all(names):
-            raise UserError(f"{option} takes NAME=VALUE, got '{pair}'")
+    if wrong := [pair for pair, names in zip(pairs, split, strict=True) if not all(names)]:
+        raise UserError(f"{option} takes NAME=VALUE, got '{wrong[0]}'")
     return split
 
 
 def parse_named(option: str, pairs: Sequence[str]) -> dict[str, str]:
     """`parse_pairs` for an option that takes each name once."""
-    named: dict[str, str] = {}
-    for name, value in parse_pairs(option, pairs):
-        if name in named:
-            raise UserError(f"{option} got the name '{name}' twice")
-        named[name] = value
-    return named
+    names = [name for name, _ in parse_pairs(option, pairs)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{option} got the name '{twice[0]}' twice")
+    return dict(parse_pairs(option, pairs))
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:

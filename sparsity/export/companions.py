@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 # The files of a model folder other than its weights.
 COMPANIONS = (
-    "config.json generation_config.json tokenizer* special_tokens_map.json added_tokens.json *processor_config.json "
-    "vocab.* merges.txt *.model *.tiktoken chat_template* *.py LICENSE* NOTICE*"
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("*processor_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*"),
+    *("*.py", "LICENSE*", "NOTICE*"),
 )
 
 
@@ -32,7 +33,7 @@ def source_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with reported_as(f"cannot fetch the tokenizer and settings of '{model}'", OSError, ValueError):
-        return Path(snapshot_download(model, allow_patterns=COMPANIONS.split()))
+        return Path(snapshot_download(model, allow_patterns=list(COMPANIONS)))
 
 
 def write_companions(
@@ -50,7 +51,7 @@ def write_companions(
     from transformers import GenerationConfig
 
     for path in source.iterdir():
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS.split()):
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, folder / path.name)
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(model_config).save_pretrained(folder)
