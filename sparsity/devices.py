@@ -43,10 +43,8 @@ def resolve_device(name: str) -> torch.device:
     if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
         raise UserError(f"unknown device '{name}'; use cuda, cuda:N or cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name} was asked for, but torch sees no CUDA GPU here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name} does not exist: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"--device {name} does not exist: torch sees {count} CUDA GPUs here; choose another, or cpu")
     return device
 
 

@@ -37,10 +37,10 @@ def check_placement(args: argparse.Namespace) -> None:
         raise UserError(f"--device_map chooses the devices; drop --device {args.device}")
     if args.device_map and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--device_map spreads the model over the GPUs of one process; start it with python")
-    parse_max_memory(args.max_memory or "")
+    parse_max_memory(args.max_memory)
 
 
-def parse_max_memory(text: str) -> dict[int | str, str] | None:
+def parse_max_memory(text: str | None) -> dict[int | str, str] | None:
     """The sizes of --max_memory by GPU number or "cpu"; None for no limits.
 
     Raises:
@@ -52,7 +52,7 @@ def parse_max_memory(text: str) -> dict[int | str, str] | None:
     from accelerate.utils import convert_file_size_to_int
 
     limits: dict[int | str, str] = {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if text else ():
         device, _, size = part.partition("=")
         wrong = f"--max_memory takes DEVICE=SIZE, e.g. 0=20GiB,cpu=64GiB; got '{part}'"
         with reported_as(wrong, ValueError, OverflowError):
@@ -81,7 +81,7 @@ def load_placed(args: argparse.Namespace, device: torch.device) -> PreTrainedMod
             raise UserError(f"'{model}' is quantized ({algorithm}), which works on one device only; drop --device_map")
         offload = tempfile.mkdtemp(prefix="hf-sparsity-offload-")  # for layers on disk
         atexit.register(shutil.rmtree, offload, ignore_errors=True)
-        limits = parse_max_memory(args.max_memory or "")
+        limits = parse_max_memory(args.max_memory)
         placing = {"device_map": args.device_map, "max_memory": limits, "offload_folder": offload}
         dtype = torch_dtype(args.dtype) if args.dtype else "auto"
         if state:
@@ -99,22 +99,20 @@ def load_sparse(
 ) -> PreTrainedModel:
     """The model with the weights of a modelopt state, placed by `from_pretrained` as `placing` says.
 
-    The state has all weights, so the dense ones are not read. They come from the memory-mapped file; pruned weights are
-    zero in it, and matrices of which that is not true are masked in memory first.
+    They come from the memory-mapped file; the dense ones are not read.
     """
     from transformers import GenerationConfig
 
     empty = load_structure(model, trust_remote_code)
-    config = empty.config
     weights = load_state(path)["model_state_dict"]
     check_state_fits(weights, empty, path)
-    config.get_text_config().vocab_size = empty.get_input_embeddings().weight.shape[0]
+    empty.config.get_text_config().vocab_size = empty.get_input_embeddings().weight.shape[0]
     if dtype == "auto":
-        dtype = config.dtype or next(iter(weights.values())).dtype
+        dtype = empty.config.dtype or next(iter(weights.values())).dtype
     create: Any = type(empty).from_pretrained
     # The last error: transformers 4 with weights on disk.
     with reported_as(f"cannot load the weights of {path}", OSError, ValueError, RuntimeError, TypeError):
-        loaded = create(None, config=config, state_dict=folded_weights(weights), dtype=dtype, **placing)
+        loaded = create(None, config=empty.config, state_dict=folded_weights(weights), dtype=dtype, **placing)
     with contextlib.suppress(OSError):  # the checkpoint has none
         loaded.generation_config = GenerationConfig.from_pretrained(model)
     return loaded.eval()
