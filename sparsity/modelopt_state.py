@@ -112,9 +112,8 @@ def _is_valid(name: Any, tensor: Any, tensors: dict[str, Any]) -> bool:
     if not is_mask(name):
         return True
     weight = tensors.get(weight_name(name))
-    if not (isinstance(weight, Tensor) and weight.is_floating_point()):
-        return False
-    return tensor.dtype == torch.bool and weight.shape == tensor.shape
+    fits = isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape == tensor.shape
+    return fits and tensor.dtype == torch.bool
 
 
 def require_masks(state_dict: dict[str, Tensor], path: str | Path) -> list[str]:
@@ -152,9 +151,9 @@ def fit_vocabulary(state_dict: dict[str, Tensor], model: PreTrainedModel, path: 
     name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
     before, width = embedding.weight.shape
     saved = state_dict.get(name)
-    if saved is None or saved.dim() != 2 or saved.shape[1] != width or saved.shape[0] <= before:
+    if saved is None or saved.shape[1:] != (width,) or len(saved) <= before:
         return
-    rows = saved.shape[0]
+    rows = len(saved)
     grow_vocabulary(model, rows)
     warn(
         f"state {path} has {rows} tokens and the model {before}: embedding and output head get {rows - before} more "

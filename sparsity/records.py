@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsity.errors import UserError, first_line, reported_as
+from sparsity.errors import UserError, reported_as
 from sparsity.files import read_json, read_jsonl
 from sparsity.sources import stream_rows
 from sparsity.text import DEFAULT_INSTRUCTION, pick_column
@@ -28,16 +28,10 @@ def hub_triples(split: str, instruction: str | None = None) -> Iterator[Triple]:
     """
     from datasets import load_dataset
 
-    count = 0
-    try:
+    message = "reading cnn_dailymail from the hub failed; check the network, or give local files with --source"
+    with reported_as(message, Exception):  # of a dozen unrelated classes: the network stack below datasets
         for row in load_dataset("abisee/cnn_dailymail", "3.0.0", split=split, streaming=True):
             yield row["article"], row["highlights"], instruction or DEFAULT_INSTRUCTION
-            count += 1
-    except Exception as error:  # the network stack below datasets raises errors of a dozen unrelated classes
-        raise UserError(
-            f"reading cnn_dailymail from the hub failed after {count} records ({first_line(error)}); "
-            "check the network, or give local files with --source"
-        ) from error
 
 
 def list_files(source: str | Path) -> tuple[list[Path], list[Path]]:

@@ -156,7 +156,7 @@ def test_hub_is_streamed_with_its_own_test_split(prepare, monkeypatch):
 
 def test_broken_download_is_reported_and_nothing_is_written(prepare, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.load_dataset", FakeHub(breaks=True))
-    with pytest.raises(UserError, match="failed after 5 records .connection reset.*--source"):
+    with pytest.raises(UserError, match="--source: connection reset"):
         prepare()
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
