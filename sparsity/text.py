@@ -115,12 +115,8 @@ def read_texts(path: str | Path) -> list[str]:
         items = read_json(path, "text file")
         if not isinstance(items, list):
             raise UserError(f"text file {path} must hold a list, got {type(items).__name__}")
-        texts = [
-            valid_unicode(item)
-            if isinstance(item, str)
-            else pick_column(item, None, TEXT_FIELDS, f"text file {path}: item {number}")
-            for number, item in enumerate(items)
-        ]
+        rows = [{TEXT_FIELDS[0]: item} if isinstance(item, str) else item for item in items]
+        texts = [pick_column(row, None, TEXT_FIELDS, f"text file {path}: item {n}") for n, row in enumerate(rows)]
     else:
         with reported_as(f"text file {path} is not UTF-8 text; convert it to UTF-8", UnicodeDecodeError):
             texts = [path.read_text(encoding="utf-8-sig")]
