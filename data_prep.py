@@ -71,9 +71,6 @@ def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, 1, "max_samples")
 
 
-# --------------------------------------------------------------------------------------------- splitting
-
-
 def open_splits(args: argparse.Namespace) -> tuple[Iterator[records.Triple], Iterator[records.Triple]]:
     """The (training, evaluation) triples of the chosen source, both lazy."""
     instruction = args.instruction
@@ -101,9 +98,6 @@ def open_splits(args: argparse.Namespace) -> tuple[Iterator[records.Triple], Ite
                 yield triple
 
     return part(evaluation=False), part(evaluation=True)
-
-
-# ----------------------------------------------------------------------------------------------- writing
 
 
 def article_key(article: str) -> bytes:

@@ -68,18 +68,16 @@ def parse_sources(given: str | Sequence[str]) -> list[Source]:
         UserError: an empty source, a weight that is not a number of at least 0, or weights that sum to 0.
     """
     items = [given] if isinstance(given, str) else given
-    sources = [_parse_source(part) for item in items for part in _parts_of_item(item)]
+    parts: list[str] = []
+    for item in items:
+        is_path = path_exists(item) or path_exists(item.rpartition("=")[0])
+        parts += [item] if is_path else [part.strip() for part in item.split(",")]
+    sources = [_parse_source(part) for part in parts]
     total = sum(source.weight for source in sources)
     if not 0 < total < math.inf:
         raise UserError(f"the weights of the sources '{' '.join(items)}' sum to {total:g}; give weights greater than 0")
     normalized = [replace(source, weight=source.weight / total) for source in sources]
     return [source for source in normalized if source.weight]  # beside a huge weight, a tiny one may round to 0
-
-
-def _parts_of_item(item: str) -> list[str]:
-    """The sources in one item: those between commas, unless it names one existing path."""
-    is_one = path_exists(item) or path_exists(item.rpartition("=")[0])
-    return [item] if is_one else [part.strip() for part in item.split(",")]
 
 
 def _parse_source(part: str) -> Source:

@@ -96,7 +96,10 @@ def write_weights(
 
     tied = shared_names(model)
     names = [name for name in state if not is_mask(name) and name not in tied]
-    planned = {name: _planned(state[name], dtype) for name in names}
+    planned = {}
+    for name in names:
+        cast = dtype if state[name].is_floating_point() else None
+        planned[name] = torch.empty_like(state[name], dtype=cast, device="meta")
     for name, file in others.items():
         with safe_open(file, framework="pt") as tensors:
             planned[name] = tensors.get_tensor(name).to("meta")
@@ -115,8 +118,3 @@ def write_weights(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": weight_map}
         save_json(index, folder / "model.safetensors.index.json")
-
-
-def _planned(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=cast, device="meta")
