@@ -44,7 +44,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"unknown device '{name}'; use cuda, cuda:N or cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise UserError(f"--device {name} does not exist: torch sees {count or 'no'} CUDA GPU(s) here; use cpu")
+        raise UserError(f"--device {name} does not exist: torch sees {count or 'no'} CUDA GPU(s); use another or cpu")
     return device
 
 
