@@ -43,6 +43,7 @@ from sparsity.evaluation.generation import beam_search_config, generate_batch
 from sparsity.files import read_json, require_file
 from sparsity.models import decoder_layers, head_counts, load_model, load_tokenizer
 from sparsity.pts.recipe import QUALITY
+from sparsity.sources import Source
 from sparsity.text import encode_prompt, read_records
 from utils import Parser, check_at_least, run_cli
 
@@ -176,8 +177,8 @@ def perplexities(
     args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: dict[str, float]
 ) -> dict[str, Any]:
     """Blocks of held-out text, in batches of four, losses included."""
-    texts = perplexity.choose_texts([str(args.data / "heldout.jsonl")], None, "test", "text")
-    windows = perplexity.windows_of(tokenizer, texts[""], args.length, args.length, args.windows)
+    source = Source(str(args.data / "heldout.jsonl"))
+    windows = perplexity.windows_of(tokenizer, source, args.length, args.length, args.windows)
     device = model.device
     seconds = seconds_of(lambda: perplexity.total_loss(model, windows, device, 4), device, repeat=2)
     rate = windows.numel() * token_flops(model, args.length)[0] / seconds
