@@ -140,7 +140,7 @@ def main() -> None:
 
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
     masked = {name: weight.to("meta") for name, weight, _ in modelopt_state.sparse_masks(state)}
-    pruned = weights.in_checkpoint_format(model, masked).keys()
+    pruned = weights.in_checkpoint_format(model, masked, files).keys()
     with atomic_folder(target, args.overwrite) as folder:
         if args.quantization:
             dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
@@ -151,8 +151,7 @@ def main() -> None:
             print(f"all {zeros:,} pruned weights are 0 in the quantized files" if zeros else "no weight is pruned")
         else:
             settings = None
-            copied = {name: files[name] for name in others}
-            weights.write_weights(model, state, cast, args.max_shard_size, folder, copied)
+            weights.write_weights(model, state, cast, args.max_shard_size, folder, files, others)
         write_companions(source, model.config, dtype_name, folder, settings)
         reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]
         write_model_card(folder, args.model_dir, config, dtype_name, reports, figures, settings)

@@ -181,7 +181,7 @@ def main() -> None:
 
     print(report.error_table(rows))
     if batches:
-        print(report.unmeasured_line(rows) + report.few_tokens_line(rows), end="")
+        print(report.notes(rows), end="")
     print(report.sparsity_line(masks, model))
     path = output_dir / "pts_modelopt_state.pth"
     load_dense_again = partial(load_model, args.model_dir, torch_dtype(args.dtype), args.trust_remote_code)

@@ -139,15 +139,13 @@ def run(model_type: str, folder: Path) -> dict[str, Any]:
     (folder / "texts.json").write_text(json.dumps(TEXTS * 3))
     state, tuned = pts / "pts_modelopt_state.pth", sat / "finetuned_modelopt_state.pth"
     text = ("--text", folder / "texts.json", "--context", 32, "--max_blocks", 4, "--dtype", "fp32")
+    pruning = ("hf_pts.py", "--model_name_or_path", model, "--dtype", "fp32", "--output_dir", pts, "--batch_size", 2)
     calibration = ("--calib_data", folder / "texts.json", "--calib_size", 4, "--model_max_length", 32)
     lengths = ("--max_length", 200, "--max_steps", 2, "--train_bs", 2)
     generation = ("--limit", 2, "--batch_size", 2, "--beam_size", 2, "--max_new_tokens", 16, "--min_new_tokens", 8)
     before, after = folder / "before.json", folder / "after.json"
     steps = {
-        "prune": script(
-            *("hf_pts.py", "--model_name_or_path", model, "--dtype", "fp32", "--output_dir", pts),
-            *(*calibration, "--batch_size", 2),
-        ),
+        "prune": script(*pruning, *calibration),
         "restore": restore(model, state),
         "train": script(
             *("finetune.py", "--model", model, "--restore_path", state, "--output_dir", sat),
@@ -165,6 +163,7 @@ def run(model_type: str, folder: Path) -> dict[str, Any]:
             *("--output_json", before),
         ),
         "exported perplexity": script("eval_ppl.py", "--model_dir", exported, *text, "--output_json", after),
+        "dry run": script(*pruning, *calibration, "--dry_run"),
     }
     for step, work in steps.items():
         outcome["steps"][step] = failure = forked(work, folder / f"{step}.log")
@@ -182,8 +181,8 @@ def run(model_type: str, folder: Path) -> dict[str, Any]:
 
 def verdict(outcome: dict[str, Any]) -> str:
     """The last column of the table: "whole chain", or where an architecture ended and how."""
-    step, failure = list(outcome["steps"].items())[-1]
-    return f"{step}: {failure.removeprefix('error: ')}" if failure else "whole chain"
+    failed = [f"{step}: {failure.removeprefix('error: ')}" for step, failure in outcome["steps"].items() if failure]
+    return failed[0] if failed else "whole chain"
 
 
 def table(outcomes: dict[str, dict[str, Any]]) -> str:
@@ -191,6 +190,7 @@ def table(outcomes: dict[str, dict[str, Any]]) -> str:
     import transformers
 
     built = {name: outcome for name, outcome in outcomes.items() if not outcome["built"]}
+    others = sorted(outcomes.keys() - built.keys())
     whole = sum(verdict(outcome) == "whole chain" for outcome in built.values())
     lines = [
         "# Models",
@@ -198,7 +198,7 @@ def table(outcomes: dict[str, dict[str, Any]]) -> str:
         f"Tiny random models of {len(outcomes)} causal-LM architectures of transformers {transformers.__version__}, "
         "each pruned, restored, trained for two steps, evaluated by generation, exported and compared by perplexity; "
         f"written by `python -m benchmarks.architectures`. {whole} of {len(built)} go through the whole chain; "
-        f"{len(outcomes) - len(built)} others could not be built in a small size.",
+        f"{len(others)} others could not be built in a small size: {', '.join(others)}.",
         "",
         "| model type | pruned to 2:4, of all weights | result |",
         "|---|---:|---|",
@@ -218,9 +218,12 @@ def main() -> None:
 
     # Imported once, for all processes that are forked from this one.
     import datasets  # noqa: F401
+    import modelopt.torch.sparsity  # noqa: F401
     import torch
-    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    import sparsity.sat.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, Any]] = {}

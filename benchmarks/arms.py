@@ -11,7 +11,7 @@ import torch
 
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.prune import prune_model
-from sparsity.pts.recipe import QUALITY
+from sparsity.pts.recipe import QUALITY, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,15 +28,16 @@ def prune(
     """Prune `model` in place.
 
     Args:
-        arm: "modelopt", with the model on `device`; or a key of `QUALITY`, with the model on the CPU.
+        arm: "modelopt", with the model on `device`; "magnitude" or a key of `QUALITY`, with the model on the CPU.
         batches: calibration tokens, int64 tensors [batch, length].
         folder: for the finished layers of this project's pruning, which are written to disk as in hf_pts.py.
         token_weights: what the tokens of each batch count, for this project's pruning.
     """
     if arm != "modelopt":
-        inputs = [{"input_ids": batch} for batch in batches]
+        inputs = [{"input_ids": batch} for batch in batches if arm != "magnitude"]
         store = LayerStore(folder / "layers", arm)
-        prune_model(model, inputs, QUALITY[arm], device, store, token_weights=token_weights)
+        recipe = QUALITY.get(arm, Recipe("sparse_magnitude"))
+        prune_model(model, inputs, recipe, device, store, token_weights=token_weights)
         return
     import modelopt.torch.sparsity as mts
 

@@ -21,6 +21,7 @@ from benchmarks.process import measured
 
 def main() -> None:
     from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import repack_moe
     from llmcompressor.modifiers.pruning import SparseGPTModifier
     from transformers import AutoModelForCausalLM
 
@@ -33,6 +34,7 @@ def main() -> None:
     recipe = SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
     with measured() as figures:
         oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=len(sequences))
+    repack_moe(model)  # experts, which it prunes as linear layers
     names = {name for name, _ in model.named_parameters()}  # without tied copies
     save_file({name: tensor for name, tensor in model.state_dict().items() if name in names}, weights)
     print(json.dumps(figures))

@@ -5,10 +5,10 @@
     python -m benchmarks.pruning
 
 Arms: modelopt's SparseGPT; llm-compressor's, where it is installed; SparseGPT as in the paper (reference_sparsegpt.py);
-hf_pts.py's two qualities. Each arm runs in a process of its own, with as many calibration sequences. They are papers;
-for hf_pts.py's qualities two fifths of them are text that the model wrote itself, as by `--calib_data
-calib.jsonl=0.6,self=0.4`, and `balanced_read` has papers alone. Writing that text is measured apart, since it is done
-once for a model.
+hf_pts.py's two qualities and, only on request, its magnitude pruning. Each arm runs in a process of its own, with as
+many calibration sequences. They are papers; for hf_pts.py's qualities two fifths of them are text that the model wrote
+itself, as by `--calib_data calib.jsonl=0.6,self=0.4`, and `balanced_read` has papers alone. Writing that text is
+measured apart, since it is done once for a model.
 
 The first held-out text is of the same kind as the calibration text (papers, but other documents). The others are of
 other kinds: the Python manual and the source code that come with Python, an encyclopedia, and a novel, which was held
@@ -52,7 +52,7 @@ from utils import Parser, check_at_least, run_cli
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "reference")
+ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "reference", "magnitude")
 BASELINES = ("modelopt", "llmcompressor")
 MIXED = "calib.jsonl=0.6,self=0.4"
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check_at_least(args, 1, "calib_size", "eval_size", "batch_size")
     check_at_least(args, 2, "length")
-    asked, args.arms = args.arms, [arm for arm in ARMS if arm == "dense" or arm in (args.arms or ARMS)]
+    asked, args.arms = args.arms, [arm for arm in ARMS if arm == "dense" or arm in (args.arms or ARMS[:-1])]
     if not args.llmcompressor_python and "llmcompressor" in args.arms:
         if asked:
             raise UserError(

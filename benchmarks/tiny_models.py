@@ -22,7 +22,7 @@ WIDTH, HEADS, LAYERS, VOCABULARY = 64, 4, 4, 400
 
 # Values and the names that configurations have for them.
 NAMES: list[tuple[int, str]] = [
-    (VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
     (
         WIDTH,
         "hidden_size n_embd d_model word_embed_proj_dim model_dim dim_model embedding_size lru_width emb_dim "
@@ -73,29 +73,59 @@ KEPT_IF_NONE = ("num_key_value_heads", "pad_token_id", "bos_token_id", "eos_toke
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SWA = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16} | {
+    **{"head_dim": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}
+}
+LINEAR_FULL, SLIDING_FULL = ["linear_attention", "full_attention"] * 2, ["sliding_attention", "full_attention"] * 2
+LINEAR_HYBRID = ["linear_attention", "hybrid"] * 2
+GEMMA4 = {"layer_types": SLIDING_FULL, "global_head_dim": 32}
 # What the general sizes leave inconsistent.
 EXTRA: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"num_hidden_layers": 5},
+    "bailing_hybrid": {"layer_types": LINEAR_FULL, "n_group": 1},
     "bamba": {"mamba_n_heads": 8, "mamba_n_groups": 1, "attn_layer_indices": [2]},
-    "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS},
-    "deepseek_v2": {"num_experts_per_tok": 2},
+    "cohere_compass_text": {
+        "layer_types": SLIDING_FULL,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]} for kind in SLIDING_FULL
+        },
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {
+        **{f"swa_{name}": value for name, value in SWA.items()},
+        **{"num_key_value_heads": HEADS, "head_dim": 2 * WIDTH // HEADS},
+    },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_d_ssm": 128},
     "gemma3": {"vision_config": {**VISION, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
     "gemma3n_text": {
         "intermediate_size": [2 * WIDTH] * LAYERS,
         "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": SLIDING_FULL,
         "activation_sparsity_pattern": [0.0] * LAYERS,
     },
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
+    "got_ocr2": {"vision_config": VISION},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"] * 2},
-    "hunyuan_v1_dense": ROPE,
-    "hunyuan_v1_moe": ROPE,
+    "hunyuan_v1_dense": {**ROPE, "head_dim": WIDTH // HEADS},
+    "hunyuan_v1_moe": {**ROPE, "head_dim": WIDTH // HEADS},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": LINEAR_FULL},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4": {
+        "vision_config": {
+            **{**VISION, "image_size": 28, "patch_size": 14, "pixel_shuffle_ratio": 0.5},
+            **{"vision_output_dim": WIDTH, "projector_input_dim": WIDTH, "projector_output_dim": WIDTH},
+        }
+    },
     "mamba2": {"num_heads": 8, "n_groups": 1},
-    "ministral": ROPE,
+    "ministral": {**ROPE, "head_dim": WIDTH // HEADS},
     "qwen3_5": {"vision_config": {**VISION, "depth": 2, "num_heads": 4, "out_hidden_size": WIDTH}},
     "reformer": {
         "is_decoder": True,
@@ -104,33 +134,41 @@ EXTRA: dict[str, dict[str, Any]] = {
         "feed_forward_size": 128,
         "attn_layers": ["local", "lsh"] * 2,
     },
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
+        **{"indexer_compress_ratio": 2, "ngram_vocab_size_base": 500, "split_ngram_parts": 1},
+    },
+    "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 32, "layers_block_type": LINEAR_HYBRID},
+    "zamba2": {
+        **{"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 32, "layers_block_type": LINEAR_HYBRID},
+        "n_mamba_heads": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
     "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
 }
 
 
-def tiny_config(kind: type[PretrainedConfig], extra: dict[str, Any]) -> PretrainedConfig:
+def tiny_config(kind: type[PretrainedConfig], settings: dict[str, Any]) -> PretrainedConfig:
     """A configuration of the class `kind` with small sizes under the names that it has for them."""
-    from transformers import AutoConfig
-
-    default = kind()
+    extra, default = merged(EXTRA.get(kind.model_type, {}), settings), kind()
     names = {*vars(default), *inspect.signature(kind.__init__).parameters} - kind.attribute_map.keys()
     values = {
         name: value
         for name, value in SIZES.items()
-        if name in names and (name in KEPT_IF_NONE or getattr(default, name, None) is not None)
+        if name in names and (name in KEPT_IF_NONE or vars(default).get(name) is not None)
     }
     if "kv_lora_rank" in names:  # latent attention has keys and values for every head
         values["num_key_value_heads"] = HEADS
-    for name, part in kind.sub_configs.items():
-        if name in names and part is not AutoConfig:
-            values[name] = tiny_config(part, {}).to_dict()
-    return kind(**merged(values, extra))
+    for name in kind.sub_configs:
+        if part := vars(default).get(name):
+            values[name] = tiny_config(type(part), extra.pop(name, {})).to_dict()
+    return kind(**{**values, **extra})
 
 
 def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Settings with changes; those of a part, such as vision_config, are merged field by field."""
-    parts = {name: {**settings[name], **part} for name, part in changes.items() if isinstance(settings.get(name), dict)}
+    parts = {name: {**settings.get(name, {}), **part} for name, part in changes.items() if name.endswith("_config")}
     return {**settings, **changes, **parts}
 
 
@@ -138,7 +176,7 @@ def config_of(model_type: str, **settings: Any) -> PretrainedConfig:
     """A tiny configuration; `settings` override the sizes, and single fields of parts such as vision_config."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return tiny_config(CONFIG_MAPPING[model_type], merged(EXTRA.get(model_type, {}), settings))
+    return tiny_config(CONFIG_MAPPING[model_type], settings)
 
 
 def tiny_model(model_type: str, **settings: Any) -> PreTrainedModel:

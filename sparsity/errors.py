@@ -44,6 +44,11 @@ def reported_as(message: str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"{message}: {first_line(error)}") from error
 
 
+def few(names: list[str]) -> str:
+    """The first three of some names, for one-line messages."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def memory_shortage(error: BaseException | None) -> str | None:
     """Describe an error that comes from a lack of memory, of this machine or of a GPU.
 

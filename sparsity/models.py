@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, reported_as, warn
+from sparsity.errors import UserError, few, reported_as, warn
 from sparsity.files import safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
@@ -57,7 +57,7 @@ def check_lengths(config: PretrainedConfig, lengths: dict[str, int]) -> None:
     Raises:
         UserError: more tokens than a table of positions holds.
     """
-    fields = config.get_text_config().to_dict()
+    fields = text_fields(config)
     keys = ("max_position_embeddings", "n_positions", "max_seq_len")
     positions = next((fields[key] for key in keys if isinstance(fields.get(key), int)), None)
     if positions is None or sum(lengths.values()) <= positions:
@@ -121,8 +121,7 @@ def check_complete(model: str, report: Mapping[str, Any]) -> None:
     cause = "its files are incomplete or of another architecture"
     if others:
         cause = f"it has names with the prefix '{others[0].removesuffix(missing[0])}': save it from the unwrapped model"
-    some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-    raise UserError(f"'{model}' lacks {len(missing)} tensors of the model ({some}); {cause}")
+    raise UserError(f"'{model}' lacks {len(missing)} tensors of the model ({few(missing)}); {cause}")
 
 
 def check_finite(loaded: nn.Module, model: str) -> None:
@@ -240,6 +239,16 @@ def stored_tensors(model: str) -> dict[str, Path]:
     return stored
 
 
+def runs_in_bf16(model: nn.Module) -> bool:
+    """Whether a float32 model on the CPU runs under autocast to bf16: DBRX and X-MOD write outputs into float32."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except RuntimeError:
+        return False
+    return True
+
+
 def few_values(weight: torch.Tensor) -> list:
     """About sixteen values spread over a weight, to tell checkpoints apart without reading all of them."""
     return weight.flatten()[:: max(1, weight.numel() // 16)].tolist()
@@ -251,7 +260,7 @@ def cache_name(output: Mapping[str, Any]) -> str:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; a missing pad token falls back to end-of-text.
+    """Load the tokenizer; a pad token that is missing, or that the model does not have, becomes end-of-text.
 
     Raises:
         UserError: no tokenizer, or no end-of-text token.
@@ -265,21 +274,34 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
         raise UserError(
             f"the tokenizer of '{model}' has no end-of-text token; set eos_token in its tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
+    rows = text_fields(load_config(model, trust_remote_code)).get("vocab_size") or len(tokenizer)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # such as a [PAD] added to the tokenizer only
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def text_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of the language model's configuration, also under their common names (n_head: num_attention_heads).
+
+    Where layers have values of their own (Gemma 4), reading an attribute is an error; here it has the first value.
+    """
+    text = config.get_text_config(decoder=True)
+    fields = text.to_dict()
+    return fields | {name: fields[stored] for name, stored in text.attribute_map.items() if stored in fields}
+
+
 def head_counts(config: PretrainedConfig) -> tuple[int, int, int]:
     """Number of query heads, number of key and value heads, channels per head."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return heads, getattr(text, "num_key_value_heads", None) or heads, width
+    fields = text_fields(config)
+    heads = fields.get("num_attention_heads") or 1
+    width = fields.get("head_dim") or fields["hidden_size"] // heads
+    return heads, fields.get("num_key_value_heads") or heads, width
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the largest list of config.num_hidden_layers modules in the text model.
+    """Name and list of the decoder layers: the largest list of modules in the text model.
+
+    A list of config.num_hidden_layers modules goes before others.
 
     Raises:
         UserError: there is no such list.
@@ -287,17 +309,14 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     from transformers import PreTrainedModel
 
     text = model.config.get_text_config(decoder=True)
-    count, inside = text.num_hidden_layers, set(model.get_decoder().modules())
-    for part in model.get_decoder().modules():
+    towers: set[nn.Module] = set()  # of vision, with configurations of their own
+    for part in model.modules():
         if isinstance(part, PreTrainedModel) and type(part.config) not in (type(text), type(model.config)):
-            inside -= set(part.modules())  # a vision tower, with a configuration of its own
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
-    ]
-    if not lists:
-        raise UserError(
-            f"{type(model).__name__} has no list of {count} decoder layers; this architecture is not supported"
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+            towers |= set(part.modules())
+    for root in (model.get_decoder(), model):  # ModernBERT's decoder is its head
+        inside = set(root.modules()) - towers
+        lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in inside]
+        usual = [(name, m) for name, m in lists if len(m) == text.num_hidden_layers]  # LongCat-Flash counts twice
+        if lists:
+            return max(usual or lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    raise UserError(f"{type(model).__name__} has no list of decoder layers; this architecture is not supported")

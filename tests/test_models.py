@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from sparsity.errors import UserError
 from sparsity.models import check_lengths, load_config, load_tokenizer
@@ -34,8 +36,14 @@ def test_only_decoders_are_accepted(tmp_path):
         load_config("no-such-organisation/no-such-model")
 
 
-def test_missing_pad_token_falls_back(model_dir):
-    tokenizer = load_tokenizer(str(model_dir))
+@pytest.mark.parametrize("pad", [None, "[PAD]"])
+def test_pad_token_that_the_model_lacks_falls_back(pad, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    if pad:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"pad_token": pad})
+        tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
 
 

@@ -79,8 +79,9 @@ def generate_batch(
     with torch.inference_mode():
         if longest > 1:
             inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
-        # Of the model's own checks, as ProphetNet's of positions.
-        with reported_as(f"{type(model).__name__} does not take such prompts; try --batch_size 1", ValueError):
+        # Of the model's own checks: ProphetNet's of positions, RWKV's of beams.
+        advice = "try --batch_size 1, which pads nothing, or --beam_size 1"
+        with reported_as(f"{type(model).__name__} does not generate from such prompts; {advice}", ValueError):
             output = model.generate(**inputs, generation_config=config)
     texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,15 @@ def exported(state: dict[str, torch.Tensor], name: str, dtype: torch.dtype | Non
     return tensor.contiguous()
 
 
-def in_checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_checkpoint_format(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor], stored: Container[str] = ()
+) -> dict[str, torch.Tensor]:
     """Tensors under the names and in the shapes that checkpoints of this model have on disk.
 
     They differ from those in memory where transformers 5 fuses weights on loading, as it does the experts of a mixture.
+
+    Args:
+        stored: names in the source, which have the model's own prefix where it is part of a larger one (Llama 4).
 
     Raises:
         UserError: weights that are stored fused are in different shards.
@@ -43,7 +48,9 @@ def in_checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor
     with reported_as("cannot restore the checkpoint's own format; try a larger --max_shard_size", Exception):
         converted = revert_weight_conversion(model, dict(tensors))
     # What a conversion cuts out of one tensor shares its memory, which safetensors refuses to store.
-    return {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
+    converted = {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
+    prefixed = {name: f"{model.base_model_prefix}.{name}" for name in converted if name not in stored}
+    return {prefixed[name] if prefixed.get(name) in stored else name: tensor for name, tensor in converted.items()}
 
 
 def other_parts(model: PreTrainedModel, stored: Iterable[str]) -> set[str]:
@@ -62,13 +69,13 @@ def other_parts(model: PreTrainedModel, stored: Iterable[str]) -> set[str]:
     stored, tied = set(stored), shared_names(model)  # of tied tensors checkpoints store one, whichever
     own = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     untied = {name: tensor for name, tensor in own.items() if name not in {*tied, *tied.values()}}
-    unknown = _without_prefix(model, in_checkpoint_format(model, untied)) - _without_prefix(model, stored)
+    unknown = _without_prefix(model, in_checkpoint_format(model, untied, stored)) - _without_prefix(model, stored)
     if stored and unknown:
         raise UserError(
             f"'{model.name_or_path}' has no tensor '{min(unknown)}', which the export would write: the exported folder "
             "would not open as its config.json says; this kind of checkpoint is not supported"
         )
-    return stored - in_checkpoint_format(model, own).keys()
+    return stored - in_checkpoint_format(model, own, stored).keys()
 
 
 def _without_prefix(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
@@ -82,12 +89,14 @@ def write_weights(
     dtype: torch.dtype | None,
     shard_size: str,
     folder: Path,
-    others: dict[str, Path],
+    stored: dict[str, Path],
+    others: set[str],
 ) -> None:
     """Write safetensors shards and, if there are several, their index.
 
     Args:
-        others: tensors that are copied as they are, by name, and the safetensors file that holds each.
+        stored: names in the source, with the safetensors file that holds each.
+        others: those of them that are copied as they are.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import safe_open
@@ -100,17 +109,17 @@ def write_weights(
     for name in names:
         cast = dtype if state[name].is_floating_point() else None
         planned[name] = torch.empty_like(state[name], dtype=cast, device="meta")
-    for name, file in others.items():
-        with safe_open(file, framework="pt") as tensors:
+    for name in others:
+        with safe_open(stored[name], framework="pt") as tensors:
             planned[name] = tensors.get_tensor(name).to("meta")
     with reported_as(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB", ValueError):
         plan = split_torch_state_dict_into_shards(planned, max_shard_size=shard_size)
     weight_map: dict[str, str] = {}
     for file, members in tqdm(plan.filename_to_tensors.items(), desc="shards", disable=None):
         own = {name: exported(state, name, dtype) for name in members if name not in others}
-        shard = in_checkpoint_format(model, own)
-        for name in others.keys() & set(members):
-            with safe_open(others[name], framework="pt") as tensors:
+        shard = in_checkpoint_format(model, own, stored)
+        for name in others & set(members):
+            with safe_open(stored[name], framework="pt") as tensors:
                 shard[name] = tensors.get_tensor(name)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster
+from sparsity.models import runs_in_bf16
 from sparsity.pts.structure import Call, DecoderLayer, hidden_states_of, layer_outputs, record_calls
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class HiddenStates:
         self.dense: list[Tensor] | None = None
         self._moved: tuple[Call, Call] | None = None  # a layer's arguments, and the same on the device
         self.first_tokens = batches[0]["input_ids"][:, :2]
-        self.outputs = outputs = layer_outputs(model, layers, self.first_tokens)
+        self.outputs = outputs = layer_outputs(model, layers, {"input_ids": self.first_tokens})
         distinct = {batch["input_ids"].shape: batch for batch in batches}
         shapes = {shape: record_calls(model, layers, outputs, batch)[0].shape for shape, batch in distinct.items()}
         seen: dict[torch.Size, list[Call]] = {}
@@ -72,6 +73,7 @@ class HiddenStates:
             embedded, calls = record_calls(model, layers, outputs, batch)
             if number == 0:
                 in_bf16 = device.type == "cpu" and embedded.dtype == torch.float32 and bf16_is_faster(device)
+                in_bf16 = in_bf16 and runs_in_bf16(model)
                 self.dtype, self.linear_dtype = embedded.dtype, torch.bfloat16 if in_bf16 else embedded.dtype
                 self.shapes = [shapes[batch["input_ids"].shape] for batch in batches]
                 self.pruned = self.allocate(self.shapes, self.dtype) if needs_pruned else None

@@ -8,12 +8,14 @@ model's code multiplies by it, the product is handed to that layer. So no family
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from sparsity.models import text_fields
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -35,7 +37,7 @@ PRODUCTS: dict[Callable, bool] = {
 
 def expert_counts(config: PretrainedConfig) -> set[int]:
     """Numbers of experts in a layer, under the names that configurations have for them; none for a dense model."""
-    fields = config.get_text_config(decoder=True).to_dict()
+    fields = text_fields(config)
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return {fields[name] for name in names if isinstance(fields.get(name), int)}
 
@@ -64,15 +66,11 @@ def likely_shape(model: PreTrainedModel, name: str) -> tuple[int, int, int]:
 @contextmanager
 def one_by_one(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, experts are computed one after the other, not in grouped products."""
-    if not hasattr(model, "set_experts_implementation"):  # transformers 4
+    with ExitStack() as stack:
+        if hasattr(model, "set_experts_implementation"):  # in transformers 5
+            stack.callback(model.set_experts_implementation, model.config._experts_implementation)
+            model.set_experts_implementation("eager")
         yield
-        return
-    implementation = model.config._experts_implementation
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(implementation)
 
 
 class Experts(TorchFunctionMode):

@@ -40,12 +40,11 @@ from sparsity.pts.statistics import (
 from sparsity.pts.structure import (
     DecoderLayer,
     Group,
-    check_layers,
     choose_weights,
     hidden_states_of,
+    observe,
     reader,
     replaced_forward,
-    shared_inputs,
     watched,
 )
 
@@ -397,23 +396,16 @@ def plan(model: PreTrainedModel, recipe: Recipe, ignore: Sequence[str], with_tex
     """The decoder layers with the linear layers to prune in them; without text each is a group of its own."""
     prefix, layers = decoder_layers(model)
     chosen, _ = choose_weights(model, recipe.pattern, list(ignore))
-    modules = layers.named_modules(prefix=prefix)
-    linears = {name: module for name, module in modules if isinstance(module, nn.Linear) and name in chosen}
-    experts = [
-        {name: transposed for name, transposed in used.items() if f"{prefix}.{index}.{name}" in chosen}
-        for index, used in enumerate(check_layers(model))
-    ]
-    if with_text:
-        names = shared_inputs(model, chosen)
-    else:
-        names = [[[name] for name in linears if name.startswith(f"{prefix}.{i}.")] for i in range(len(layers))]
+    names, transposed = observe(model, chosen)
+    if not with_text:
+        names = [[[name] for group in groups for name in group] for groups in names]
     return [
         DecoderLayer(
             layers[index],
             index,
             f"{prefix}.{index}",
-            [{name: linears[name] for name in group} for group in groups],
-            experts[index],
+            [{name: model.get_submodule(name) for name in group} for group in groups],
+            transposed[index],
         )
         for index, groups in enumerate(names)
     ]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster, peak_memory_mib
+from sparsity.errors import few
 from sparsity.generated_text import sequences_at_once, writing_bytes, writing_dtype
 from sparsity.models import decoder_layers, empty_model
 from sparsity.pts.calibration import CalibrationSet
 from sparsity.pts.experts import at_once, likely_shape
 from sparsity.pts.layer_store import MatrixLog
 from sparsity.pts.recipe import Recipe
-from sparsity.pts.structure import choose_weights, shared_inputs
+from sparsity.pts.structure import choose_weights, observe
 from sparsity.sources import SELF
 
 if TYPE_CHECKING:
@@ -47,19 +48,19 @@ def error_table(rows: list[MatrixLog]) -> str:
     return "\n".join(lines)
 
 
-def unmeasured_line(rows: list[MatrixLog]) -> str:
-    """A line that names the layers that calibration never ran, which were pruned by their weights alone; or ""."""
-    names = [row.name for row in rows if row.relative_error is None]
-    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} layers had no input in calibration and were pruned by magnitude: {some}\n" if names else ""
-
-
-def few_tokens_line(rows: list[MatrixLog]) -> str:
-    """A line that names the experts that saw fewer tokens than they have inputs; or ""."""
-    names = [row.name for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
-    some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    advice = "their statistics were filled up with the mean of their layer; a larger --calib_size helps"
-    return f"{len(names)} matrices of experts saw fewer tokens than their width ({some}): {advice}\n" if names else ""
+def notes(rows: list[MatrixLog]) -> str:
+    """Lines that name layers without input in calibration, and experts with less of it than they have inputs; or ""."""
+    idle = [row.name for row in rows if row.relative_error is None]
+    starved = [row.name for row in rows if row.tokens is not None and row.tokens < row.shape[1]]
+    lines = ""
+    if idle:
+        lines += f"{len(idle)} layers had no input in calibration and were pruned by magnitude: {few(idle)}\n"
+    if starved:
+        lines += (
+            f"{len(starved)} matrices of experts saw fewer tokens than their width ({few(starved)}): their statistics "
+            "were filled up with the mean of their layer; a larger --calib_size helps\n"
+        )
+    return lines
 
 
 def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
@@ -94,7 +95,7 @@ def estimate(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> str:
-    """Layers, shapes and a computed estimate of time and peak device memory; nothing is run but eight tokens.
+    """Layers, shapes and a computed estimate of time and peak device memory; nothing is run but a few tokens.
 
     Memory on the device is the largest decoder layer, what its largest group needs at once (`working_bytes`), and one
     batch of activations. On the CPU all of it belongs to one process, with the libraries that this process has loaded.
@@ -107,7 +108,7 @@ def estimate(
     chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
     stacked = {name: likely_shape(model, name) for name, _ in model.named_parameters() if name in chosen}  # of experts
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen - stacked.keys()}
-    groups = shared_inputs(model, chosen)
+    groups, _ = observe(model, chosen)
     # Each group as [names, rows of all, columns].
     sizes = [
         [(group, sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in layer] for layer in groups

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.errors import UserError, first_line
-from sparsity.models import decoder_layers
+from sparsity.models import decoder_layers, shared_names
 from sparsity.pts.experts import Experts, expert_counts, expert_weights
 from sparsity.pts.recipe import Pattern
 
@@ -67,7 +67,7 @@ def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
         UserError: nothing is left to prune, for example because the model has Conv1D instead of linear layers (GPT-2).
     """
     prefix, layers = decoder_layers(model)
-    counts = expert_counts(model.config)
+    counts, tied = expert_counts(model.config), shared_names(model)
     stacked = expert_weights(layers, counts, prefix)
     chosen, left_dense = set(), {}
     for path, module in layers.named_modules(prefix=prefix):
@@ -77,6 +77,8 @@ def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
                 continue
             if name not in stacked and not is_plain_linear(module):
                 left_dense[name] = f"{type(module).__name__} is not a plain linear layer"
+            elif {f"{path}.{leaf}"} & {*tied, *tied.values()}:
+                left_dense[name] = "shared by several layers"
             elif name not in stacked and is_router(name, module, counts):
                 left_dense[name] = "router of a mixture"
             elif any(fnmatch.fnmatch(name, glob) for glob in ignore):
@@ -107,44 +109,16 @@ def is_router(name: str, linear: nn.Linear, experts: set[int]) -> bool:
     return linear.out_features in experts and ("router" in (parent, leaf) or leaf == "gate")
 
 
-def shared_inputs(model: PreTrainedModel, chosen: set[str]) -> list[list[list[str]]]:
-    """For each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order.
-
-    One forward pass over eight tokens tells. Layers that did not run in it come last, one to a group.
-    """
-    prefix, layers = decoder_layers(model)
-    names = {module: name for name, module in layers.named_modules(prefix=prefix) if name in chosen}
-    with _without_autocast() if model.device.type == "meta" else nullcontext(), torch.inference_mode():
-        tokens = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-        with watched(names) as calls:
-            # With a mask, transformers does not look at position ids, which an empty model does not have.
-            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        # `calls` holds the tensors, which keeps their ids apart.
-        inputs = {names[module]: pairs[0][0] for module, pairs in calls.items()}
-    grouped: list[list[list[str]]] = []
-    for index in range(len(layers)):
-        inside = f"{prefix}.{index}."
-        groups: dict[int, list[str]] = {}
-        for name, tensor in inputs.items():
-            if name.startswith(inside):
-                groups.setdefault(id(tensor), []).append(name)
-        idle = sorted(name for name in names.values() if name.startswith(inside) and name not in inputs)
-        grouped.append([*groups.values(), *([name] for name in idle)])
-    return grouped
-
-
 @contextmanager
 def _without_autocast() -> Iterator[None]:
     """Make `torch.autocast` do nothing, for the meta device, which has none.
 
     transformers 4 switches autocast off around position embeddings on any device.
     """
-    original = torch.autocast
-    torch.autocast = lambda *args, **options: nullcontext()  # type: ignore[assignment,misc]
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, torch, "autocast", torch.autocast)
+        torch.autocast = lambda *args, **options: nullcontext()  # type: ignore[assignment,misc]
         yield
-    finally:
-        torch.autocast = original  # type: ignore[misc]
 
 
 @contextmanager
@@ -161,25 +135,20 @@ def watched(modules: Collection[nn.Module], stop: bool = False) -> Iterator[dict
         if stop and len(calls) == len(modules):
             raise Stop
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
-        with suppress(Stop):
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, suppress(Stop):
+        for module in modules:
+            stack.callback(module.register_forward_hook(note).remove)
+        yield calls
 
 
 @contextmanager
 def replaced_forward(modules: Iterable[nn.Module], forward: Callable[[int], Callable]) -> Iterator[None]:
     """Within the block, module number `index` runs forward(index) instead of its own forward."""
-    for index, module in enumerate(modules):
-        module.forward = forward(index)
-    try:
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            module.forward = forward(index)
+            stack.callback(delattr, module, "forward")
         yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 def hidden_states_of(output: Any) -> Tensor:
@@ -192,10 +161,10 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def layer_outputs(model: nn.Module, layers: nn.ModuleList, tokens: Tensor) -> list[Any]:
-    """What each decoder layer returns for token ids [batch, length] when the whole model runs."""
+def layer_outputs(model: nn.Module, layers: nn.ModuleList, batch: dict[str, Tensor]) -> list[Any]:
+    """What each decoder layer returns when the whole model runs on a batch."""
     with torch.no_grad(), watched(list(layers)) as calls:
-        model(input_ids=tokens, use_cache=False)
+        model(**batch, use_cache=False)
     return [calls[layer][0][1] for layer in layers]
 
 
@@ -231,29 +200,51 @@ def record_calls(
 
 
 @torch.no_grad()
-def check_layers(model: PreTrainedModel) -> list[dict[str, bool]]:
-    """Check that the decoder layers, run one after the other as pruning does, compute what the model computes.
+def observe(model: PreTrainedModel, chosen: set[str]) -> tuple[list[list[list[str]]], list[dict[str, bool]]]:
+    """Run the model on a few tokens, then its decoder layers one after the other, as pruning does.
 
     Returns:
-        for each decoder layer, the weights of experts that it uses: name within the layer → whether it is transposed.
+        for each decoder layer, groups of linear layers that read the same tensor (q, k and v, say), in running order,
+        then those that did not run, one to a group; and the weights of experts among `chosen`: name within the layer →
+        whether it is transposed. For an empty model none of the latter, and where its code looks at values, each
+        linear layer is a group of its own.
 
     Raises:
-        UserError: they do not, as where a layer reads what another one has left elsewhere.
+        UserError: both ways compute different values, as where a layer reads what another one has left elsewhere.
     """
-    layers, counts = decoder_layers(model)[1], expert_counts(model.config)
-    tokens = torch.arange(16).view(2, 8) % model.config.get_text_config(decoder=True).vocab_size
-    name, transposed = type(model).__name__, []
+    prefix, layers = decoder_layers(model)
+    empty, name = any(weight.is_meta for weight in model.parameters()), type(model).__name__
+    tokens = torch.arange(16, device=model.device).view(2, 8) % model.config.get_text_config(decoder=True).vocab_size
+    # With a mask, transformers does not look at position ids, which an empty model does not have.
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    groups: list[list[list[str]]] = []
+    transposed: list[dict[str, bool]] = []
     try:
-        outputs = layer_outputs(model, layers, tokens)
-        hidden, calls = record_calls(model, layers, outputs, {"input_ids": tokens})
-        for layer, (args, kwargs) in zip(layers, calls, strict=True):
-            with Experts(layer, expert_weights(layer, counts).keys()) as experts:
-                hidden = hidden_states_of(layer(hidden, *args, **kwargs))
-            transposed.append(experts.transposed)
+        with _without_autocast() if empty else nullcontext():
+            outputs = layer_outputs(model, layers, batch)
+            start = layer_outputs(model, layers, {name: part[:, :2] for name, part in batch.items()})
+            hidden, calls = record_calls(model, layers, start, batch)  # with outputs for other tokens, as calibration
+            for index, (layer, (args, kwargs)) in enumerate(zip(layers, calls, strict=True)):
+                path = f"{prefix}.{index}"
+                linears = {module: name for name, module in layer.named_modules(prefix=path) if name in chosen}
+                stacked = [n for n, _ in layer.named_parameters() if not empty and f"{path}.{n}" in chosen]
+                with Experts(layer, stacked) as experts, watched(linears) as seen:
+                    hidden = hidden_states_of(layer(hidden, *args, **kwargs))
+                sharing: dict[int, list[str]] = {}
+                for module, pairs in seen.items():  # which hold the tensors, and that keeps their ids apart
+                    sharing.setdefault(id(pairs[0][0]), []).append(linears[module])
+                idle = sorted(name for module, name in linears.items() if module not in seen)
+                groups.append([*sharing.values(), *([name] for name in idle)])
+                transposed.append(experts.transposed)
     except Exception as error:  # of the model's own code, called in a way that it does not expect
+        if empty:  # it looks at values, which an empty model does not have
+            parts = [path for path, _ in layers.named_modules(prefix=prefix) if path in chosen]
+            alone = [[[path] for path in parts if path.startswith(f"{prefix}.{i}.")] for i in range(len(layers))]
+            return alone, [{} for _ in layers]
         reason = first_line(error)
         raise UserError(f"{name} is not supported: its decoder layers do not run one by one ({reason})") from error
     expected = hidden_states_of(outputs[-1])
-    if hidden.shape != expected.shape or (hidden - expected).float().norm() > 0.01 * expected.float().norm():
+    differs = hidden.shape != expected.shape
+    if differs or (not empty and (hidden - expected).float().norm() > 0.01 * expected.float().norm()):
         raise UserError(f"{name} is not supported: its decoder layers depend on more than their arguments")
-    return transposed
+    return groups, transposed

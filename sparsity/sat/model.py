@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from sparsity.distributed import is_main_process
+from sparsity.errors import UserError
 from sparsity.modelopt_state import check_state_fits, grow_vocabulary, load_state, require_masks, restore_layers
-from sparsity.models import load_model, model_without_weights
+from sparsity.models import load_model, model_without_weights, runs_in_bf16
 from sparsity.sat.data import Collator
 from sparsity.sat.fsdp import allocate, fill
 from sparsity.sat.loss import check_packing
@@ -79,6 +80,8 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
         fill(model, tensors)
     if checks_packing:
         check_packing(model, Collator(pad_token_id), model.config.get_text_config().vocab_size, dtype)
+    if not training.sharded and training.compute_dtype == torch.bfloat16 and not runs_in_bf16(model):
+        raise UserError(f"{type(model).__name__} does not run in bf16 beside float32; add --mixed_precision no")
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     # The trainer empties this dict, while `merge` needs its own.
     whole = dict(tensors) if training.sharded else {}

@@ -9,29 +9,21 @@ import torch
 from conftest import TEXTS
 from forked import run_forked
 
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-# Family: settings beyond SIZES, and the kind of tokenizer its models come with.
+from benchmarks.tiny_models import tiny_model
+
+# Settings of a tiny model, and the kind of tokenizer it comes with.
 FAMILIES = {
     "llama": ({}, "unigram"),
-    "mistral": ({"sliding_window": 64}, "unigram"),
+    "mistral": ({}, "unigram"),  # sliding windows
     "qwen2": ({"tie_word_embeddings": True}, "bpe"),
-    "qwen3": ({"head_dim": 8}, "bpe"),
-    "gemma2": ({"head_dim": 8, "sliding_window": 64}, "unigram"),
-    "gemma3_text": ({"head_dim": 8, "sliding_window": 64}, "unigram"),
-    "phi3": ({}, "unigram"),
-    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, "bpe"),
+    "gemma3_text": ({}, "unigram"),
+    "gemma4_text": ({}, "bpe"),  # heads of another width in every other layer
+    "phi3": ({}, "unigram"),  # fused weights
+    "opt": ({}, "bpe"),
     "gpt_neox": ({}, "bpe"),
+    "bloom": ({}, "bpe"),  # ALiBi
+    "bamba": ({}, "bpe"),  # attention and state space; layers return tuples
+    "mixtral": ({}, "bpe"),  # experts
 }
 
 
@@ -54,12 +46,11 @@ def tokenizers_by_kind(tokenizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pipeline(family, tokenizers_by_kind, data_dir, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings, kind = FAMILIES[family]
-    torch.manual_seed(0)
     model, tokenizer = tmp_path / "model", tokenizers_by_kind[kind]
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **settings}))
+    dense = tiny_model(family, **settings)
     # Some random models only ever generate line breaks, which eval.py rightly refuses to score.
     blank = [token for token in range(len(tokenizer)) if not tokenizer.decode([token]).strip()]
     dense.generation_config.suppress_tokens = blank

@@ -182,33 +182,36 @@ def test_layers_without_statistics_have_no_error(text, tmp_path):
         assert row["relative_error"] is None or row["relative_error"] < 2, row
 
 
-def test_text_model_of_a_multimodal_folder(text, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_5", "llama4", pytest.param("gemma4", marks=pytest.mark.slow)])
+def test_text_model_of_a_multimodal_folder(family, text, tmp_path):
     """The exported folder opens as its configuration says, with the vision weights of the source."""
-    from transformers import Qwen3_5ForConditionalGeneration
-
-    model, state = save_multimodal(tmp_path / "model"), tmp_path / "pts" / "pts_modelopt_state.pth"
+    model, state = tmp_path / "model", tmp_path / "pts" / "pts_modelopt_state.pth"
+    whole = save_multimodal(family, model)
     result = prune(model, text, state.parent)
     assert result.returncode == 0, result.stderr
     succeed("export_hf.py", "--model_dir", model, "--modelopt_restore_path", state, "--output_dir", tmp_path / "new")
-    loaded, report = Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "new", output_loading_info=True)
+    _, report = whole.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "new" / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
-        if "visual" in name:
+        if "vision" in name or "visual" in name:
             assert torch.equal(before[name], after[name])
     assert perplexity(tmp_path / "new", text, tmp_path) == pytest.approx(perplexity(model, text, tmp_path, state))
 
 
-def save_multimodal(folder):
-    from transformers import Qwen3_5ForConditionalGeneration
+def save_multimodal(family, folder):
+    """Save a model with its vision tower; returns its class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from benchmarks.tiny_models import config_of, make_tokenizer
 
+    config = config_of(family)
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     torch.manual_seed(0)
-    Qwen3_5ForConditionalGeneration(config_of("qwen3_5")).save_pretrained(folder)
+    whole(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    return folder
+    return whole
 
 
 def test_decoder_is_not_the_vision_tower(text, tmp_path):
