@@ -40,8 +40,8 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     architectures = config.architectures or []
     auto_classes = getattr(config, "auto_map", {})  # of code that comes with a checkpoint
     is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in auto_classes
-    suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    has_head = not architectures or any(name.endswith(suffixes) for name in architectures)
+    heads = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    has_head = not architectures or any(name.endswith(heads) for name in architectures)
     if config.is_encoder_decoder or not is_causal or not has_head:
         kind = architectures[0] if architectures else config.model_type
         raise UserError(f"'{model}' is a {kind}, not a decoder-only causal language model such as Llama")
