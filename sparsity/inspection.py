@@ -17,7 +17,7 @@ from sparsity.modelopt_state import load_state, require_masks, weight_name
 # Names of weights that are no matrices: biases, and kernels of convolutions.
 NO_MATRIX = r"bias$|conv|_mask$"
 # Names of embeddings, output heads and routers in all model families: they stay dense.
-DENSE_BY_DESIGN = r"embed|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
+DENSE_BY_DESIGN = r"embed|per_layer_model|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
 
 
 # Types in safetensors with several elements in a byte; quantizers store packed integers as U8.
