@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         "--model_max_length",
         type=int,
         default=1024,
-        help="most tokens of a prompt; longer articles lose their end, never the instruction",
+        help="most tokens of a prompt; longer articles lose their end",
     )
     how.add_argument("--max_new_tokens", type=int, default=128, help="most tokens of an answer")
     how.add_argument("--min_new_tokens", type=int, default=30, help="fewest tokens of an answer")
@@ -124,8 +124,10 @@ def main() -> None:
     from sparsity import text
     from sparsity.devices import inference_dtype, keep_freed_memory, use_tf32
     from sparsity.distributed import start_processes
+    from sparsity.errors import warn
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
     from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
+    from sparsity.modelopt_state import sparsity_name
     from sparsity.placement import check_placement, load_placed
 
     check_placement(args)
@@ -140,7 +142,11 @@ def main() -> None:
     if args.predictions:
         log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
         log.check()
-    prompts = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
+    encoded = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
+    prompts = [ids for ids, _ in encoded]
+    if headless := sum(cut for _, cut in encoded):
+        counts = f"{headless} of {len(records)} prompts lost their start"
+        warn(f"--model_max_length {args.model_max_length} is short: {counts}")
     model = load_placed(args, process.device)
     generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
 
@@ -167,6 +173,7 @@ def main() -> None:
             "num_processes": process.num_processes,
             "device": str(process.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "sparsity": sparsity_name(args.modelopt_restore_path) if args.modelopt_restore_path else None,
             "arguments": vars(args),
         }
         report_scores(args, records, [predictions[index] for index in range(len(records))], facts)

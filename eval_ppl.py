@@ -66,6 +66,7 @@ def main() -> None:
     from sparsity.devices import inference_dtype, keep_freed_memory, resolve_device, use_tf32
     from sparsity.evaluation import perplexity
     from sparsity.metrics import save_perplexities
+    from sparsity.modelopt_state import sparsity_name
     from sparsity.placement import check_placement, input_device, load_placed
 
     # Phase 1: cheap checks, and the windows of each text.
@@ -97,7 +98,9 @@ def main() -> None:
         label = f" ({name})" if name else ""
         print(f"perplexity{label}: {result['perplexity']:.4f} ({result['tokens']} tokens, {result['seconds']:.1f} s)")
     if args.output_json:
-        facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "arguments": vars(args)}
+        sparsity = sparsity_name(args.modelopt_restore_path) if args.modelopt_restore_path else None
+        dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"dtype": dtype, "device": str(device), "sparsity": sparsity, "arguments": vars(args)}
         save_perplexities(results, facts, args.output_json)
 
 

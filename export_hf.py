@@ -115,9 +115,11 @@ def main() -> None:
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)
     if args.modelopt_restore_path:
-        state = modelopt_state.load_state(args.modelopt_restore_path)["model_state_dict"]
-        modelopt_state.require_masks(state, args.modelopt_restore_path)
+        state = modelopt_state.load_state(args.modelopt_restore_path)
+        pattern = modelopt_state.pattern_of(state, args.modelopt_restore_path)
+        state = state["model_state_dict"]
     else:
+        pattern = None
         state = models.load_model(args.model_dir, trust_remote_code=args.trust_remote_code).state_dict()
     # Without its weights, the model shows which tensors there are, what they are called and which of them are tied.
     model = models.load_structure(args.model_dir, args.trust_remote_code)
@@ -153,12 +155,12 @@ def main() -> None:
             settings = None
             weights.write_weights(model, state, cast, args.max_shard_size, folder, files, others)
         write_companions(source, model.config, dtype_name, folder, settings)
-        reports = [report for report in inspect_path(folder, exclude="$^") if report.name in pruned]
+        reports = [report for report in inspect_path(folder, "$^", pattern) if report.name in pruned]
         write_model_card(folder, args.model_dir, config, dtype_name, reports, figures, settings)
         count_files = len(list(folder.glob("*.safetensors")))
-    count = sum(report.is_2_4 for report in reports)
+    count = sum(report.fits for report in reports)
     if reports:
-        print(f"{count} of {len(reports)} pruned matrices are 2:4 in the exported files")
+        print(f"{count} of {len(reports)} pruned matrices are {pattern} in the exported files")
     print(f"wrote {target}: {count_files} weight file(s), {args.quantization or dtype_name}")
 
 

@@ -5,7 +5,7 @@ r"""Step 2: sparsity-aware training (SAT). Trains the weights that pruning left,
 
 Reads DATA_PATH/cnn_train.json and cnn_eval.json (see data_prep.py). Loss is taken on the answers only, and on every
 token of --text_path. Writes OUT/finetuned_modelopt_state.pth, OUT/train_log.jsonl, OUT/loss.png and OUT/checkpoints.
-A killed run resumes with the same command and --resume.
+A killed run resumes with the same command and --resume. Without --restore_path the dense model is trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def parse_args() -> SatArguments:
         ARGUMENT_TYPES,
         __doc__,
         prog=os.environ.get("FINETUNE_PROG", "finetune.py"),
-        usage="%(prog)s --model MODEL --restore_path STATE --output_dir FOLDER [options; --help lists them]",
+        usage="%(prog)s --model MODEL [--restore_path STATE] --output_dir FOLDER [options; --help lists them]",
     )
     return SatArguments(*parser.parse_args_into_dataclasses(look_for_args_file=False))
 
@@ -42,7 +42,8 @@ def main() -> None:
 
     check_arguments(args)
     model_args, training = args.model, args.training
-    files.require_file(model_args.modelopt_restore_path, "PTS state (--restore_path)")
+    if model_args.modelopt_restore_path:
+        files.require_file(model_args.modelopt_restore_path, "PTS state (--restore_path)")
     config = models.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
     models.check_lengths(config, {"--max_length": args.data.model_max_length})
     files.prepare_output_dir(training.result_dir)

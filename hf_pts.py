@@ -63,7 +63,9 @@ def parse_args() -> argparse.Namespace:
         "--sparsity_fmt", choices=METHODS, default="sparsegpt", help="wanda and sparse_magnitude only choose masks"
     )
     group.add_argument("--quality", choices=QUALITY, default="balanced", help="speed/quality trade-off of sparsegpt")
-    group.add_argument("--pattern", default="2:4", help="2:4, 4:8 or unstructured:FRACTION; GPUs accelerate 2:4")
+    group.add_argument(
+        "--pattern", default="2:4", help="2:4, N:M with M up to 16, or unstructured:FRACTION; GPUs accelerate 2:4"
+    )
     group.add_argument(
         "--percdamp", type=float, help="damping, as a fraction of the Hessian's mean diagonal (default: 0.01)"
     )

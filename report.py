@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--pts_layers", metavar="FILE", help="pts_layers.jsonl of hf_pts.py: error and sparsity by layer")
     how.add_argument("--train_log", metavar="FILE", help="train_log.jsonl of finetune.py: the loss curve")
     how.add_argument("--samples", type=int, default=4, help="summaries to show side by side")
-    how.add_argument("--title", default="2:4 sparsity report", help="title of the page")
+    how.add_argument("--title", default="Sparsity report", help="title of the page")
     return parser.parse_args()
 
 

@@ -1,10 +1,11 @@
-"""Report, matrix by matrix, whether saved weights are 2:4 sparse. The model is not built: one matrix is read at a time.
+"""Report, matrix by matrix, whether saved weights have a sparsity pattern. Matrices are read one at a time.
 
     python verify_sparsity.py exported_model                       # a safetensors file or folder
     python verify_sparsity.py saved_models/pts_modelopt_state.pth  # a modelopt state
     python verify_sparsity.py exported_model --require 2:4         # exit code 1 unless every matrix is 2:4
 
-Columns: zeros is the fraction of zeros; 2:4 says whether any four consecutive inputs hold at least two zeros; -0.0
+A state is compared with the pattern that it was pruned to, everything else with that of --require, by default 2:4.
+Columns: zeros is the fraction of zeros; pattern says whether the matrix has at least the pattern's zeros; -0.0
 counts negative zeros, which some tools take for values; kernels names the backends of torch's semi-structured sparsity
 (`torch.sparse.to_sparse_semi_structured`) that accept the matrix's dtype and shape, by the rule of the installed torch.
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError, reported_as
 from sparsity.files import prepare_output_dir, save_json
+from sparsity.pattern import Pattern
 from utils import Parser, run_cli
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("path", help="model folder, .safetensors file or modelopt state")
-    parser.add_argument("--require", choices=["2:4"], help="fail unless every listed matrix is 2:4")
+    parser.add_argument("--require", metavar="PATTERN", help="fail unless every listed matrix has it, e.g. 2:4")
     parser.add_argument(
         "--exclude",
         metavar="REGEX",
@@ -37,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_json", metavar="FILE", help="file for the table")
     args = parser.parse_args()
+    args.pattern = Pattern.parse(args.require, "--require") if args.require else None
     with reported_as(f"--exclude {args.exclude} is not a regular expression", re.error):
         re.compile(args.exclude or "")
     return args
@@ -44,10 +47,10 @@ def parse_args() -> argparse.Namespace:
 
 def print_row(report: MatrixReport, width: int) -> None:
     size = "x".join(map(str, report.shape))
-    verdict = "yes" if report.is_2_4 else "NO"
+    verdict = "yes" if report.fits else "NO"
     kernels = ", ".join(report.kernels) or "none"
     print(
-        f"{report.name:<{width}} {size:>13} {report.dtype:>8} {report.zero_share:7.2%} {verdict:>4} "
+        f"{report.name:<{width}} {size:>13} {report.dtype:>8} {report.zero_share:7.2%} {verdict:>7} "
         f"{report.negative_zeros:6} {kernels}",
         flush=True,
     )
@@ -59,16 +62,16 @@ def print_summary(reports: list[MatrixReport]) -> None:
     from sparsity.inspection import zero_totals
 
     elements, zeros = zero_totals(reports)
-    count = sum(report.is_2_4 for report in reports)
-    ready = sum(report.is_2_4 and bool(report.kernels) for report in reports)
+    count = sum(report.fits for report in reports)
+    ready = sum(report.fits and bool(report.kernels) for report in reports)
     under = sum(report.under_mask for report in reports)
     negative = sum(report.negative_zeros for report in reports)
-    print(
-        f"\n{count} of {len(reports)} matrices are 2:4; {zeros / elements:.2%} of their {elements:,} weights are zero"
-    )
+    pattern = reports[0].pattern
+    zero_line = f"{zeros / elements:.2%} of their {elements:,} weights are zero"
+    print(f"\n{count} of {len(reports)} matrices are {pattern}; {zero_line}")
     if count < len(reports):
-        dense, _ = zero_totals(report for report in reports if not report.is_2_4)
-        print(f"not 2:4: {dense / elements:.0%} of the weights")
+        dense, _ = zero_totals(report for report in reports if not report.fits)
+        print(f"not {pattern}: {dense / elements:.0%} of the weights")
     print(f"{ready} are 2:4 in a shape and dtype that sparse kernels of torch {torch.__version__} accept")
     print(f"{negative} zeros are -0.0")
     if under:
@@ -84,16 +87,16 @@ def main() -> None:
         prepare_output_dir(Path(args.output_json).parent)
     reports: list[MatrixReport] = []
     width = 44  # of the names
-    print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'2:4':>4} {'-0.0':>6} kernels")
-    for report in inspect_path(args.path, args.exclude or DENSE_BY_DESIGN):
+    print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'pattern':>7} {'-0.0':>6} kernels")
+    for report in inspect_path(args.path, args.exclude or DENSE_BY_DESIGN, args.pattern):
         reports.append(report)
         print_row(report, width)
     print_summary(reports)
     if args.output_json:
         save_json([dataclasses.asdict(report) for report in reports], args.output_json)
-    failed = [report.name for report in reports if not report.is_2_4]
+    failed = [report.name for report in reports if not report.fits]
     if args.require and failed:
-        raise UserError(f"{len(failed)} of {len(reports)} matrices are not 2:4, the first is {failed[0]}")
+        raise UserError(f"{len(failed)} of {len(reports)} matrices are not {args.require}, the first is {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def generation(
 ) -> dict[str, Any]:
     """The time of a step, from answers of two lengths."""
     records = read_records(args.data / "cnn_eval.json")[:BATCH]
-    prompts = [encode_prompt(tokenizer, record, args.length) for record in records]
+    prompts = [encode_prompt(tokenizer, record, args.length)[0] for record in records]
 
     def seconds(new: int) -> float:
         config = beam_search_config(model, tokenizer, BEAMS, new, new)

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
 from sparsity.devices import resolve_device, torch_dtype
 from sparsity.errors import UserError, first_line
-from sparsity.inspection import is_2_4, kernel_support
+from sparsity.inspection import kernel_support
 from sparsity.models import load_model
-from sparsity.pts.recipe import Pattern, score_mask
+from sparsity.pattern import Pattern
+from sparsity.pts.recipe import score_mask
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def load_2_4(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """The model on the device, each linear layer of its decoder 2:4."""
     model = load_model(args.model_dir, torch_dtype(args.dtype)).to(device)
     for layer in linear_layers(model).values():
-        if not is_2_4(layer.weight):
+        if not Pattern().fits(layer.weight):
             layer.weight.data = layer.weight.data.masked_fill(~score_mask(layer.weight.data.abs(), Pattern(2, 4)), 0)
     return model
 

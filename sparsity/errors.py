@@ -28,20 +28,28 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text, for one-line messages."""
+    """The first non-empty line of an exception's text, with the next where it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    end = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return " ".join(lines[: end + 1]) or type(error).__name__
 
 
 @contextlib.contextmanager
 def reported_as(message: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn these errors of libraries into a UserError: `message` and the first line of theirs."""
+    """Turn these errors of libraries into a UserError: `message`, the first line of theirs, and of their first cause.
+
+    The cause is, for example, what a server answered.
+    """
     try:
         yield
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{message}: {first_line(error)}") from error
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        cause = f" ({first_line(root)})" if root is not error else ""
+        raise UserError(f"{message}: {first_line(error)}{cause}") from error
 
 
 def few(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Inspect saved weights matrix by matrix, without building the model: whether each is 2:4 and sparse kernels fit."""
+"""Inspect saved weights matrix by matrix, without building the model: pattern, zeros, sparse kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 
 from sparsity.errors import UserError, reported_as
 from sparsity.files import safetensors_files
-from sparsity.modelopt_state import load_state, require_masks, weight_name
+from sparsity.modelopt_state import load_state, pattern_of, require_masks, weight_name
+from sparsity.pattern import Pattern
 
+TWO_FOUR = Pattern()
 # Names of weights that are no matrices: biases, and kernels of convolutions.
 NO_MATRIX = r"bias$|conv|_mask$"
 # Names of embeddings, output heads and routers in all model families: they stay dense.
@@ -26,7 +28,7 @@ PACKED = ("U8", "F4", "F6_E2M3", "F6_E3M2")
 
 @dataclasses.dataclass(frozen=True)
 class MatrixReport:
-    """One weight matrix [rows, columns]; 2:4 groups run along the columns, the input dimension.
+    """One weight matrix [rows, columns]; groups of a pattern run along the columns, the input dimension.
 
     The matrices of experts that are stored together [experts, …, …] are reported together. Their groups run along
     either of the two last dimensions, whichever is the input.
@@ -36,7 +38,8 @@ class MatrixReport:
     shape: tuple[int, ...]
     dtype: str
     zero_share: float  # of all elements
-    is_2_4: bool  # every group of four consecutive columns has at least two zeros
+    pattern: str  # that it was compared with
+    fits: bool  # it has the zeros of the pattern
     negative_zeros: int  # elements that are -0.0
     under_mask: int  # elements that a mask prunes but are stored non-zero; 0 without a mask
     kernels: tuple[str, ...]  # backends of torch's semi-structured sparsity that accept this dtype and shape
@@ -59,20 +62,9 @@ def kernel_support(rows: int, columns: int, dtype: torch.dtype) -> tuple[str, ..
     return tuple(backends)
 
 
-def is_2_4(weight: torch.Tensor) -> bool:
-    """Whether each group of four consecutive values of a row has at least two zeros; False if rows do not divide.
-
-    >>> is_2_4(torch.tensor([[1.0, 0.0, 0.0, 2.0]])), is_2_4(torch.tensor([[1.0, 3.0, 0.0, 2.0]]))
-    (True, False)
-    """
-    layouts = (weight, weight.transpose(-1, -2)) if weight.dim() > 2 else (weight,)
-    return any(
-        each.shape[-1] % 4 == 0 and bool(((each != 0).unflatten(-1, (-1, 4)).sum(dim=-1) <= 2).all())
-        for each in layouts
-    )
-
-
-def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = None) -> MatrixReport:
+def inspect_matrix(
+    name: str, weight: torch.Tensor, mask: torch.Tensor | None = None, pattern: Pattern = TWO_FOUR
+) -> MatrixReport:
     """Report on a matrix [rows, columns] or on those of experts; with a bool mask, on what the mask leaves of it."""
     rows, columns = weight.shape[-2:]
     stored = weight.dtype
@@ -89,10 +81,11 @@ def inspect_matrix(name: str, weight: torch.Tensor, mask: torch.Tensor | None = 
         shape=tuple(weight.shape),
         dtype=str(stored).removeprefix("torch."),
         zero_share=zeros.sum().item() / max(1, weight.numel()),
-        is_2_4=is_2_4(weight),
+        pattern=str(pattern),
+        fits=pattern.fits(weight),
         negative_zeros=int(negative.sum()),
         under_mask=under_mask,
-        kernels=kernel_support(rows, columns, stored),
+        kernels=kernel_support(rows, columns, stored) if pattern == TWO_FOUR else (),
     )
 
 
@@ -102,12 +95,17 @@ def zero_totals(reports: Iterable[MatrixReport]) -> tuple[int, float]:
     return sum(size for size, _ in sizes), sum(size * share for size, share in sizes)
 
 
-def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[MatrixReport]:
+def inspect_path(
+    path: str | Path, exclude: str = DENSE_BY_DESIGN, pattern: Pattern | None = None
+) -> Iterator[MatrixReport]:
     """Reports of a modelopt state's masked matrices, or of a safetensors file's or folder's weight matrices.
 
-    In a state the masks tell what is meant to be 2:4. A safetensors folder does not say, so every 2-D tensor called
+    In a state the masks tell what is meant to be sparse. A safetensors folder does not say, so every 2-D tensor called
     "…weight" counts, and every 3-D one (matrices of experts) that is no convolution's, except names that match the
     regular expression `exclude`.
+
+    Args:
+        pattern: to compare with; by default a state's own, and 2:4 for a folder.
 
     Raises:
         UserError: the path does not exist, has nothing to inspect, or a file is damaged or missing.
@@ -116,20 +114,21 @@ def inspect_path(path: str | Path, exclude: str = DENSE_BY_DESIGN) -> Iterator[M
     if not path.exists():
         raise UserError(f"{path} does not exist; give a modelopt state, a safetensors file or a model folder")
     if path.is_dir() or path.suffix == ".safetensors":
-        return _inspect_safetensors(path, re.compile(exclude))
-    return _inspect_state(path)
+        return _inspect_safetensors(path, re.compile(exclude), pattern or TWO_FOUR)
+    return _inspect_state(path, pattern)
 
 
-def _inspect_state(path: Path) -> Iterator[MatrixReport]:
-    tensors = load_state(path)["model_state_dict"]
+def _inspect_state(path: Path, pattern: Pattern | None) -> Iterator[MatrixReport]:
+    state = load_state(path)
+    tensors, pattern = state["model_state_dict"], pattern or pattern_of(state, path)
     masks = [mask for mask in require_masks(tensors, path) if tensors[mask].dim() > 1 and tensors[mask].numel()]
     if not masks:
         raise UserError(f"state {path} holds no masked matrices to inspect")
     for mask in masks:
-        yield inspect_matrix(weight_name(mask), tensors[weight_name(mask)], tensors[mask])
+        yield inspect_matrix(weight_name(mask), tensors[weight_name(mask)], tensors[mask], pattern)
 
 
-def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixReport]:
+def _inspect_safetensors(path: Path, exclude: re.Pattern, pattern: Pattern) -> Iterator[MatrixReport]:
     from safetensors import SafetensorError, safe_open
 
     empty = True
@@ -144,6 +143,6 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern) -> Iterator[MatrixRepo
                     if tensors.get_slice(name).get_dtype() in PACKED:
                         raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
                     empty = False
-                    yield inspect_matrix(name, tensors.get_tensor(name))
+                    yield inspect_matrix(name, tensors.get_tensor(name), pattern=pattern)
     if empty:
         raise UserError(f"{path} holds no weight matrices to inspect (embeddings and output heads do not count)")

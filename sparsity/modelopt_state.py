@@ -13,12 +13,14 @@ from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, reported_as, warn
 from sparsity.files import require_file
 from sparsity.models import load_model, shared_names
+from sparsity.pattern import DENSE, Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 MASK = "_weight_mask"  # modelopt's buffer beside the weight that it masks
+PATTERN = "pattern"  # key in the metadata of modelopt's sparse mode
 EXPERT_MASKS = "expert_masks"  # key of a state file
 
 
@@ -126,6 +128,27 @@ def require_masks(state_dict: dict[str, Tensor], path: str | Path) -> list[str]:
     if not masks:
         raise UserError(f"state {path} holds no masks: its model was never made sparse; make one with hf_pts.py")
     return masks
+
+
+def pattern_of(state: dict[str, Any], path: str | Path) -> Pattern:
+    """The pattern in the metadata of a state that was read from `path`; 2:4, modelopt's own, where there is none.
+
+    Raises:
+        UserError: it is no pattern.
+    """
+    modes = state["modelopt_state"].get("modelopt_state_dict") if isinstance(state["modelopt_state"], dict) else None
+    settings = (
+        [mode[1] for mode in modes if isinstance(mode, tuple) and len(mode) > 1] if isinstance(modes, list) else []
+    )
+    metadata = [each.get("metadata") for each in settings if isinstance(each, dict)]
+    patterns = [str(each[PATTERN]) for each in metadata if isinstance(each, dict) and PATTERN in each]
+    return Pattern.parse(patterns[-1], f"state {path}") if patterns else Pattern()
+
+
+def sparsity_name(path: str | Path) -> str:
+    """The pattern of a state file; DENSE if it has no masks, as after training without --restore_path."""
+    state = load_state(path)
+    return str(pattern_of(state, path)) if any(map(is_mask, state["model_state_dict"])) else DENSE
 
 
 # ------------------------------------------------------------------------------------------------------------- fitting

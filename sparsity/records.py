@@ -28,7 +28,11 @@ def hub_triples(split: str, instruction: str | None = None) -> Iterator[Triple]:
     """
     from datasets import load_dataset
 
-    message = "reading cnn_dailymail from the hub failed; check the network, or give local files with --source"
+    message = (
+        "cannot read cnn_dailymail from the hub; check the network (`hf download abisee/cnn_dailymail "
+        "--repo-type dataset --include '3.0.0/t*' --local-dir cnn_dailymail` "
+        "keeps a copy for --source cnn_dailymail/3.0.0)"
+    )
     with reported_as(message, Exception):  # of a dozen unrelated classes: the network stack below datasets
         for row in load_dataset("abisee/cnn_dailymail", "3.0.0", split=split, streaming=True):
             yield row["article"], row["highlights"], instruction or DEFAULT_INSTRUCTION

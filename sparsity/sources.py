@@ -6,7 +6,8 @@
 
     SOURCE   a file           .txt, .json, .jsonl, .csv, .parquet or .arrow
              a folder         of such files, or of a data set that was saved with save_to_disk
-             a hub data set   NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; FOLDER::SPLIT works as well
+             a hub data set   NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; FOLDER::SPLIT works as well. NAME is also one
+                              of modelopt's registry (modelopt.torch.utils.get_supported_datasets)
              self             text that the model generates itself
 
 The default weight is 1; weights are normalized to sum to 1.
@@ -18,12 +19,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError, reported_as, warn
 from sparsity.files import file_digest, is_file, path_exists
-from sparsity.text import TEXT_FIELDS, pick_column, read_texts, sample_blocks
+from sparsity.text import read_texts, row_text, sample_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 SELF = "self"
 CALIBRATION_TEXT = "cnn_dailymail"  # default of hf_pts.py
 
-# Names that modelopt's calibration accepts, and the hub data sets of plain text that they stand for.
+# Names of modelopt's registry under their full addresses on the hub; see `_registered` for all others.
 SHORT_NAMES = {
     "cnn_dailymail": "abisee/cnn_dailymail:3.0.0",
     "c4": "allenai/c4:en",
@@ -151,7 +153,12 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def read_source(
-    source: Source, num_tokens: int | None, seed: int | None, split: str = "train", column: str | None = None
+    source: Source,
+    num_tokens: int | None,
+    seed: int | None,
+    split: str = "train",
+    column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[str]:
     """The texts of a source.
 
@@ -159,7 +166,8 @@ def read_source(
         num_tokens: stop at about twice as many tokens; None reads all. JSON and .txt files are always read whole.
         seed: shuffles a data set that is read in part; None keeps its order.
         split: default split of a data set.
-        column: text column of a data set; None takes the first of TEXT_FIELDS that it has.
+        column: text column of a data set; None takes its chats or the first of TEXT_FIELDS that it has.
+        tokenizer: for chats; see `row_text`.
 
     Raises:
         UserError: not found, unreadable, or without text.
@@ -168,8 +176,8 @@ def read_source(
         raise UserError(f"the source '{SELF}' (text that the model generates) is not available here; name a text")
     check_source(source)
     if is_file(source.spec) and Path(source.spec).suffix.lower() in (".txt", ".json", ".jsonl"):
-        return read_texts(source.spec)
-    texts = list(_dataset_texts(source.spec, num_tokens, seed, split, column))
+        return read_texts(source.spec, tokenizer)
+    texts = list(_dataset_texts(source.spec, num_tokens, seed, split, column, tokenizer))
     if not texts:
         raise UserError(f"source '{source.spec}' holds no text")
     return texts
@@ -216,7 +224,7 @@ def draw_sequences(
         if write is not None and source.spec == SELF:
             drawn.append(write(count))
             continue
-        texts = read_source(source, count * length, seed)
+        texts = read_source(source, count * length, seed, tokenizer=tokenizer)
         drawn.append(sample_blocks(tokenizer, texts, length, count, seed, source.spec))
         if len(drawn[-1]) < count:
             warn(f"{source.spec} gives {len(drawn[-1])} sequences of {length}, not {count}; its weight is the same")
@@ -236,23 +244,55 @@ def stream_rows(path: Path) -> Any:
 
 
 def _dataset_texts(
-    spec: str, num_tokens: int | None, seed: int | None, split: str, column: str | None
+    spec: str,
+    num_tokens: int | None,
+    seed: int | None,
+    split: str,
+    column: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[str]:
     """Texts that are not blank, of a file, folder or hub data set; see `read_source`."""
     characters = 0
     hint = "" if path_exists(_parts(spec)[0]) else "; check the name and the network, or give a local file or folder"
     # datasets and the network stack below it raise errors of a dozen unrelated classes.
     with reported_as(f"cannot read the data set '{spec}'{hint}", Exception):
-        rows = _open_dataset(spec, split)
+        parts = _registered(spec) or [_open_dataset(spec, split)]
         if num_tokens is not None and seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for row in rows:
-            text = pick_column(row, column, TEXT_FIELDS, f"data set '{spec}'")
+            parts = [rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for rows in parts]
+        for row in chain.from_iterable(zip(*parts, strict=False)):
+            text = row_text(row, column, f"data set '{spec}'", tokenizer)
             if text.strip():
                 yield text
                 characters += min(len(text), COUNTED_CHARACTERS)
             if num_tokens is not None and characters >= 2 * CHARACTERS_PER_TOKEN * num_tokens:
                 return
+
+
+def _registered(spec: str) -> list[Any]:
+    """The splits of a name, or of a group of names, in modelopt's registry, as IterableDatasets; none for another name.
+
+    Rows that are no chats get the column "text" as the registry makes it of theirs.
+    """
+    name, _, own_split = _parts(spec)
+    if path_exists(name) or "/" in name:
+        return []
+    from datasets import load_dataset
+    from modelopt.torch.utils.dataset_utils import DATASET_COMBOS, SUPPORTED_DATASET_CONFIG
+
+    parts = []
+    for member in DATASET_COMBOS.get(name, [name] if name in SUPPORTED_DATASET_CONFIG else []):
+        entry = SUPPORTED_DATASET_CONFIG[member]
+        config = dict(entry["config"])
+        for split in [own_split] if own_split else config.pop("split"):
+            if "data_files" in entry:
+                files = {"data_files": entry["data_files"].format(split=split), "split": "train"}
+                rows = load_dataset(config["path"], streaming=True, **files)
+            else:
+                rows = load_dataset(**{**config, "split": split}, streaming=True)
+            if "chat_key" not in entry:
+                rows = rows.map(lambda row, make=entry["preprocess"]: {"text": make(row)})
+            parts.append(rows)
+    return parts
 
 
 def _open_dataset(spec: str, split: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ DEFAULT_TEMPLATE = PromptTemplate(
 )
 DEFAULT_INSTRUCTION = "Summarize the following article."
 TEXT_FIELDS = ("text", "input", "article", "document", "content")  # columns of plain text, in order of preference
+CHAT_FIELDS = ("messages", "conversations")  # columns of chats, which go before those of plain text
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 RUN_RECORD = "run.json"  # the record that finetune.py writes beside its result
 PROMPT_FIELD = "prompt"  # the template in it
 
@@ -79,6 +81,33 @@ def pick_column(row: Any, chosen: str | None, known: Sequence[str], where: str, 
     return valid_unicode(value)
 
 
+def row_text(row: Any, column: str | None, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The text of a row: its chat, or column `column`, or the first of TEXT_FIELDS.
+
+    Args:
+        where: names the row in messages.
+        tokenizer: its template puts a chat in writing; without one, the turns are joined by line breaks.
+
+    Raises:
+        UserError: no such column, one that holds no text, or a chat that the template refuses.
+    """
+    chats = [name for name in CHAT_FIELDS if isinstance(row, dict) and isinstance(row.get(name), list)]
+    if column or not chats:
+        return pick_column(row, column, TEXT_FIELDS, where)
+    turns = [dict(turn) if isinstance(turn, Mapping) else {} for turn in row[chats[0]]]
+    for turn in turns:
+        content = turn.get("content", turn.get("value"))
+        turn["content"] = "" if content is None and "tool_calls" in turn else content
+        turn["role"] = turn.get("role") or SHAREGPT_ROLES.get(str(turn.get("from")), "system")
+    if not all(isinstance(turn["content"], str) for turn in turns):
+        raise UserError(f"{where}: column '{chats[0]}' holds no chat, a list of {{'role', 'content'}}")
+    if tokenizer is None or not tokenizer.chat_template:
+        return valid_unicode("\n".join(turn["content"] for turn in turns))
+    from modelopt.torch.utils.dataset_utils import prepare_messages_for_chat_template
+
+    return valid_unicode(_apply_template(tokenizer, prepare_messages_for_chat_template(turns), where))
+
+
 def read_records(path: str | Path) -> list[dict[str, str]]:
     """Read instruction / input / output records from a JSON array or a JSONL file.
 
@@ -102,10 +131,10 @@ def read_records(path: str | Path) -> list[dict[str, str]]:
     ]
 
 
-def read_texts(path: str | Path) -> list[str]:
+def read_texts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """Read plain documents: .txt, which is one document, .json or .jsonl.
 
-    JSON items are strings, or objects with one of TEXT_FIELDS.
+    JSON items are strings, or objects with a text or a chat; see `row_text`.
 
     Raises:
         UserError: missing, malformed or empty file, or an item without text.
@@ -116,7 +145,7 @@ def read_texts(path: str | Path) -> list[str]:
         if not isinstance(items, list):
             raise UserError(f"text file {path} must hold a list, got {type(items).__name__}")
         rows = [{TEXT_FIELDS[0]: item} if isinstance(item, str) else item for item in items]
-        texts = [pick_column(row, None, TEXT_FIELDS, f"text file {path}: item {n}") for n, row in enumerate(rows)]
+        texts = [row_text(row, None, f"text file {path}: item {n}", tokenizer) for n, row in enumerate(rows)]
     else:
         with reported_as(f"text file {path} is not UTF-8 text; convert it to UTF-8", UnicodeDecodeError):
             texts = [path.read_text(encoding="utf-8-sig")]
@@ -225,13 +254,17 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
     """
     article = "<article>"
     turn = [{"role": "user", "content": f"{INSTRUCTION}\n\n{article}"}]
-    # ValueError without a template, errors of jinja in a broken one.
-    with reported_as("the tokenizer has no usable chat template; leave --chat_template out", Exception):
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    text = _apply_template(tokenizer, turn, "--chat_template", add_generation_prompt=True)
     head, _, tail = text.partition(article)
     if INSTRUCTION not in head or not tail:
         raise UserError("--chat_template: the tokenizer's template changes the user's text; use --prompt_template")
     return PromptTemplate(head, tail, special_tokens=False)
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], where: str, **options: Any) -> str:
+    # ValueError without a template, errors of jinja in one that is broken or refuses the turns.
+    with reported_as(f"{where}: the tokenizer has no chat template for this", Exception):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
 
 def choose_template(path: str | Path | None, chat: bool, tokenizer: PreTrainedTokenizerBase) -> PromptTemplate:
@@ -259,11 +292,14 @@ def encode_prompt(
     record: dict[str, str],
     max_length: int,
     template: PromptTemplate = DEFAULT_TEMPLATE,
-) -> list[int]:
-    """Token ids of a record's prompt in at most `max_length` tokens; only the article is ever shortened.
+    most: int | None = None,
+) -> tuple[list[int], bool]:
+    """Token ids of a record's prompt in at most `max_length` tokens, and whether more than its article was shortened.
 
-    Raises:
-        UserError: not even an empty article fits.
+    The article loses its end. Where not even an empty one fits, the prompt loses its beginning, the template's head.
+
+    Args:
+        most: tokens for a prompt without its article, by default `max_length`.
     """
 
     def encode(article: str) -> list[int]:
@@ -273,15 +309,14 @@ def encode_prompt(
     article = record["input"].strip()
     ids = encode(article)
     if len(ids) <= max_length:
-        return ids
+        return ids, False
+    most = max_length if most is None else most
     article_ids = tokenizer(article, add_special_tokens=False, verbose=False)["input_ids"]
     keep = len(article_ids)
     while len(ids) > max_length:
         if keep == 0:
-            raise UserError(
-                f"max_length {max_length} is too small: the prompt without its article has {len(ids)} tokens"
-            )
+            return ids[max(0, len(ids) - most) :], len(ids) > most
         # Cutting can change how the tokens at the seam merge, so a loop is needed instead of one subtraction.
         keep = max(0, keep - (len(ids) - max_length))
         ids = encode(tokenizer.decode(article_ids[:keep], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return ids
+    return ids, False

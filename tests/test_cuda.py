@@ -13,11 +13,11 @@ from conftest import tiny_llama
 from pruning import calibration
 
 from sparsity.evaluation.generation import shared_prefill
-from sparsity.inspection import is_2_4
+from sparsity.pattern import Pattern
 from sparsity.pts.cuda_graphs import replayed
 from sparsity.pts.layer_store import LayerStore
 from sparsity.pts.prune import prune_model
-from sparsity.pts.recipe import QUALITY, Pattern
+from sparsity.pts.recipe import QUALITY
 from sparsity.pts.solvers import damp, sparsegpt
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
@@ -46,7 +46,7 @@ def test_sparsegpt(cols):
         _, factor, _ = damp((inputs @ inputs.t() / 2 / cols).to(device), 0.01)
         pruned, mask = sparsegpt(weight.to(device), factor, Pattern(2, 4))
         results[device] = pruned.cpu(), mask.cpu()
-    assert is_2_4(results["cuda"][0])
+    assert Pattern().fits(results["cuda"][0])
     assert float((results["cpu"][1] == results["cuda"][1]).float().mean()) > 0.995  # rounding may tip a choice
     assert float((results["cpu"][0] - results["cuda"][0]).norm() / results["cpu"][0].norm()) < 0.05
 
@@ -63,7 +63,7 @@ def test_pruning(quality, dtype):
             model, calibration(), QUALITY[quality], torch.device(device), LayerStore(None, ""), on_rows=logs.append
         )
         errors[device] = sum(row.relative_error for row in logs[-1])
-        assert all(is_2_4(module.weight) for name, module in model.named_modules() if name in masks)
+        assert all(Pattern().fits(module.weight) for name, module in model.named_modules() if name in masks)
     # Which channels form a group may differ, where two choices are as good; how much is lost does not.
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
 

@@ -6,31 +6,34 @@ import pytest
 import torch
 from conftest import sparse_matrix
 
-from sparsity.inspection import inspect_matrix, is_2_4, kernel_support
+from sparsity.inspection import inspect_matrix, kernel_support
+from sparsity.pattern import Pattern
 
 
 def test_two_to_four_is_judged_within_groups_of_consecutive_inputs():
-    assert is_2_4(torch.tensor([[1.0, 0, 0, 1, 0, 1, 1, 0]]))
-    assert not is_2_4(torch.tensor([[0.0, 1, 1, 1, 1, 0, 0, 0]]))  # half zeros, but three values in the first group
-    assert not is_2_4(torch.tensor([[0.0, 1, 0, 1, 0, 1]]))  # six inputs do not divide into groups
-    assert is_2_4(sparse_matrix()) and not is_2_4(sparse_matrix().t().contiguous())
+    assert Pattern().fits(torch.tensor([[1.0, 0, 0, 1, 0, 1, 1, 0]]))
+    assert not Pattern().fits(
+        torch.tensor([[0.0, 1, 1, 1, 1, 0, 0, 0]])
+    )  # half zeros, but three values in the first group
+    assert not Pattern().fits(torch.tensor([[0.0, 1, 0, 1, 0, 1]]))  # six inputs do not divide into groups
+    assert Pattern().fits(sparse_matrix()) and not Pattern().fits(sparse_matrix().t().contiguous())
 
 
 def test_counts_of_one_matrix():
     weight = sparse_matrix(32, 64).half()
     weight[0][weight[0] == 0] = -0.0
     report = inspect_matrix("a.weight", weight)
-    assert (report.shape, report.dtype, report.is_2_4) == ((32, 64), "float16", True)
+    assert (report.shape, report.dtype, report.fits) == ((32, 64), "float16", True)
     assert report.zero_share == 0.5 and report.negative_zeros == 32 and report.under_mask == 0
     mask = weight != 0
     dense = torch.randn(32, 64).half()
     masked = inspect_matrix("a.weight", dense, mask)
-    assert masked.is_2_4 and masked.under_mask == 32 * 32 and masked.negative_zeros == 0
+    assert masked.fits and masked.under_mask == 32 * 32 and masked.negative_zeros == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
 def test_other_dtypes(dtype):
-    assert inspect_matrix("a.weight", (sparse_matrix() * 50).to(dtype)).is_2_4
+    assert inspect_matrix("a.weight", (sparse_matrix() * 50).to(dtype)).fits
 
 
 def test_kernel_rule_is_that_of_torch():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 
 from sparsity.errors import UserError
@@ -116,3 +119,38 @@ def test_content_key_follows_the_content(tmp_path, articles):
 def test_text_of_the_model_is_not_written_here():
     with pytest.raises(UserError, match="'self' .* is not available here"):
         read_source(parse_sources("self")[0], 100, 0)
+
+
+def test_every_name_of_modelopt_s_registry_gives_text(monkeypatch, tokenizer):
+    """All splits of a set and all sets of a group, chats in the tokenizer's template where it has one."""
+    import datasets
+    from modelopt.torch.utils import get_supported_datasets
+
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    sharegpt = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    columns = {"text": "Plain.", "article": "News.", "problem": "1+1", "generated_solution": "2", "output": "Done."}
+
+    def load(path, name=None, *, split, streaming, data_files=None):
+        row = {**columns, "input": turns if "Llama" in path else "Code."}
+        row |= {"conversations": sharegpt} if "Magpie" in path else {"messages": turns} if "Nemotron-" in path else {}
+        row = {name: value for name, value in row.items() if "Llama" not in path or name != "messages"}
+        return datasets.Dataset.from_list([row] * 3).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in get_supported_datasets():
+        assert set(read_source(Source(name), None, None)) <= {
+            *("Plain.", "News.", "1+1\n2", "Code.\nDone.", "Why?\nBecause.", "Why?\nBecause.\nDone.")
+        }, name
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    for name in ("magpie", "nemotron-post-training-dataset-v2"):
+        texts = read_source(Source(name), None, None, tokenizer=templated)
+        assert set(texts) == {"<user>Why?<assistant>Because."}
+    assert len(read_source(Source("nemotron-post-training-dataset-v2"), None, None)) == 4 * 3
+
+
+@pytest.mark.parametrize(("chat", "words"), [([{"role": "user"}], "holds no chat"), (["Hello"], "holds no chat")])
+def test_a_chat_without_content_is_named(tmp_path, chat, words):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    with pytest.raises(UserError, match=f"item 0: column 'messages' {words}"):
+        read_source(Source(str(tmp_path / "chats.jsonl")), None, None)

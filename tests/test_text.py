@@ -82,24 +82,25 @@ def test_token_blocks_are_full_and_part_texts(tokenizer):
 @pytest.mark.parametrize("room", [0, 1, 7, 40])
 def test_prompt_is_shortened_in_the_article_only(tokenizer, room):
     record = {"instruction": "Sum.", "input": " ".join(TEXTS), "output": "x"}
-    length = len(encode_prompt(tokenizer, {**record, "input": ""}, 1000)) + room
-    ids = encode_prompt(tokenizer, record, length)
+    length = len(encode_prompt(tokenizer, {**record, "input": ""}, 1000)[0]) + room
+    ids, headless = encode_prompt(tokenizer, record, length)
+    assert not headless
     text = tokenizer.decode(ids)
     assert length - 6 <= len(ids) <= length  # as much of the article as fits, but for tokens that merge at the cut
     assert text.startswith(DEFAULT_TEMPLATE.head.replace("{instruction}", "Sum.") + TEXTS[0][: max(0, room - 6)])
     assert text.endswith(DEFAULT_TEMPLATE.tail)
 
 
-def test_length_too_small_for_the_prompt_alone_is_refused(tokenizer):
+def test_where_no_article_fits_the_head_loses_its_start(tokenizer):
     record = {"instruction": "Sum.", "input": " ".join(TEXTS), "output": "x"}
-    length = len(encode_prompt(tokenizer, {**record, "input": ""}, 1000)) - 1
-    with pytest.raises(UserError, match=f"max_length {length} is too small"):
-        encode_prompt(tokenizer, record, length)
+    bare, _ = encode_prompt(tokenizer, {**record, "input": ""}, 1000)
+    for length in (len(bare) - 1, 10, 1):
+        assert encode_prompt(tokenizer, record, length) == (bare[-length:], True)
 
 
 def test_short_prompt_is_left_as_it_is(tokenizer):
     record = {"instruction": "Sum.", "input": " hello ", "output": "x"}
-    text = tokenizer.decode(encode_prompt(tokenizer, record, 500))
+    text = tokenizer.decode(encode_prompt(tokenizer, record, 500)[0])
     assert text == DEFAULT_TEMPLATE.head.replace("{instruction}", "Sum.") + "hello" + DEFAULT_TEMPLATE.tail
 
 
@@ -125,14 +126,14 @@ def test_a_template_of_ones_own_keeps_its_braces(tmp_path, tokenizer):
     template = read_template(tmp_path / "t.json")
     assert template == PromptTemplate("{x} {instruction}\n", "\n=>")
     record = {"instruction": "Sum.", "input": " hello ", "output": "x"}
-    assert tokenizer.decode(encode_prompt(tokenizer, record, 500, template)) == "{x} Sum.\nhello\n=>"
+    assert tokenizer.decode(encode_prompt(tokenizer, record, 500, template)[0]) == "{x} Sum.\nhello\n=>"
 
 
 def test_chat_template_is_the_tokenizers_own(tokenizer):
     import copy
 
     chat = copy.deepcopy(tokenizer)
-    with pytest.raises(UserError, match="no usable chat template"):
+    with pytest.raises(UserError, match="--chat_template: .* no chat template"):
         chat_template(chat)
     chat.chat_template = (
         "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -141,7 +142,7 @@ def test_chat_template_is_the_tokenizers_own(tokenizer):
     record = {"instruction": "Sum.", "input": "hello", "output": "x"}
     turn = [{"role": "user", "content": "Sum.\n\nhello"}]
     expected = chat.apply_chat_template(turn, tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert encode_prompt(chat, record, 500, chat_template(chat)) == expected
+    assert encode_prompt(chat, record, 500, chat_template(chat))[0] == expected
     chat.chat_template = "{{ messages[0]['content'][:5] }}"
     with pytest.raises(UserError, match="changes the user's text"):
         chat_template(chat)

@@ -24,8 +24,8 @@ from benchmarks.arms import prune
 from benchmarks.machine import check_output, describe_machine
 from sparsity.devices import peak_memory_mib, resolve_device
 from sparsity.files import save_json
-from sparsity.inspection import is_2_4
 from sparsity.models import load_tokenizer
+from sparsity.pattern import Pattern
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, shape: dict[str, int], device: torch.devic
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         for name, module in model.model.layers.named_modules():
-            if isinstance(module, torch.nn.Linear) and not is_2_4(module.weight.detach()):
+            if isinstance(module, torch.nn.Linear) and not Pattern().fits(module.weight.detach()):
                 raise RuntimeError(f"layers.{name} is not 2:4 after pruning")
     return {
         "arm": args.arm,

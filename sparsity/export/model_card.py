@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ZEROS = """
 The zeros are ordinary zeros in ordinary tensors. They make neither the files smaller nor the model faster until a
-runtime with 2:4 kernels compresses it.
+runtime with kernels for the pattern compresses it; GPUs have them for 2:4.
 """
 
 
@@ -43,10 +43,11 @@ def write_model_card(
     title, tags, weights, zeros_text = f"{name}, dense", "", f"The weights of {name}, none of them pruned.", ""
     if reports:
         elements, zeros = zero_totals(reports)
-        title, tags, zeros_text = f"{name}, 2:4 sparse", "tags:\n- sparse\n- 2:4\n", ZEROS
+        pattern, zeros_text = reports[0].pattern, ZEROS
+        title, tags = f"{name}, {pattern} sparse", f"tags:\n- sparse\n- {pattern}\n"
         weights = (
-            f"The weights of {name} with two of every four consecutive weights set to zero in {len(reports)} matrices\n"
-            f"({zeros / elements:.2%} of their {elements:,} weights; embeddings and output head are dense)."
+            f"The weights of {name}, pruned to {pattern} in {len(reports)} matrices ({zeros / elements:.2%} of their\n"
+            f"{elements:,} weights; embeddings and output head are dense)."
         )
     text = f"""---
 library_name: transformers

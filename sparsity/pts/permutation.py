@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsity.pattern import Pattern
 from sparsity.pts.activations import PROBE, HiddenStates
-from sparsity.pts.recipe import Pattern
 from sparsity.pts.statistics import MAX_SEQUENTIAL_GROUPS
 from sparsity.pts.structure import DecoderLayer, Group, reader, watched
 

@@ -195,13 +195,17 @@ def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> 
         UserError: nothing can be pruned, or a glob of `ignore` matches nothing.
     """
     chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
-    reasons: dict[str, list[str]] = {}
+    layers = decoder_layers(model)[1]
+    inside = set(layers.modules())
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    outside = [name for name, module in linears.items() if module not in inside]
+    reasons = {"outside the decoder layers": [*outside[:3], *["…"] * (len(outside) > 3)]} if outside else {}
     for name, reason in left_dense.items():
         reasons.setdefault(reason, []).append(name)
     stacked = [weight for name, weight in model.named_parameters() if name in chosen]
     experts = f" and {sum(map(len, stacked))} matrices of experts" if stacked else ""
     lines = [
-        f"{len(decoder_layers(model)[1])} decoder layers, {len(chosen) - len(stacked)} linear layers{experts} to prune "
+        f"{len(layers)} decoder layers, {len(chosen) - len(stacked)} linear layers{experts} to prune "
         f"to {recipe.pattern}"
     ]
     lines += [f"left dense ({reason}): {', '.join(names)}" for reason, names in reasons.items()]

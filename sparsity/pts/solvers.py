@@ -14,9 +14,11 @@ from torch import Tensor
 
 from sparsity.devices import bf16_is_faster, tf32
 from sparsity.errors import UserError
+from sparsity.pattern import Pattern
 from sparsity.pts.cuda_graphs import replayed
-from sparsity.pts.recipe import Pattern
+from sparsity.pts.recipe import score_mask
 
+EXACT = 8  # most columns of a group whose ways of pruning are all compared: 8:16 has 12,870
 BF16_FROM = 256  # columns from which bf16 speeds up products with H
 
 
@@ -88,7 +90,7 @@ def group_costs(inverse_factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tenso
     With S = (H_F)⁻¹ over the columns F from the group on (those still free to compensate), the cheapest update that
     zeroes w_P costs w_Pᵀ (S_PP)⁻¹ w_P and needs the multipliers c = (S_PP)⁻¹ w_P (Hassibi & Stork, "Optimal Brain
     Surgeon", 1993, for several weights at once). SparseGPT scores weights one by one; all patterns exactly is better
-    and still cheap for m ≤ 8.
+    and still cheap for m ≤ EXACT.
 
     Returns:
         quadratic forms [groups, patterns, m, m] that are zero outside P; bool kept [patterns, m].
@@ -120,8 +122,8 @@ def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_si
     Returns:
         pruned and updated weight [rows, cols], mask [rows, cols] (True is kept).
     """
-    if not pattern.m:
-        return sparsegpt_unstructured(weight, inverse_factor, pattern.fraction, block_size)
+    if not 0 < pattern.m <= EXACT:
+        return sparsegpt_by_scores(weight, inverse_factor, pattern, pattern.m or block_size)
     m, cols = pattern.m, weight.shape[1]
     forms, kept = group_costs(inverse_factor, pattern)
     w = weight.t().contiguous()  # [cols, rows]: a group is then a contiguous slab
@@ -161,18 +163,21 @@ def sweep(block: Tensor, inverse_factor: Tensor, forms: Tensor) -> tuple[Tensor,
     return block, errors, ways
 
 
-def sparsegpt_unstructured(
-    weight: Tensor, inverse_factor: Tensor, fraction: float, block_size: int
+def sparsegpt_by_scores(
+    weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT's own column loop, with the weights to prune chosen per block by w² / U_jj² (section 3.3)."""
+    """SparseGPT's own column loop, with the weights to prune chosen by w² / U_jj² per group or block (section 3.3)."""
     w = weight.t().contiguous()
     mask = torch.empty_like(w, dtype=torch.bool)
     scale = inverse_factor.diagonal()
     for start in range(0, len(w), block_size):
         end = min(start + block_size, len(w))
         saliency = (w[start:end] / scale[start:end, None]) ** 2
-        count = max(1, round(saliency.numel() * fraction))
-        mask[start:end] = saliency > saliency.flatten().kthvalue(count).values
+        if pattern.m:
+            mask[start:end] = score_mask(saliency.t(), pattern).t()
+        else:
+            count = max(1, round(saliency.numel() * pattern.fraction))
+            mask[start:end] = saliency > saliency.flatten().kthvalue(count).values
         errors = torch.empty_like(w[start:end])
         for j in range(start, end):
             errors[j - start] = w[j].masked_fill(mask[j], 0.0) / scale[j]

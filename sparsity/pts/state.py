@@ -13,6 +13,7 @@ from sparsity.attention import use_blocked_attention
 from sparsity.errors import UserError
 from sparsity.files import atomic_path
 from sparsity.modelopt_state import (
+    PATTERN,
     load_state,
     mask_name,
     pruned_errors,
@@ -20,8 +21,9 @@ from sparsity.modelopt_state import (
     sparse_masks,
     state_to_save,
 )
+from sparsity.pattern import Pattern
 from sparsity.pts.experts import one_by_one
-from sparsity.pts.recipe import METHODS, Pattern, Recipe
+from sparsity.pts.recipe import METHODS, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +32,7 @@ PROBE_TOKENS = 64
 ROUNDINGS = 16  # by which logits may differ: products of some models depend on where their factors lie in memory
 
 
-def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, method: str) -> None:
+def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, recipe: Recipe) -> None:
     """Attach the masks as modelopt's sparse mode keeps them and write the state that mto.restore() reads to `path`."""
     import modelopt.torch.opt as mto
     from modelopt.torch.opt.conversion import apply_mode
@@ -41,12 +43,14 @@ def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, met
         name: None for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in masks
     }
     rules = {"nn.Linear": {"*": {}, "*lm_head*": None, **dense}, "nn.Conv2d": {"*": None}}
-    model = apply_mode(model, [(METHODS[method].mode, rules)], registry=SparsityModeRegistry)
+    model = apply_mode(model, [(METHODS[recipe.method].mode, rules)], registry=SparsityModeRegistry)
     stacked = {mask_name(name): mask for name, mask in masks.items() if mask.dim() > 2}  # of experts
     for name, mask in masks.items():
         if mask.dim() == 2:
             model.get_submodule(name).set_mask(mask)
-    torch.save(state_to_save(mto.modelopt_state(model), {**model.state_dict(), **stacked}), path)
+    modelopt_state = mto.modelopt_state(model)
+    modelopt_state["modelopt_state_dict"][-1][1]["metadata"][PATTERN] = str(recipe.pattern)
+    torch.save(state_to_save(modelopt_state, {**model.state_dict(), **stacked}), path)
 
 
 def logits_of(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -104,6 +108,6 @@ def write_verified_state(
         advice = "; try --dtype bf16 or fp32" if dtype == "float16" else ""
         raise UserError(f"the pruned model's logits are not finite in {dtype}{advice}")
     with atomic_path(path) as temporary:
-        save_state(model, masks, temporary, recipe.method)
+        save_state(model, masks, temporary, recipe)
         model.to("meta")  # the restored one takes its memory
         verify(load_dense(), temporary, recipe.pattern, probe, expected)

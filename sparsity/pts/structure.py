@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sparsity.errors import UserError, first_line
 from sparsity.models import decoder_layers, shared_names
+from sparsity.pattern import Pattern
 from sparsity.pts.experts import Experts, expert_counts, expert_weights
-from sparsity.pts.recipe import Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

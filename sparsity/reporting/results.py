@@ -11,6 +11,8 @@ from sparsity.errors import UserError
 from sparsity.files import is_number, is_whole_number, read_json
 from sparsity.inspection import MatrixReport, inspect_path, zero_totals
 from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_metrics
+from sparsity.modelopt_state import sparsity_name
+from sparsity.pattern import DENSE, Pattern
 
 # Types of the fields in a JSONL file.
 KINDS: dict[str, Callable[[Any], bool]] = {
@@ -85,22 +87,31 @@ def text_names(runs: list[Run]) -> list[str]:
 
 
 def measure(runs: list[Run], states: dict[str, Path], model_dir: str | None) -> None:
-    """Inspect every run's matrices; a run without a state is the dense model, which is inspected if it is a folder."""
-    dense = list(inspect_path(model_dir)) if model_dir and Path(model_dir).is_dir() else []
+    """Inspect every run's matrices; a run without a state is the dense model, which is inspected if it is a folder.
+
+    So is one whose state has no masks: the dense model, trained.
+    """
     for run in runs:
         run.state = states.get(run.name)
-        run.matrices = list(inspect_path(run.state)) if run.state else dense
+        if run.state and sparsity_name(run.state) != DENSE:
+            run.matrices = list(inspect_path(run.state))
+    pattern = next((Pattern.parse(run.matrices[0].pattern) for run in runs if run.matrices), None)
+    dense = list(inspect_path(model_dir, pattern=pattern)) if model_dir and Path(model_dir).is_dir() else []
+    for run in runs:
+        run.matrices = run.matrices or dense
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
     """Header and one row a run, as text: perplexity of each text, ROUGE in percent, sparsity of the linear layers."""
     texts = text_names(runs) or [""]
     perplexities = [f"perplexity, {text}" if text else "perplexity" for text in texts]
-    rows = [["model", *perplexities, "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity", "2:4 matrices"]]
+    rows = [["model", *perplexities, "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum", "sparsity"]]
+    patterns = dict.fromkeys(run.matrices[0].pattern for run in runs if run.matrices)
+    rows[0].append(f"{', '.join(patterns) or 'sparse'} matrices")
     for run in runs:
         rouge = [f"{run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
         weights, zeros = zero_totals(run.matrices)
-        valid = sum(matrix.is_2_4 for matrix in run.matrices)
+        valid = sum(matrix.fits for matrix in run.matrices)
         rows.append(
             [
                 run.name,

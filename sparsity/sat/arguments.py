@@ -7,6 +7,7 @@ must keep it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -19,17 +20,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_origin, get_t
 
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_torch_tf32_available
+from transformers.utils import is_flash_attn_2_available, is_torch_tf32_available
 
 from sparsity.devices import bf16_is_faster
 from sparsity.distributed import WAIT_SECONDS, start_processes
-from sparsity.errors import UserError, first_line, warn
+from sparsity.errors import UserError, first_line, reported_as, warn
 from sparsity.sources import check_source, is_streamed, parse_sources
 
 # What the Trainer cannot combine with held masks, our checkpoints or our loss, unless left at its default.
 REFUSED = {
     "deepspeed": "weights are sharded with FSDP",
-    "fsdp_config": "the sharding is configured for the masks; use --fsdp and --cpu_offload",
     "parallelism_config": "weights are sharded with FSDP",
     "auto_find_batch_size": "the batch determines the run; choose --train_bs",
     "use_liger_kernel": "it replaces the loss",
@@ -77,7 +77,15 @@ class ModelArguments:
     model_name_or_path: Kept[str] = option(
         "dense model that was pruned: hub id or folder", aliases=["--model", "--model_dir"]
     )
-    modelopt_restore_path: str = option("pts_modelopt_state.pth that hf_pts.py wrote", aliases=["--restore_path"])
+    modelopt_restore_path: str | None = option(
+        "pts_modelopt_state.pth that hf_pts.py wrote; without it the dense model is trained",
+        default=None,
+        aliases=["--restore_path"],
+    )
+    use_flash_attn: bool = option("FlashAttention 2, from the package flash-attn, not torch's attention", default=False)
+    quant_cfg: str | None = option("ignored, as NVIDIA's example does", default=None)
+    calib_size: int | None = option("ignored, as NVIDIA's example does", default=None)
+    sparse_fmt: str | None = option("ignored, as NVIDIA's example does", default=None)
     trust_remote_code: bool = option("run model code that comes with the checkpoint", default=False)
 
 
@@ -209,7 +217,14 @@ class SparseTrainingArguments(TrainingArguments):
         "recompute activations instead of keeping them; by default on GPUs", default=None, nargs="?", const=True
     )
     gradient_checkpointing_kwargs: str | None = option("arguments of torch's checkpoint, as JSON", default=None)
-    fsdp: Literal["auto", "off"] = option("shard over several processes (auto), or keep a copy in each", default="auto")
+    fsdp: str = option(
+        "shard over several processes (auto), or keep a copy in each (off); or words of transformers: full_shard, "
+        "shard_grad_op, offload, auto_wrap",
+        default="auto",
+    )
+    fsdp_config: str | None = option(
+        "JSON or a file of it, with transformer_layer_cls_to_wrap and cpu_offload only", default=None
+    )
     fsdp_version: Literal[1, 2] = option("always 2, torch's fully_shard; 1 is accepted with a warning", default=2)
     cpu_offload: bool = option("keep sharded weights and optimizer in CPU memory: slow", default=False)
     dry_run: bool = option("print the estimated memory per GPU, then stop", default=False)
@@ -248,9 +263,8 @@ class SparseTrainingArguments(TrainingArguments):
         self.result_dir = Path(self.output_dir)
         self.output_dir = str(self.result_dir / "checkpoints")
         self.processes = int(os.environ.get("WORLD_SIZE", 1))
-        self.sharded = self.fsdp == "auto" and self.processes > 1
+        self._set_sharding()
         self.order_batch = self.per_device_train_batch_size * self.processes  # see resume.order_batch
-        self.fsdp = ""  # type: ignore[assignment]  # see fsdp.configure_fsdp, called once the model is known
         self._set_precision()
         self._set_checkpointing(by_default=torch.cuda.is_available() or self.dry_run)  # a dry run estimates GPUs
         self.use_cpu = self.given["use_cpu"] or not torch.cuda.is_available()
@@ -275,6 +289,25 @@ class SparseTrainingArguments(TrainingArguments):
     def place_model_on_device(self) -> bool | None:
         """Sharding places the model itself, which until then has masks on the meta device."""
         return False if self.sharded else super().place_model_on_device
+
+    def _set_sharding(self) -> None:
+        """Read transformers' words of --fsdp and keys of --fsdp_config; `fsdp.configure_fsdp` does what they mean."""
+        words, config = set(self.fsdp.split()), self.fsdp_config or "{}"
+        if unknown := words - {"auto", "off", "full_shard", "shard_grad_op", "offload", "auto_wrap"}:
+            raise UserError(
+                f"--fsdp {min(unknown)} is not supported; use auto, off, full_shard, shard_grad_op, offload, auto_wrap"
+            )
+        with reported_as(f"cannot read --fsdp_config '{config}'", OSError, ValueError, TypeError):
+            keys = dict(json.loads(config if config.lstrip().startswith("{") else Path(config).read_text()))
+        keys = {name.removeprefix("fsdp_"): value for name, value in keys.items()}
+        if unknown := keys.keys() - {"transformer_layer_cls_to_wrap", "cpu_offload"}:
+            raise UserError(f"--fsdp_config: '{min(unknown)}' is not supported; leave it out")
+        self.sharded = "off" not in words and self.processes > 1
+        self.reshard = "shard_grad_op" not in words  # give weights up between forward and backward pass
+        self.cpu_offload |= "offload" in words or bool(keys.get("cpu_offload"))
+        layers = keys.get("transformer_layer_cls_to_wrap", [])
+        self.wrapped_layers = [layers] if isinstance(layers, str) else list(layers)
+        self.fsdp, self.fsdp_config = "", None
 
     def _set_precision(self) -> None:
         import torch
@@ -395,6 +428,16 @@ def check_arguments(args: SatArguments) -> None:
             if isinstance(limits, Limits):
                 limits.check(name, value)
     data, training = args.data, args.training
+    if ignored := [f"--{name}" for name in ("quant_cfg", "calib_size", "sparse_fmt") if vars(args.model)[name]]:
+        warn(f"{', '.join(ignored)} ignored: training starts from --restore_path, export_hf.py quantizes")
+    if args.model.use_flash_attn and not is_flash_attn_2_available():
+        raise UserError("--use_flash_attn needs a GPU and the package flash-attn; install it, or leave the option out")
+    if args.model.use_flash_attn and data.packing:
+        raise UserError("--use_flash_attn cannot be combined with --packing, whose masks it does not take; drop one")
+    if not args.model.modelopt_restore_path:
+        warn("no --restore_path: the dense model is trained, without masks")
+        if training.lora_rank:
+            raise UserError(f"--lora_rank {training.lora_rank} trains pruned weights; give their state: --restore_path")
     for source in parse_sources(data.text_path) if data.text_path else []:
         check_source(source)
         if is_streamed(source) and data.text_ratio >= 1 and not data.text_tokens:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,21 +44,18 @@ def encode_record(
     record: dict[str, str],
     max_length: int,
     template: PromptTemplate = DEFAULT_TEMPLATE,
-) -> Sample:
-    """Prompt, answer and end-of-text token, with loss on the answer only.
+) -> tuple[Sample, bool]:
+    """Prompt, answer and end-of-text token, with loss on the answer only; and whether the template's head was cut.
 
     An overlong sample loses the end of its article first, and once that is empty the end of its answer, end-of-text
-    token included: the model is not taught to stop there. It is empty if the prompt alone takes up all tokens.
+    token included: the model is not taught to stop there. At least a quarter of the tokens is for the answer.
     """
     answer = tokenizer(record["output"].strip(), add_special_tokens=False, verbose=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
-    try:
-        prompt = encode_prompt(tokenizer, record, max(0, max_length - len(answer)), template)
-    except UserError:  # not even an empty article leaves room for the whole answer
-        prompt = encode_prompt(tokenizer, {**record, "input": ""}, sys.maxsize, template)
-    answer = answer[: max(0, max_length - len(prompt))]
-    prompt = prompt if answer else []
-    return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
+    most = max_length - min(len(answer), -(-max_length // 4))
+    prompt, headless = encode_prompt(tokenizer, record, max(0, max_length - len(answer)), template, most)
+    answer = answer[: max_length - len(prompt)]
+    return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}, headless
 
 
 def encode_records(
@@ -69,16 +65,12 @@ def encode_records(
     workers: int,
     template: PromptTemplate = DEFAULT_TEMPLATE,
 ) -> Dataset:
-    """Tokenize records in `workers` processes.
-
-    Raises:
-        UserError: max_length is too small for all records.
-    """
+    """Tokenize records in `workers` processes, with a warning about those that lose more than their article."""
     from datasets import Dataset
 
     def encode(record: dict[str, str], index: int) -> dict[str, Any]:
-        sample = encode_record(tokenizer, record, max_length, template)
-        return {**sample, "record": index, "plain": False, "length": len(sample["input_ids"])}
+        sample, headless = encode_record(tokenizer, record, max_length, template)
+        return {**sample, "record": index, "plain": False, "length": len(sample["input_ids"]), "headless": headless}
 
     columns = ("instruction", "input", "output")
     dataset = Dataset.from_list([{key: record[key] for key in columns} for record in records]).map(
@@ -89,32 +81,13 @@ def encode_records(
         desc="tokenizing",
         load_from_cache_file=False,
     )
-    return without_empty(dataset, max_length, tokenizer.eos_token_id)
-
-
-def without_empty(dataset: Dataset, max_length: int, end: int) -> Dataset:
-    """Drop samples without a label, and warn once about all that were dropped or cut.
-
-    Args:
-        end: the end-of-text token, which a cut answer lacks.
-
-    Raises:
-        UserError: no sample is left.
-    """
-    lengths = dataset["length"]
-    fits = [index for index, length in enumerate(lengths) if length]
-    if not fits:
-        raise UserError(
-            f"--max_length {max_length} is too small: the prompt without its article takes up all of it in each of the "
-            f"{len(dataset)} records; choose a larger value"
-        )
-    full = [index for index in fits if lengths[index] >= max_length]  # a sample that was cut fills the length
-    cut = sum(labels[-1] != end for labels in dataset.select(full)["labels"]) if full else 0
-    empty = len(dataset) - len(fits)
-    if cut or empty:
-        counts = f"of {len(dataset)} records {cut} lost the end of their answer and {empty} were left out"
-        warn(f"--max_length {max_length} is short for the answers: {counts}")
-    return dataset.select(fits) if empty else dataset
+    headless = sum(dataset["headless"])
+    full = [index for index, length in enumerate(dataset["length"]) if length >= max_length]
+    cut = sum(labels[-1] != tokenizer.eos_token_id for labels in dataset.select(full)["labels"]) if full else 0
+    if cut or headless:
+        counts = f"of {len(records)} records {cut} lost the end of their answer and {headless} the start of the prompt"
+        warn(f"--max_length {max_length} is short: {counts}")
+    return dataset.remove_columns("headless")
 
 
 def text_dataset(blocks: list[list[int]]) -> Dataset:
@@ -192,7 +165,7 @@ def load_texts(
     limit = None if tokens is None else -(-tokens // block_size)
 
     def build() -> Dataset:
-        texts = read_source(source, tokens, seed)
+        texts = read_source(source, tokens, seed, tokenizer=tokenizer)
         return text_dataset(token_blocks(tokenizer, texts, block_size, limit).tolist())
 
     return cached(cache_dir, key, build)

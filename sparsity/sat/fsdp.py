@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------------------ setup
 
 
-def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool) -> None:
+def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing: bool, reshard: bool = True) -> None:
     """Configure FSDP2 through the environment variables of accelerate's launcher. Call before building the Trainer."""
     os.environ.update(
         ACCELERATE_USE_FSDP="true",
@@ -37,7 +37,7 @@ def configure_fsdp(layer_class: str, cpu_offload: bool, activation_checkpointing
         FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
         FSDP_TRANSFORMER_CLS_TO_WRAP=layer_class,
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
-        FSDP_RESHARD_AFTER_FORWARD="true",
+        FSDP_RESHARD_AFTER_FORWARD=str(reshard).lower(),
         FSDP_OFFLOAD_PARAMS=str(cpu_offload).lower(),
         FSDP_ACTIVATION_CHECKPOINTING=str(activation_checkpointing).lower(),
         FSDP_CPU_RAM_EFFICIENT_LOADING="false",

@@ -47,7 +47,7 @@ class Student:
 
 
 def load_student(args: SatArguments, pad_token_id: int) -> Student:
-    """Build the sparse model from the state of --restore_path, which has all weights: the dense ones are not read.
+    """Build the model from the state of --restore_path, which has all weights, or without one from the dense model.
 
     Raises:
         UserError: the state is unreadable, has no masks or belongs to another model, the model does not support packed
@@ -56,22 +56,26 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     import modelopt.torch.opt as mto
 
     training, path = args.training, args.model.modelopt_restore_path
-    state = load_state(path)
+    if path:
+        state = load_state(path)
+        require_masks(state["model_state_dict"], path)
+    else:
+        name, trusted = args.model.model_name_or_path, args.model.trust_remote_code
+        state = {"model_state_dict": load_model(name, trust_remote_code=trusted).state_dict()}
     tensors = state["model_state_dict"]
-    require_masks(tensors, path)
     # Low-rank training reads the weights straight into the compute dtype, without a float32 copy.
     dtype = training.compute_dtype if training.lora_rank else torch.float32
     model = model_without_weights(args.model.model_name_or_path, dtype, args.model.trust_remote_code)
-    if training.lora_rank:
+    if path and training.lora_rank:
         check_state_fits(tensors, model, path)
         modelopt_state, scale = state["modelopt_state"], training.lora_alpha / training.lora_rank
         embeddings = not training.freeze_embeddings
         add_low_rank(model, tensors, training.lora_rank, scale, training.seed, embeddings)
         merged = partial(merge, tensors, scale=scale)
     else:
-        model = restore_layers(model, state, path)
+        model = restore_layers(model, state, path) if path else model
         modelopt_state, merged = mto.modelopt_state(model), None
-        model = use_plain_weights(model, tensors)
+        model = use_plain_weights(model, tensors) if path else model
         if training.freeze_embeddings:
             freeze_embeddings(model)
     allocate(model)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import file_digest, is_sealed, read_json, save_json
+from sparsity.pattern import DENSE
 from sparsity.sat import checkpoints
 from sparsity.sat.arguments import RESUME, SatArguments, options
 from sparsity.sources import content_key, parse_sources
@@ -28,7 +29,10 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
         "order": training.order_batch,
     }
     settings[PROMPT_FIELD] = asdict(template)
-    files: dict[str, Any] = {"restore_path": args.model.modelopt_restore_path}
+    settings["restore_path"] = DENSE  # unless there is a state
+    files: dict[str, Any] = {}
+    if args.model.modelopt_restore_path:
+        files["restore_path"] = args.model.modelopt_restore_path
     if args.data.uses_records:
         files["data_path"] = args.data.train_file
     for name, path in files.items():

@@ -60,6 +60,7 @@ class SparseTrainer(Trainer):
         loss_weights: LossWeights,
         teacher: PreTrainedModel | None,
         tensors: dict[str, torch.Tensor],
+        has_masks: bool,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -73,7 +74,7 @@ class SparseTrainer(Trainer):
         group = args.order_batch if args.group_by_length else 0
         self.sampler = EpochSampler(lengths, args.data_seed, group, args.samples_per_epoch(len(lengths)))
         self.checkpoints = Checkpoints(tensors, args.keep_checkpoints, args.lora_rank > 0)
-        self.stopper, masks = StopOnSignal(), MaskKeeper(args.check_masks_every)
+        self.stopper, masks = StopOnSignal(), MaskKeeper(args.check_masks_every if has_masks else 0)
         self.progress = Progress(args.result_dir / "train_log.jsonl", self.sampler, masks)
         for callback in (self.checkpoints, self.stopper, NoExtraStep(), masks, self.progress):
             self.add_callback(callback)
@@ -236,9 +237,13 @@ def build_trainer(
         raise UserError(f"--optim {training.given['optim']} cannot be used: {first_line(error)}") from error
     for model in filter(None, (student.model, teacher)):
         use_blocked_attention(model, training.device)
+        if args.model.use_flash_attn:
+            model.set_attn_implementation("flash_attention_2")
     layer = type(decoder_layers(student.model)[1][0]).__name__
+    if training.wrapped_layers not in ([], [layer]):
+        raise UserError(f"--fsdp_config wraps {', '.join(training.wrapped_layers)}, the model's layers are {layer}")
     if training.sharded:
-        configure_fsdp(layer, training.cpu_offload, training.recompute)
+        configure_fsdp(layer, training.cpu_offload, training.recompute, training.reshard)
     trainer = SparseTrainer(
         model=student.model,
         args=training,
@@ -248,6 +253,7 @@ def build_trainer(
         loss_weights=LossWeights(distillation.distill_kl, distillation.distill_kl_answers),
         teacher=teacher,
         tensors=student.tensors if training.sharded else {},
+        has_masks=args.model.modelopt_restore_path is not None,
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
     return trainer
@@ -275,4 +281,6 @@ def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> Non
             raise RuntimeError(f"{errors} pruned weights of '{name}' in {path} are not zero")
         if not torch.isfinite(weight).all():
             raise UserError(f"'{name}' in {path} is not finite; train again with a lower --lr")
-    print(f"verified {path}: 100% of {pruned:,} pruned weights are 0")
+    print(
+        f"verified {path}: " + (f"100% of {pruned:,} pruned weights are 0" if pruned else "dense, all weights finite")
+    )

@@ -8,7 +8,7 @@ from fuzzing import REFUSED, attempt
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparsity.pts.recipe import Pattern
+from sparsity.pattern import Pattern
 from sparsity.sources import parse_sources
 from utils import parse_named
 
@@ -44,4 +44,4 @@ def test_pattern(text):
     pattern = attempt(lambda: Pattern.parse(text), "--pattern")
     if pattern is not REFUSED:
         assert 0 < pattern.fraction < 1
-        assert pattern.m == 0 or 0 < pattern.n < pattern.m <= 8
+        assert pattern.m == 0 or 0 < pattern.n < pattern.m <= 16

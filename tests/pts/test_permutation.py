@@ -8,10 +8,11 @@ from pruning import calibration, small_config
 from transformers import AutoModelForCausalLM
 
 from sparsity.models import decoder_layers, head_counts
+from sparsity.pattern import Pattern
 from sparsity.pts.activations import HiddenStates
 from sparsity.pts.permutation import dealt
 from sparsity.pts.prune import collect_dense, plan
-from sparsity.pts.recipe import Pattern, Recipe
+from sparsity.pts.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsity.errors import UserError
-from sparsity.pts.recipe import METHODS, QUALITY, Pattern, make_recipe, score_mask
+from sparsity.pattern import Pattern
+from sparsity.pts.recipe import METHODS, QUALITY, make_recipe, score_mask
 
 
 @pytest.mark.parametrize("quality", QUALITY)
@@ -29,7 +30,7 @@ def test_every_recipe_keeps_the_hidden_states_that_it_uses():
     assert QUALITY["balanced"].needs_pruned and QUALITY["balanced"].needs_dense
 
 
-@pytest.mark.parametrize("text", ["2:5x", "3:3", "4:2", "0:4", "unstructured:1.5", "half", "8:16"])
+@pytest.mark.parametrize("text", ["2:5x", "3:3", "4:2", "0:4", "unstructured:1.5", "half", "8:17"])
 def test_unknown_pattern_names_the_option_and_the_value(text):
     with pytest.raises(UserError, match=f"--pattern.*'{text}'"):
         make_recipe("wanda", "fast", text, None)

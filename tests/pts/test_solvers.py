@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sparsity.errors import UserError
-from sparsity.pts.recipe import Pattern, score_mask
+from sparsity.pattern import Pattern
+from sparsity.pts.recipe import score_mask
 from sparsity.pts.solvers import damp, group_costs, layer_error, least_squares, refit, sparsegpt
 
 TWO_FOUR = Pattern.parse("2:4")
@@ -31,7 +32,7 @@ def is_n_of_m(mask, pattern) -> bool:
     return bool((mask.view(-1, pattern.m).sum(1) == pattern.n).all())
 
 
-@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "unstructured:0.5"])
+@pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "8:16", "unstructured:0.5"])
 def test_pattern_is_exact_and_pruned_weights_are_zero(text):
     pattern = Pattern.parse(text)
     weight, hessian = problem()

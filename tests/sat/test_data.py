@@ -10,7 +10,6 @@ import torch
 from conftest import TEXTS, tiny_llama
 
 from sparsity.attention import NAME
-from sparsity.errors import UserError
 from sparsity.sat import data
 from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed, Text, encode_records
 from sparsity.sat.loss import model_inputs
@@ -37,8 +36,8 @@ def must_not_run(*_):
 
 
 def test_loss_is_on_the_answer_and_its_end_alone(tokenizer, records):
-    sample = data.encode_record(tokenizer, records[0], 400)
-    prompt = encode_prompt(tokenizer, records[0], 400)
+    sample, _ = data.encode_record(tokenizer, records[0], 400)
+    prompt, _ = encode_prompt(tokenizer, records[0], 400)
     assert sample["input_ids"][: len(prompt)] == prompt
     assert set(sample["labels"][: len(prompt)]) == {IGNORE}
     answer = sample["input_ids"][len(prompt) :]
@@ -48,30 +47,38 @@ def test_loss_is_on_the_answer_and_its_end_alone(tokenizer, records):
 
 
 def test_only_the_article_is_cut(tokenizer, records):
-    whole = data.encode_record(tokenizer, records[0], 400)
-    cut = data.encode_record(tokenizer, records[0], len(whole["input_ids"]) - 20)
+    whole, _ = data.encode_record(tokenizer, records[0], 400)
+    cut, _ = data.encode_record(tokenizer, records[0], len(whole["input_ids"]) - 20)
     assert len(cut["input_ids"]) <= len(whole["input_ids"]) - 20
     assert [label for label in cut["labels"] if label != IGNORE] == [i for i in whole["labels"] if i != IGNORE]
     text = tokenizer.decode(cut["input_ids"])
     assert "### Response:" in text and records[0]["instruction"] in text
 
 
-def test_too_small_max_length_is_refused(tokenizer, records):
-    with pytest.raises(UserError, match="--max_length 30 is too small: .* each of the 10 records"):
-        encode_records(tokenizer, records, 30, 1)
+@pytest.mark.parametrize("length", [1, 30, 64])
+def test_a_quarter_is_the_answer_where_the_template_alone_is_longer(tokenizer, records, capsys, length):
+    dataset = encode_records(tokenizer, records, length, 1)
+    answers = [tokenizer(record["output"], add_special_tokens=False)["input_ids"] for record in records]
+    for sample, answer in zip(dataset, answers, strict=True):
+        labels = [label for label in sample["labels"] if label != IGNORE]
+        assert len(sample["input_ids"]) == length and len(labels) >= length / 4
+        assert labels == [*answer, tokenizer.eos_token_id][: len(labels)]
+        before = tokenizer.decode(sample["input_ids"][: length - len(labels)])
+        assert DEFAULT_TEMPLATE.tail.endswith(before) or before.endswith(DEFAULT_TEMPLATE.tail)
+    assert capsys.readouterr().err.count("and 10 the start of the prompt") == 1
 
 
-def test_an_overlong_answer_loses_its_end_and_what_has_no_room_is_left_out(tokenizer, records, capsys):
+def test_an_overlong_answer_loses_its_end_and_an_overlong_prompt_its_start(tokenizer, records, capsys):
     many = [dict(record) for record in records]
     many[7]["output"] = "word " * 500
     many[8]["instruction"] = "Summarize. " * 200
     dataset = encode_records(tokenizer, many, 400, 1)
-    assert len(dataset) == 9 and 8 not in dataset["record"]
     cut = dataset[7]
     assert cut["length"] == len(cut["input_ids"]) == 400 and cut["labels"][-1] != tokenizer.eos_token_id
     text = tokenizer.decode(cut["input_ids"])
     assert f"### Input:\n{DEFAULT_TEMPLATE.tail}word word" in text, "the article went first"
-    warning = "of 10 records 1 lost the end of their answer and 1 were left out"
+    assert many[8]["output"] in tokenizer.decode(dataset[8]["input_ids"])
+    warning = "of 10 records 1 lost the end of their answer and 1 the start of the prompt"
     assert capsys.readouterr().err.count(warning) == 1
 
 

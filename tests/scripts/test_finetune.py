@@ -276,7 +276,8 @@ def run_on_two_processes(arguments: list[str]) -> subprocess.CompletedProcess:
 def sharded(tmp_path_factory, model_dir, state_path, data_dir):
     """The run of `finished` on two processes with half the batch each."""
     folder = tmp_path_factory.mktemp("sharded") / "out put"
-    more = ["--train_bs", 1, "--fsdp_version", 1]  # which is accepted
+    wrapped = '{"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}'
+    more = ["--train_bs", 1, "--fsdp_version", 1, "--fsdp", "full_shard auto_wrap", "--fsdp_config", wrapped]
     return folder, run_on_two_processes(command(model_dir, state_path, data_dir, folder, *TRAINING, *more))
 
 

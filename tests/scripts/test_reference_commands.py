@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, TEXTS, run_inline
 
 from sparsity.files import read_jsonl
+from sparsity.inspection import inspect_path
 from sparsity.modelopt_state import load_for_inference, load_state, restore_sparse, sparse_masks
 from sparsity.models import load_model
 from sparsity.sat.callbacks import read_log
@@ -26,7 +27,7 @@ from sparsity.text import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folder of a random Llama with 32 positions; its tokenizer writes the prompt in about 40 tokens and cannot pad."""
+    """Folder of a random Llama with 32 positions; its tokenizer writes the prompt in over 64 tokens and cannot pad."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -34,11 +35,11 @@ def model(tmp_path_factory):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     prompt = DEFAULT_TEMPLATE.prompt(DEFAULT_INSTRUCTION, "")
-    core.train_from_iterator([*TEXTS, *[prompt] * 10], trainer)
+    core.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    assert tokenizer.pad_token is None and len(tokenizer(prompt)["input_ids"]) < 60
+    assert tokenizer.pad_token is None and len(tokenizer(prompt)["input_ids"]) > 64
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 16}
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes, bos_token_id=0, eos_token_id=1)
@@ -85,6 +86,7 @@ def finetuned(tmp_path_factory, model, data, pruned):
     folder = tmp_path_factory.mktemp("sat") / "finetune_output"
     words = ["--num_epochs", "0.001", "--max_length", "64", "--train_bs", "1", "--eval_bs", "1", "--model", model]
     words += ["--restore_path", pruned[0], "--output_dir", folder, "--data_path", data]
+    words += ["--use_flash_attn", "False", "--calib_size", "512", "--sparse_fmt", "dense"]
     command = ["bash", "launch_finetune.sh", *map(str, words)]
     environment = {**os.environ, "PYTHON": sys.executable}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -152,7 +154,8 @@ def test_llama_sparsity_finetune(model, pruned, finetuned):
     assert len(changed) == 14
     assert read_log(path.parent / "train_log.jsonl")[-1]["eval_loss"] > 0
     # The training and the evaluation file are the same here, so that they are tokenized once and warned of once.
-    assert result.stderr.count("of 64 records") <= 1
+    assert result.stderr.count("of 64 records") == 1
+    assert result.stderr.count("--calib_size, --sparse_fmt ignored") == 1
     assert (path.parent / "run.json").is_file()
 
 
@@ -199,6 +202,50 @@ def test_readme_export_without_a_state(model, tmp_path):
     weights = ours.state_dict()
     assert all(torch.equal(weights[name], weight.half()) for name, weight in theirs.state_dict().items())
     assert "sparse" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_training_without_a_state_gives_the_dense_baseline(model, data, tmp_path):
+    words = ["--max_steps", 2, "--max_length", 96, "--train_bs", 2, "--lr", 1e-3, "--report_to", "none"]
+    result = run_inline("finetune.py", "--model", model, "--data_path", data, "--output_dir", tmp_path / "sat", *words)
+    assert result.returncode == 0, result.stderr
+    assert "the dense model is trained" in result.stderr and "dense, all weights finite" in result.stdout
+    assert json.loads((tmp_path / "sat" / "run.json").read_text())["restore_path"] == "dense"
+    state = tmp_path / "sat" / "finetuned_modelopt_state.pth"
+    weights, before = load_state(state)["model_state_dict"], load_model(str(model)).state_dict()
+    assert weights.keys() == before.keys() and not list(sparse_masks(weights))
+    assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    report = tmp_path / "eval"
+    words = ["--text", data / "cnn_eval.json", "--context", "32", "--max_blocks", "2", "--device", "cpu"]
+    words += ["--modelopt_restore_path", state, "--output_json", report / "perplexity.json"]
+    assert run_inline("eval_ppl.py", "--model_dir", model, *words).returncode == 0
+    assert json.loads((report / "perplexity.json").read_text())["sparsity"] == "dense"
+    words = ["--run", f"SAT={report}", "--state", f"SAT={state}", "--output_dir", tmp_path / "report"]
+    result = run_inline("report.py", *words, "--model_dir", model)
+    assert result.returncode == 0 and "0 of 14" in result.stdout
+    words = ["--modelopt_restore_path", state, "--output_dir", tmp_path / "exported"]
+    assert run_inline("export_hf.py", "--model_dir", model, *words).returncode == 0
+    assert ", dense" in (tmp_path / "exported" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "8:16", "unstructured:0.5"])
+def test_other_patterns_end_to_end(model, data, tmp_path, pattern):
+    """The state records its pattern in modelopt's metadata; verification, card and report read it from there."""
+    words = ["--calib_data", data / "cnn_train.json", "--calib_size", 4, "--model_max_length", 32, "--dtype", "fp32"]
+    prune(model, tmp_path, "--pattern", pattern, *words)
+    state, trained = tmp_path / "pts_modelopt_state.pth", tmp_path / "sat" / "finetuned_modelopt_state.pth"
+    opens_with_modelopt(model, state)
+    words = ["--max_steps", 1, "--max_length", 96, "--train_bs", 2, "--report_to", "none", "--restore_path", state]
+    words += ["--data_path", data, "--output_dir", tmp_path / "sat"]
+    assert run_inline("finetune.py", "--model", model, *words).returncode == 0
+    for path in (state, trained):
+        result = run_inline("verify_sparsity.py", path)
+        assert f"14 of 14 matrices are {pattern}" in result.stdout, result.stdout
+    words = ["--modelopt_restore_path", trained, "--output_dir", tmp_path / "exported"]
+    result = run_inline("export_hf.py", "--model_dir", model, *words)
+    assert f"14 of 14 pruned matrices are {pattern}" in result.stdout, result.stderr
+    assert f"pruned to {pattern}" in (tmp_path / "exported" / "README.md").read_text()
+    assert run_inline("verify_sparsity.py", tmp_path / "exported", "--require", pattern).returncode == 0
+    assert {report.pattern for report in inspect_path(trained)} == {pattern}
 
 
 # ---------------------------------------------------------------------------------------------------- states exchanged

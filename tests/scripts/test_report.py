@@ -101,7 +101,7 @@ def break_file(name, text):
         (None, ("--run", "x"), "takes NAME=VALUE"),
         (None, ("--run", "PTS=elsewhere"), "got the name 'PTS' twice"),
         (None, ("--state", "SAT=a.pth"), "which is no --run"),
-        (None, ("--state", "PTS=/nowhere.pth"), "/nowhere.pth does not exist"),
+        (None, ("--state", "PTS=/nowhere.pth"), "not found: /nowhere.pth"),
         (None, ("--pts_layers", "/nowhere.jsonl"), "layer log not found"),
         (break_file("log.jsonl", '{"loss": 1}'), ("--train_log", "log.jsonl"), "no line with the fields step"),
     ],

@@ -36,7 +36,7 @@ def test_folder_table_and_requirement(folder):
     result = run_inline("verify_sparsity.py", folder, "--output_json", report)
     assert result.returncode == 0
     rows = {row["name"]: row for row in json.loads(report.read_text())}
-    assert {name: row["is_2_4"] for name, row in rows.items()} == {
+    assert {name: row["fits"] for name, row in rows.items()} == {
         "layers.0.q_proj.weight": True,
         "layers.0.o_proj.weight": False,
     }
@@ -47,12 +47,17 @@ def test_folder_table_and_requirement(folder):
     assert passed.returncode == 0
 
 
+def test_a_state_is_compared_with_the_required_pattern(state_path):
+    assert_clear_error(run_inline("verify_sparsity.py", state_path, "--require", "1:4"), "14 of 14", "not 1:4")
+    assert run_inline("verify_sparsity.py", state_path, "--require", "4:8").returncode == 0  # 2:4 is 4:8 too
+
+
 def test_state(state_path, tmp_path):
     report = tmp_path / "report.json"
     result = run_inline("verify_sparsity.py", state_path, "--require", "2:4", "--output_json", report)
     assert result.returncode == 0, result.stderr
     rows = json.loads(report.read_text())
-    assert len(rows) == 14 and all(row["is_2_4"] and row["zero_share"] == 0.5 for row in rows)
+    assert len(rows) == 14 and all(row["fits"] and row["zero_share"] == 0.5 for row in rows)
     state = torch.load(state_path, weights_only=True)
     state["model_state_dict"]["model.layers.1.mlp.up_proj._weight_mask"][3, :4] = True
     torch.save(state, tmp_path / "broken.pth")
