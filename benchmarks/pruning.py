@@ -44,9 +44,8 @@ from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
 from sparsity.generated_text import generate_text
 from sparsity.models import load_model, load_tokenizer
-from sparsity.pts.calibration import CalibrationSet, load_calibration
 from sparsity.pts.recipe import QUALITY
-from sparsity.sources import SELF, Source, parse_sources
+from sparsity.sources import SELF, Source, draw_sequences, parse_sources
 from utils import Parser, check_at_least, run_cli
 
 if TYPE_CHECKING:
@@ -179,10 +178,13 @@ def calibration(args: argparse.Namespace, text: str) -> tuple[torch.Tensor, torc
         Source(str(args.data / source.spec) if source.spec != SELF else SELF, source.weight)
         for source in parse_sources(text)
     ]
-    wanted = CalibrationSet(sources, args.calib_size, args.length, args.batch_size)
-    batches, weights = load_calibration(tokenizer, wanted, write)
-    sequences = [batch["input_ids"] for batch in batches]
-    return torch.cat(sequences), torch.tensor([len(part) for part in sequences]), torch.tensor(weights)
+    drawn = draw_sequences(tokenizer, sources, args.calib_size, args.length, 0, write)
+    sequences = torch.cat(drawn)
+    sizes, weights = [], []
+    for source, block in zip(sources, drawn, strict=True):
+        sizes += [len(part) for part in block.split(args.batch_size)]
+        weights += [source.weight * len(sequences) / len(block)] * -(-len(block) // args.batch_size)
+    return sequences, torch.tensor(sizes), torch.tensor(weights)
 
 
 def perplexities(

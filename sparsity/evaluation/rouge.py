@@ -1,7 +1,7 @@
 """ROUGE as papers report it: Porter stemming, rougeLsum over sentences, F-measures with bootstrap intervals.
 
-The scores are rouge-score's own. What this module adds is sentence splitting that needs no downloaded data, so that
-rougeLsum is the same on every machine.
+Scores and intervals are rouge-score's own. What this module adds is sentence splitting that needs no downloaded data,
+so that rougeLsum is the same on every machine.
 """
 
 from __future__ import annotations
@@ -54,58 +54,33 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence.strip()]
 
 
-def rouge_f_measures(predictions: list[str], references: list[str]) -> np.ndarray:
-    """F-measure of every pair for every one of ROUGE_TYPES.
-
-    Returns:
-        float64 array of shape [pairs, 4], fractions in 0..1.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-    from tqdm import tqdm
-
-    scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-    rows = []
-    for pair in tqdm(zip(predictions, references, strict=True), "ROUGE", len(references), leave=False, disable=None):
-        prediction, reference = ("\n".join(split_sentences(text)) for text in pair)
-        scores = scorer.score(target=reference, prediction=prediction)
-        rows.append([scores[kind].fmeasure for kind in ROUGE_TYPES])
-    return np.array(rows, dtype=np.float64).reshape(-1, len(ROUGE_TYPES))
-
-
-def bootstrap_interval(
-    scores: np.ndarray, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap interval of the mean over examples (Efron & Tibshirani, 1993, chapter 13).
-
-    Args:
-        scores: float array [examples, metrics]. Examples are resampled as wholes, so metrics stay paired.
-
-    Returns:
-        (low, high), each of shape [metrics]. The same scores always give the same interval.
-    """
-    examples = len(scores)
-    generator = np.random.default_rng(seed)
-    means = np.empty((resamples, scores.shape[1]))
-    for row in range(resamples):
-        means[row] = scores[generator.integers(examples, size=examples)].mean(axis=0)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return low, high
-
-
 def score_predictions(predictions: list[str], references: list[str]) -> dict[str, Any]:
     """Mean F-measures in percent under their names, with 95% intervals and the number of empty predictions.
+
+    The intervals are rouge-score's: percentiles of the mean over 1000 bootstrap samples, always the same ones.
 
     Raises:
         UserError: every prediction is empty.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.scoring import BootstrapAggregator
+    from tqdm import tqdm
+
     if not any(predictions):
         raise UserError("every prediction is empty: the model only produced end-of-text or blanks; check its tokenizer")
-    scores = 100 * rouge_f_measures(predictions, references)
-    low, high = bootstrap_interval(scores)
+    scorer, aggregator = RougeScorer(list(ROUGE_TYPES), use_stemmer=True), BootstrapAggregator()
+    totals = dict.fromkeys(ROUGE_TYPES, 0.0)
+    for pair in tqdm(zip(predictions, references, strict=True), "ROUGE", len(references), leave=False, disable=None):
+        prediction, reference = ("\n".join(split_sentences(text)) for text in pair)
+        scores = scorer.score(target=reference, prediction=prediction)
+        aggregator.add_scores(scores)
+        for name in ROUGE_TYPES:
+            totals[name] += 100 * scores[name].fmeasure
+    np.random.seed(0)
+    bounds = aggregator.aggregate()
     return {
-        **dict(zip(ROUGE_TYPES, scores.mean(axis=0).tolist(), strict=True)),
-        INTERVALS: {name: [low[i].item(), high[i].item()] for i, name in enumerate(ROUGE_TYPES)},
+        **{name: total / len(predictions) for name, total in totals.items()},
+        INTERVALS: {name: [100 * float(bounds[name][end].fmeasure) for end in (0, 2)] for name in ROUGE_TYPES},
         "examples": len(predictions),
         "empty": sum(not text for text in predictions),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences, sha
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DEFAULT_SOURCES = f"{CALIBRATION_TEXT}=0.6,{SELF}=0.4"
 
@@ -38,32 +37,6 @@ class CalibrationSet:
         return shares(self.sources, self.size)
 
 
-def load_calibration(
-    tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet, write: Callable[[int], torch.Tensor]
-) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Calibration batches, none with sequences of two sources.
-
-    Args:
-        write: from a number of sequences to self-generated text, int64 [sequences, length].
-
-    Returns:
-        batches {"input_ids": int64 [batch_size, length]} of full sequences, the last of a source may be smaller; the
-        weight of each batch's tokens, 1 on average: a source counts by its weight, however long it is.
-
-    Raises:
-        UserError: no text, or less than one sequence of it.
-    """
-    sizes = (calibration.size, calibration.length, calibration.seed)
-    blocks = draw_sequences(tokenizer, calibration.sources, *sizes, write)
-    total = sum(map(len, blocks))
-    batches, token_weights = [], []
-    for source, block in zip(calibration.sources, blocks, strict=True):
-        parts = block.split(calibration.batch_size)
-        batches += [{"input_ids": part} for part in parts]
-        token_weights += [source.weight * total / len(block)] * len(parts)
-    return batches, token_weights
-
-
 def load_calibration_set(
     calibration: CalibrationSet,
     model_name: str,
@@ -72,34 +45,40 @@ def load_calibration_set(
     process: PartialState,
     trust_remote_code: bool = False,
 ) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Calibration batches and the weight of each batch's tokens, on every process; see `load_calibration`.
-
-    Both are empty without sources.
+    """Calibration batches, none with sequences of two sources, on every process.
 
     Args:
         model: the dense model of that name, which writes self-generated text.
+
+    Returns:
+        batches {"input_ids": int64 [batch_size, length]} of full sequences, the last of a source may be smaller; the
+        weight of each batch's tokens, 1 on average: a source counts by its weight, however long it is. Both are empty
+        without sources.
+
+    Raises:
+        UserError: no text, or less than one sequence of it.
     """
     from sparsity.generated_text import generate_text
     from sparsity.models import load_tokenizer
 
     if not calibration.sources:
         return [], []
+    length, seed = calibration.length, calibration.seed
+    batches: list[dict[str, torch.Tensor]] = []
+    token_weights: list[float] = []
     with process.main_process_first():  # the others then find the generated text in the cache
         tokenizer = load_tokenizer(model_name, trust_remote_code)
 
         def write(count: int) -> torch.Tensor:
-            return generate_text(
-                model_name,
-                tokenizer,
-                count,
-                calibration.length,
-                device,
-                calibration.seed,
-                trust_remote_code,
-                dense=model,
-            )
+            return generate_text(model_name, tokenizer, count, length, device, seed, trust_remote_code, dense=model)
 
-        return load_calibration(tokenizer, calibration, write)
+        blocks = draw_sequences(tokenizer, calibration.sources, calibration.size, length, seed, write)
+    total = sum(map(len, blocks))
+    for source, block in zip(calibration.sources, blocks, strict=True):
+        parts = block.split(calibration.batch_size)
+        batches += [{"input_ids": part} for part in parts]
+        token_weights += [source.weight * total / len(block)] * len(parts)
+    return batches, token_weights
 
 
 def share_of_process(items: list, process: PartialState) -> list:

@@ -13,12 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsity.errors import UserError
-from sparsity.files import atomic_path, is_sealed, save_json, save_jsonl, seal
+from sparsity.errors import reported_as
+from sparsity.files import atomic_path, is_sealed, save_jsonl, seal
 from sparsity.models import few_values
 from sparsity.pts.recipe import Recipe
-
-KEY = "key.json"
 
 
 @dataclass
@@ -78,7 +76,7 @@ def calibration_key(
 
 
 class LayerStore:
-    """A folder with one sealed safetensors file per finished layer, valid for one `calibration_key`.
+    """One sealed safetensors file per finished layer, in a subfolder named after the run's `calibration_key`.
 
     The hidden states are not stored: running the finished layers again gives the same bits and needs no disk. Finished
     layers are mapped from their files into the model, so that they need no more of the host's memory than the mapped
@@ -89,31 +87,19 @@ class LayerStore:
         writer: False in all but one of several processes; the others only read.
 
     Raises:
-        UserError: what an earlier run left there cannot be removed.
+        UserError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path | None, key: str, writer: bool = True):
-        self.folder, self.key, self.writer = folder, key, writer
-        if folder is None or not writer or self._is_ours():
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            raise UserError(f"cannot remove {folder}, which another run has left; remove it by hand")
-        folder.mkdir(parents=True)
-        save_json(key, folder / KEY)
-        seal(folder, KEY)
-
-    def _is_ours(self) -> bool:
-        """Whether the folder was made for our key."""
-        return (
-            self.folder is not None
-            and is_sealed(self.folder, KEY)
-            and json.loads((self.folder / KEY).read_text(encoding="utf-8")) == self.key
-        )
+        self.folder, self.writer = folder and folder / key, writer
+        if self.folder and writer and not self.folder.is_dir():
+            self.remove()  # what a run with other settings has left
+            with reported_as(f"cannot use {folder}; remove it by hand", OSError):
+                self.folder.mkdir(parents=True)
 
     def has(self, index: int) -> bool:
         """Whether the layer is finished."""
-        return self._is_ours() and self.folder is not None and is_sealed(self.folder, _file(index))
+        return self.folder is not None and is_sealed(self.folder, _file(index))
 
     def save(self, index: int, layer: nn.Module, masks: dict[str, Tensor], rows: list[MatrixLog]) -> dict[str, Tensor]:
         """Write the layer's weights, its masks (by name within the model) and its log rows, whole or not at all.
@@ -148,7 +134,7 @@ class LayerStore:
     def remove(self) -> None:
         """Forget everything: the run is finished and saved."""
         if self.folder is not None and self.writer:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def _file(index: int) -> str:

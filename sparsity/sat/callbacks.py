@@ -26,6 +26,10 @@ from sparsity.sat.masking import ELEMENTWISE, count_zeros, mask_weights
 SCHEDULER = "scheduler.pt"  # in the folder of a checkpoint, transformers' own name
 
 
+class AlreadyFinished(Exception):
+    """Ends a resumed training whose checkpoint is that of the last step; the Trainer would take one more step."""
+
+
 class Checkpoints(TrainerCallback):
     """Give the model its weights before the first step, and complete every checkpoint.
 
@@ -47,6 +51,8 @@ class Checkpoints(TrainerCallback):
             checkpoints.load_weights(self.resume_from, model, self.trained_only)
             checkpoints.load_optimizer(self.resume_from, model, kwargs["optimizer"])
             kwargs["lr_scheduler"].load_state_dict(torch.load(self.resume_from / SCHEDULER, weights_only=True))
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
@@ -77,22 +83,6 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class AlreadyFinished(Exception):
-    """Ends a resumed training whose checkpoint is that of the last step."""
-
-
-class NoExtraStep(TrainerCallback):
-    """Ends training before a step after the last one.
-
-    The Trainer compares the step with the last one only after a step, so a run that was killed between its last
-    checkpoint and its result would otherwise take one more.
-    """
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise AlreadyFinished
 
 
 class MaskKeeper(TrainerCallback):

@@ -41,17 +41,12 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def has_seal(folder: Path) -> bool:
-    """Whether the checkpoint was completely written; `files.is_sealed` checks the content as well."""
-    return (folder / SEAL).is_file()
-
-
 def last_complete(root: Path) -> Path | None:
     """The last checkpoint whose files are as they were written; warns about later ones that are damaged."""
     for folder in reversed(checkpoint_folders(root)):
         if is_sealed(folder):
             return folder
-        if has_seal(folder):
+        if (folder / SEAL).is_file():
             warn(f"checkpoint {folder} is damaged and is skipped: its files have changed since they were written")
     return None
 
@@ -65,7 +60,7 @@ def remove(folder: Path) -> None:
 def remove_partial(root: Path) -> None:
     """Delete checkpoints that a killed run did not finish writing."""
     for folder in checkpoint_folders(root):
-        if not has_seal(folder):
+        if not (folder / SEAL).is_file():
             remove(folder)
 
 
@@ -90,19 +85,20 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, train
         OSError, UserError: a process could not write its files.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     # The weights first: that reshards what an evaluation has left gathered.
     tensors = {f"model.{name}": tensor for name, tensor in model_state(model, trained_only).items()}
-    state = _optimizer_state(model, optimizer)
-    tensors |= _named_moments(state)
-    values = {"state": _single_values(state), "param_groups": state["param_groups"]}
+    state = get_optimizer_state_dict(model, unwrapped(optimizer))
+    moments, values = _split(state)
+    tensors |= moments
     writer = dcp.HuggingFaceStorageWriter(
         path=str(folder / TENSORS), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
     )
     with _plain_errors(f"cannot write {folder}"):
         dcp.save(tensors, storage_writer=writer, no_dist=not torch.distributed.is_initialized())
     if is_main_process():
-        save_json(values, folder / VALUES)
+        save_json({"state": values, "param_groups": state["param_groups"]}, folder / VALUES)
 
 
 def load_weights(folder: Path, model: nn.Module, trained_only: bool = False) -> None:
@@ -128,10 +124,10 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     Raises:
         UserError: the checkpoint belongs to another optimizer.
     """
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    state = _optimizer_state(model, optimizer)
-    _read(folder, _named_moments(state))
+    state = get_optimizer_state_dict(model, unwrapped(optimizer))  # before the first step, of zeros
+    _read(folder, _split(state)[0])
     saved = read_json(folder / VALUES, "checkpoint")
     for weight, contents in saved["state"].items():
         for name, content in contents.items():
@@ -149,37 +145,21 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{"state": weight name → {name → value}, "param_groups": […]}; zeros before the first step."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """The arrays of an optimizer state, by name in the checkpoint, and its other values, by weight and name.
 
-    return get_optimizer_state_dict(model, unwrapped(optimizer))
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def _named_moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of an optimizer's state as "optimizer.WEIGHT.NAME"; not scalars."""
-    return {
-        f"optimizer.{weight}.{name}": value
-        for weight, values in state["state"].items()
-        for name, value in values.items()
-        if _is_array(value)
-    }
-
-
-def _single_values(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """All other values by weight and name, for example a step count; they are equal on all processes."""
-    return {
-        weight: {
-            name: value.item() if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-            if not _is_array(value)
-        }
-        for weight, values in state["state"].items()
-    }
+    The others, a step count for example, are equal on all processes.
+    """
+    arrays: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for weight, contents in state["state"].items():
+        values[weight] = {}
+        for name, value in contents.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                arrays[f"optimizer.{weight}.{name}"] = value
+            else:
+                values[weight][name] = value.item() if isinstance(value, torch.Tensor) else value
+    return arrays, values
 
 
 def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

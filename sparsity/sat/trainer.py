@@ -23,7 +23,6 @@ from sparsity.sat.callbacks import (
     AlreadyFinished,
     Checkpoints,
     MaskKeeper,
-    NoExtraStep,
     Progress,
     StopOnSignal,
 )
@@ -76,7 +75,7 @@ class SparseTrainer(Trainer):
         self.checkpoints = Checkpoints(tensors, args.keep_checkpoints, args.lora_rank > 0)
         self.stopper, masks = StopOnSignal(), MaskKeeper(args.check_masks_every if has_masks else 0)
         self.progress = Progress(args.result_dir / "train_log.jsonl", self.sampler, masks)
-        for callback in (self.checkpoints, self.stopper, NoExtraStep(), masks, self.progress):
+        for callback in (self.checkpoints, self.stopper, masks, self.progress):
             self.add_callback(callback)
 
     @property

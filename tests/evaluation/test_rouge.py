@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from sparsity.evaluation.rouge import bootstrap_interval, rouge_f_measures, split_sentences
-from sparsity.metrics import ROUGE_TYPES
+from sparsity.evaluation.rouge import score_predictions, split_sentences
+from sparsity.metrics import INTERVALS, ROUGE_TYPES
 
 
 @pytest.mark.parametrize(
@@ -42,28 +41,26 @@ def test_equals_rouge_score_on_newline_separated_sentences():
     expected = RougeScorer(list(ROUGE_TYPES), use_stemmer=True).score(
         "A dog barked loudly.\nCats slept on.", "The cats were sleeping.\nA dog barked at them loudly."
     )
-    row = rouge_f_measures([prediction], [reference])[0]
-    assert row.tolist() == [expected[kind].fmeasure for kind in ROUGE_TYPES]
+    scores = score_predictions([prediction], [reference])
+    assert [scores[kind] for kind in ROUGE_TYPES] == pytest.approx(
+        [100 * expected[kind].fmeasure for kind in ROUGE_TYPES]
+    )
     # Sentence order is wrong here: only the summary-level variant, which matches sentence by sentence, forgives it.
-    assert row[ROUGE_TYPES.index("rougeLsum")] > row[ROUGE_TYPES.index("rougeL")]
+    assert scores["rougeLsum"] > scores["rougeL"]
 
 
 def test_perfect_and_empty_predictions():
-    scores = rouge_f_measures(["The river rose.", ""], ["The river rose.", "The river rose."])
-    assert scores[0].tolist() == pytest.approx([1.0] * 4)
-    assert scores[1].tolist() == [0.0] * 4
+    scores = score_predictions(["The river rose.", ""], ["The river rose.", "The river rose."])
+    assert [scores[kind] for kind in ROUGE_TYPES] == pytest.approx([50.0] * 4)
+    assert (scores["examples"], scores["empty"]) == (2, 1)
 
 
 def test_interval_covers_the_mean_is_repeatable_and_narrows_with_more_examples():
-    scores = np.random.default_rng(1).random((50, 4))
-    low, high = bootstrap_interval(scores)
-    mean = scores.mean(axis=0)
-    assert (low < mean).all() and (mean < high).all()
-    # The normal approximation of the standard error is close for 50 uniform values.
-    half = 1.96 * scores.std(axis=0) / np.sqrt(50)
-    assert np.allclose(low, mean - half, atol=0.015) and np.allclose(high, mean + half, atol=0.015)
-    again = bootstrap_interval(scores)
-    assert (again[0] == low).all() and (again[1] == high).all()
-    wide = high - low
-    low, high = bootstrap_interval(np.repeat(scores, 16, axis=0))
-    assert ((high - low) < wide / 3).all()
+    references = ["the river rose"] * 50
+    predictions = [("the river rose", "the river", "a river", "nothing")[number % 4] for number in range(50)]
+    scores = score_predictions(predictions, references)
+    low, high = scores[INTERVALS]["rouge1"]
+    assert low < scores["rouge1"] < high
+    assert score_predictions(predictions, references) == scores
+    narrow = score_predictions(16 * predictions, 16 * references)[INTERVALS]["rouge1"]
+    assert narrow[1] - narrow[0] < (high - low) / 3

@@ -1,4 +1,4 @@
-"""What a restarted training run reads of its earlier self: sealed checkpoints and the record of the run."""
+"""What a restarted training run reads of its earlier self: sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from fuzzing import REFUSED, attempt, damaged, fuzz, json_files, parsed
+from fuzzing import damaged, fuzz, json_files, parsed
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsity.files import SEAL, seal
-from sparsity.sat import checkpoints, resume
+from sparsity.sat import checkpoints
 
 FILES = {"trainer_state.json": b'{"global_step": 4}', "training_state/shard-1.safetensors": b"tensors"}
 
@@ -61,30 +60,3 @@ def test_folders_of_other_names(folder, suffix):
     (root / f"checkpoint-{suffix}").mkdir()
     steps = [checkpoints.step_of(path) for path in checkpoints.checkpoint_folders(root)]
     assert steps == ([int(suffix)] if re.fullmatch("[0-9]+", suffix) else [])
-
-
-RECORD = {"lr": 1e-5, "seed": 0, "batch": {"samples": 4, "processes": 2, "accumulated": 1, "order": 8}}
-
-
-@fuzz
-@given(json_files(RECORD))
-@example(b"[]")
-@example(json.dumps({**RECORD, "batch": {**RECORD["batch"], "order": None}}).encode())
-def test_record_of_the_run(folder, content):
-    path = folder / "run.json"
-    path.write_bytes(content)
-    training = SimpleNamespace(
-        per_device_train_batch_size=8,
-        processes=1,
-        gradient_accumulation_steps=1,
-        dataloader_drop_last=False,
-        result_dir=folder,
-    )
-    record = attempt(lambda: resume.read_record(path), path)
-    if record is not REFUSED:
-        assert repr(record) == repr(parsed(content))
-        attempt(lambda: resume.check_same_run(record, RECORD, folder), folder)
-        args = SimpleNamespace(training=training)
-        batch = attempt(lambda: resume.order_batch(args, folder / "checkpoint-4", samples=96), "--")
-        assert batch is REFUSED or (isinstance(batch, int) and batch > 0)
-    assert path.read_bytes() == content
