@@ -4,13 +4,14 @@
     python -m benchmarks.texts demo/texts
     python -m benchmarks.finetuning --restore_path PTS_DIR/pts_modelopt_state.pth
 
-Part "recovery" trains the same pruned model in several ways, each for the same steps of as many tokens, on records and
-plain text. It reports perplexity on held-out papers, the kind that is trained on, and on four kinds of text that are in
-no training data; the fraction of the rise through PTS that each way regains, (PTS - SAT) / (PTS - dense); and ROUGE on
-test records. Part "throughput" trains one epoch on the records with batches padded to --max_length, padded to their
-longest sample, grouped by length, and packed. A batch of the packed arm holds as many samples on average as one of the
-others, so that losses can be compared. Part "trainer" compares our trainer with transformers' own on the dense model.
-Part "memory" compares the peak memory of low-rank training with that of full training.
+Part "recovery" trains the same pruned model in several ways, and the dense one for comparison, each for the same steps
+of as many tokens, on records and plain text. It reports perplexity on held-out papers, the kind that is trained on, and
+on four kinds of text that are in no training data; the fraction of the rise through PTS that each way regains, (PTS -
+SAT) / (PTS - dense); and ROUGE on test records. Part "throughput" trains one epoch on the records with batches padded
+to --max_length, padded to their longest sample, grouped by length, and packed. A batch of the packed arm holds as many
+samples on average as one of the others, so that losses can be compared. Part "trainer" compares our trainer with
+transformers' own on the dense model. Part "memory" compares the peak memory of low-rank training with that of full
+training.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ RANK = 64  # of low-rank training
 MEMORY_STEPS = 3  # optimizer steps in which memory is measured
 TEACHER = ["--distill", "--distill_kl", 0.5, "--distill_kl_answers", 0]
 # Ways to train: their options, after those of all; {text} stands for --text_path.
+DENSE_ARM = "dense, cross entropy"  # the baseline: the dense model, trained in the same way
 RECOVERY: dict[str, list[Any]] = {
+    DENSE_ARM: ["--text_path", "{text}"],
     "cross entropy": ["--text_path", "{text}"],
     "KL": ["--text_path", "{text}", *TEACHER],
     "KL, self-generated text": ["--text_path", "{text}=0.4", "self=0.6", *TEACHER],
@@ -104,11 +107,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, folder: Path, *more: Any) -> list[dict[str, Any]]:
+def train(args: argparse.Namespace, folder: Path, *more: Any, dense: bool = False) -> list[dict[str, Any]]:
     """Run the launcher with the settings of all arms, and `more`; returns its training log."""
     from sparsity.sat.callbacks import read_log
 
-    common = ["--model", args.model, "--restore_path", args.restore_path, "--data_path", args.data_path]
+    common = ["--model", args.model, "--data_path", args.data_path]
+    common += [] if dense else ["--restore_path", args.restore_path]
     common += ["--output_dir", folder, "--train_bs", args.train_bs, "--lr", args.lr, "--logging_steps", 1]
     run_command("bash", ROOT / "launch_finetune.sh", *common, *more)
     return read_log(folder / "train_log.jsonl")
@@ -145,7 +149,7 @@ def train_arm(args: argparse.Namespace, name: str, folder: Path) -> float:
     # On a CPU, saving a checkpoint takes as long as some steps.
     options += ["--eval_steps", NEVER, "--save_steps", NEVER, *shlex.split(args.more)]
     own = [str(word).replace("{text}", str(args.text_path)) for word in RECOVERY[name]]
-    log = train(args, folder, *options, *own)
+    log = train(args, folder, *options, *own, dense=name == DENSE_ARM)
     rates = [line["tokens_per_second"] for line in log if "loss" in line]
     return sum(rates) / len(rates)
 

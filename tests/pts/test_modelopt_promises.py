@@ -11,6 +11,7 @@ from conftest import tiny_llama
 from pruning import calibration, prune
 
 from sparsity.modelopt_state import sparse_masks
+from sparsity.pts.recipe import Recipe
 from sparsity.pts.state import save_state
 
 
@@ -19,7 +20,7 @@ def state_file(tmp_path_factory):
     """A state of the tiny model, pruned by SparseGPT and saved as hf_pts.py saves it."""
     model = tiny_llama()
     path = tmp_path_factory.mktemp("pruned") / "state.pth"
-    save_state(model, prune(model), path, "sparsegpt")
+    save_state(model, prune(model), path, Recipe())
     return path
 
 
