@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pattern import Pattern
 from sparsity.pts.activations import HiddenStates
-from sparsity.pts.permutation import dealt
+from sparsity.pts.permutation import dealt, exchanged
 from sparsity.pts.prune import collect_dense, plan
 from sparsity.pts.recipe import Recipe
 
@@ -61,11 +61,13 @@ def lost(saliency: torch.Tensor, order: torch.Tensor) -> float:
     return float(groups.sort(1).values[:, :2].sum())
 
 
-def test_dealt_channels_lose_less_than_in_their_own_order():
+def test_dealt_channels_lose_less_than_in_their_own_order_and_exchanged_ones_least():
     generator = torch.Generator().manual_seed(0)
     strength = torch.arange(64, dtype=torch.float32).div(8).exp()[:, None]  # neighbours are alike, as after sorting
     saliency = torch.randn(3, 64, 50, generator=generator).square() * strength
     orders = dealt(saliency.sum(-1), 4)
     assert torch.equal(orders.sort().values, torch.arange(64).expand(3, -1))
-    for block, order in zip(saliency, orders, strict=True):
-        assert lost(block, order) < lost(block, torch.arange(64))
+    better = exchanged(orders.clone(), saliency)
+    assert torch.equal(better.sort().values, orders.sort().values)
+    for block, order, more in zip(saliency, orders, better, strict=True):
+        assert lost(block, more) < lost(block, order) < lost(block, torch.arange(64))
