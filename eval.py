@@ -126,7 +126,7 @@ def main() -> None:
     from sparsity.distributed import start_processes
     from sparsity.errors import warn
     from sparsity.evaluation.generation import beam_search_config, length_sorted_batches, predict
-    from sparsity.evaluation.predictions import PredictionLog, prediction_line, settings_key
+    from sparsity.evaluation.predictions import PredictionLog, settings_key
     from sparsity.modelopt_state import sparsity_name
     from sparsity.placement import check_placement, load_placed
 
@@ -140,7 +140,8 @@ def main() -> None:
     records, config, tokenizer, template = read_inputs(args)
     log = None
     if args.predictions:
-        log = PredictionLog(args.predictions, settings_key(args, records, config, process.device, template))
+        key = settings_key(args, records, config, process.device, template)
+        log = PredictionLog(args.predictions, key, [record["output"] for record in records])
         log.check()
     encoded = [text.encode_prompt(tokenizer, record, args.model_max_length, template) for record in records]
     prompts = [ids for ids, _ in encoded]
@@ -151,13 +152,13 @@ def main() -> None:
     generation = beam_search_config(model, tokenizer, args.beam_size, args.max_new_tokens, args.min_new_tokens)
 
     # Phase 2: generation. One process looks for finished work, so that all share out the same list of batches.
-    done = broadcast_object_list([log.load(len(records)) if log and process.is_main_process else {}])[0]
+    done = broadcast_object_list([log.load() if log and process.is_main_process else {}])[0]
     batches = [b for b in length_sorted_batches(prompts, args.batch_size) if not all(index in done for index in b)]
     if done:
         process.print(f"resuming: {len(done)} of {len(records)} predictions are already in {args.predictions}")
     start = time.perf_counter()
     part = (process.process_index, process.num_processes)
-    own = predict(model, tokenizer, prompts, records, batches, generation, part, log)
+    own = predict(model, tokenizer, prompts, batches, generation, part, log)
     predictions = {**done, **dict(gather_object(list(own.items())))}
     seconds = time.perf_counter() - start
 
@@ -165,7 +166,7 @@ def main() -> None:
     if process.is_main_process:
         assert sorted(predictions) == list(range(len(records)))
         if log:
-            log.finish(prediction_line(index, predictions[index], records) for index in range(len(records)))
+            log.finish(predictions)
         generated = sum(map(len, batches))
         facts = {
             "generated": generated,

@@ -143,7 +143,7 @@ def main() -> None:
     # Phase 2: weights, companions and the model card, in a folder that appears whole.
     masked = {name: weight.to("meta") for name, weight, _ in modelopt_state.sparse_masks(state)}
     pruned = weights.in_checkpoint_format(model, masked, files).keys()
-    with atomic_folder(target, args.overwrite) as folder:
+    with atomic_folder(target) as folder:
         if args.quantization:
             dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
             modelopt_state.load_weights(dense, state, args.modelopt_restore_path)

@@ -57,9 +57,9 @@ def main() -> None:
     runs = [read_run(name, Path(folder)) for name, folder in folders.items()]
     layers = curve = None
     if args.pts_layers:
-        layers = read_lines(args.pts_layers, "layer log", ("name", "relative_error", "sparsity"))
+        layers = read_lines(args.pts_layers, "layer log", {"name", "relative_error", "sparsity"})
     if args.train_log:
-        curve = read_lines(args.train_log, "training log", ("step",))
+        curve = read_lines(args.train_log, "training log", {"step"})
     measure(runs, {name: Path(state) for name, state in states.items()}, args.model_dir)
     rows = table_rows(runs)
     print(markdown(rows))

@@ -180,7 +180,7 @@ def perplexities(
     source = Source(str(args.data / "heldout.jsonl"))
     windows = perplexity.windows_of(tokenizer, source, args.length, args.length, args.windows)
     device = model.device
-    seconds = seconds_of(lambda: perplexity.total_loss(model, windows, device, 4), device, repeat=2)
+    seconds = seconds_of(lambda: perplexity.total_loss(model, windows, device, 4, windows.shape[1]), device, repeat=2)
     rate = windows.numel() * token_flops(model, args.length)[0] / seconds
     peak = top["fp32" if model.dtype == torch.float32 else "bf16"]
     return {"seconds": seconds, "flops": rate, "of_peak": rate / peak}

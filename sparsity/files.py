@@ -43,13 +43,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it takes target's place only if the block ends without error.
 
     Its name is fixed: the next run cleans up after one that was killed, also between the two renames at the end.
 
     Raises:
-        UserError: another run is writing `target`, or has finished it meanwhile and `overwrite` is not set.
+        UserError: another run is writing `target`.
     """
     parent = prepare_output_dir(target.parent)
     new, old = parent / f".{target.name}.unfinished", parent / f".{target.name}.old"
@@ -62,8 +62,6 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         new.mkdir()
         try:
             yield new
-            if target.is_dir() and any(target.iterdir()) and not overwrite:
-                raise UserError(f"another run has written {target} meanwhile; choose another --output_dir")
             for path in new.iterdir():
                 _finish_file(path)
             if target.exists():
@@ -170,15 +168,12 @@ def _acquire(path: Path, target: str | Path) -> BinaryIO:
 
 def path_exists(path: str | Path) -> bool:
     """Whether the path exists; False for invalid paths: empty, too long, or with a null byte."""
-    try:
-        return bool(str(path)) and Path(path).exists()
-    except (OSError, ValueError):
-        return False
+    return os.path.exists(path)  # noqa: PTH110  Path.exists raises OSError for a name that is too long
 
 
 def is_file(path: str | Path) -> bool:
     """Whether the path is a file; False for invalid paths."""
-    return path_exists(path) and Path(path).is_file()
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def require_file(path: str | Path, what: str) -> Path:

@@ -186,13 +186,8 @@ def load_structure(model: str, trust_remote_code: bool = False) -> PreTrainedMod
     """
     loaded = load_model(model, trust_remote_code=trust_remote_code, placing={"device_map": "meta"})
     if not shared_names(loaded):
-        _untie(loaded.config)
+        loaded.config.tie_word_embeddings = loaded.config.get_text_config(decoder=True).tie_word_embeddings = False
     return loaded
-
-
-def _untie(config: PretrainedConfig) -> None:
-    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
-        part.tie_word_embeddings = False
 
 
 def model_without_weights(
@@ -208,9 +203,7 @@ def model_without_weights(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = load_config(model, trust_remote_code)
-    if not shared_names(load_structure(model, trust_remote_code)):
-        _untie(config)
+    config = load_structure(model, trust_remote_code).config
     with init_empty_weights(include_buffers=False):
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     empty.tie_weights()  # parameters that were shared have become two on the meta device

@@ -52,12 +52,10 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
     with files.atomic_folder(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(ZeroDivisionError), files.atomic_folder(target, overwrite=True) as folder:
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(target) as folder:
         raise ZeroDivisionError
-    with pytest.raises(UserError, match="another run has written"), files.atomic_folder(target):
-        pass
     assert os.listdir(target) == ["a"]
-    with files.atomic_folder(target, overwrite=True) as folder:
+    with files.atomic_folder(target) as folder:
         (folder / "b").write_text("2")
     assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["out"]
 
@@ -67,7 +65,7 @@ def test_folder_that_a_killed_run_left_is_replaced(tmp_path):
     (tmp_path / ".out.unfinished" / "half").write_text("")
     (tmp_path / ".out.old").mkdir()  # killed between two renames: the earlier result gets its name back
     (tmp_path / ".out.old" / "earlier").write_text("")
-    with files.atomic_folder(tmp_path / "out", overwrite=True) as folder:
+    with files.atomic_folder(tmp_path / "out") as folder:
         assert os.listdir(folder) == [] and os.listdir(tmp_path / "out") == ["earlier"]
         (folder / "new").write_text("")
     assert os.listdir(tmp_path / "out") == ["new"] and os.listdir(tmp_path) == ["out"]

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from sparsity.distributed import hide_bar
 from sparsity.errors import reported_as
-from sparsity.evaluation.predictions import PredictionLog, prediction_line
+from sparsity.evaluation.predictions import PredictionLog
 from sparsity.kv_cache import preallocate
 from sparsity.models import cache_name
 from sparsity.placement import input_device
@@ -118,7 +118,6 @@ def predict(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    records: list[dict[str, str]],
     batches: list[list[int]],
     config: GenerationConfig,
     part: tuple[int, int],
@@ -140,7 +139,7 @@ def predict(
             texts = generate_batch(model, tokenizer, [prompts[item] for item in batch], config)
             done = dict(zip(batch, texts, strict=True))
             if log:
-                log.append(index, (prediction_line(item, done[item], records) for item in batch))
+                log.append(index, done)
             predictions.update(done)
             progress.update(len(batch))
     return predictions

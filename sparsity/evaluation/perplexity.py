@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from sparsity.distributed import hide_bar
 from sparsity.errors import UserError
@@ -99,13 +100,12 @@ def measure(
     """
     start = time.perf_counter()
     total, tokens = total_loss(model, windows, device, batch_size, stride)
-    value = exp_mean(total, tokens)
-    if math.isnan(value):
+    if math.isnan(total):
         raise UserError(
             "the perplexity is not a number: the model overflows in this precision; try --dtype bf16 or fp32"
         )
     return {
-        "perplexity": value,
+        "perplexity": torch.tensor(total / tokens, dtype=torch.float64).exp().item(),  # infinite above e**709
         "tokens": tokens,
         "windows": len(windows),
         "context": windows.shape[1],
@@ -114,49 +114,37 @@ def measure(
     }
 
 
-def perplexity(
-    model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
-) -> float:
-    """Exp of the mean next-token negative log-likelihood; see `total_loss` for the arguments."""
-    return exp_mean(*total_loss(model, blocks, device, batch_size, stride))
-
-
-def exp_mean(total: float, count: int) -> float:
-    """Perplexity from a sum of losses in nats; infinite where it exceeds what a float holds."""
-    mean = total / count
-    return math.inf if mean > 700 else math.exp(mean)
+def perplexity(model: nn.Module, blocks: torch.Tensor, device: torch.device) -> float:
+    """Exp of the mean next-token negative log-likelihood of blocks of token ids, int64 [N, T]."""
+    return measure(model, blocks, device, 4, blocks.shape[1])["perplexity"]
 
 
 def total_loss(
-    model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int = 4, stride: int | None = None
+    model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int, stride: int
 ) -> tuple[float, int]:
     """Sum of the next-token negative log-likelihoods in nats over blocks of token ids, and the number of tokens.
 
     Args:
         blocks: int64 tensor [N, T]; T - 1 tokens of each are scored.
-        stride: tokens from the start of one block to the next, where blocks overlap. Blocks after the first are then
-            scored on their last `stride` tokens only, so that no token counts twice.
+        stride: tokens from the start of one block to the next. Where blocks overlap, those after the first are scored
+            on their last `stride` tokens only, so that no token counts twice.
     """
     from tqdm import tqdm
 
-    total, count = 0.0, 0
-    length = blocks.shape[1]
-    fresh = length - 1 if stride is None else min(stride, length - 1)
+    total, count, length = 0.0, 0, blocks.shape[1]
     bar = tqdm(total=len(blocks), desc="perplexity", unit="window", leave=False, disable=hide_bar())
     with torch.inference_mode(), bar:
         for start in range(0, len(blocks), batch_size):
             batch = blocks[start : start + batch_size].to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             for row, (tokens, scores) in enumerate(zip(batch, logits, strict=True), start=start):
-                scored = fresh if row else length - 1
-                total += _sequence_loss(scores[-1 - scored : -1], tokens[-scored:])
+                scored = min(stride, length - 1) if row else length - 1
+                pairs = (scores[-1 - scored : -1].split(TOKENS_AT_ONCE), tokens[-scored:].split(TOKENS_AT_ONCE))
+                losses = [
+                    functional.cross_entropy(part.float(), target, reduction="sum")
+                    for part, target in zip(*pairs, strict=True)
+                ]
+                total += torch.stack(losses).sum().item()
                 count += scored
             bar.update(len(batch))
     return total, count
-
-
-def _sequence_loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Sum of -log softmax(logits)[token] in fp32, for logits [T, vocabulary] and tokens [T]."""
-    parts = zip(logits.split(TOKENS_AT_ONCE), tokens.split(TOKENS_AT_ONCE), strict=True)
-    losses = [torch.nn.functional.cross_entropy(part.float(), target, reduction="sum") for part, target in parts]
-    return torch.stack(losses).sum().item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,20 +55,18 @@ def settings_key(
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
 
-def prediction_line(index: int, text: str, records: list[dict[str, str]]) -> dict[str, Any]:
-    """What is written of one example."""
-    return {"index": index, "prediction": text, "reference": records[index]["output"]}
-
-
 class PredictionLog:
     """Predictions on disk as they are made, so that a killed evaluation resumes where it stopped.
 
     Every process appends whole batches to its own `FILE.part-RANK`; at the end one process writes FILE itself, in
     data order, and removes the parts. Each line carries the run's key, and lines of another key are never used.
+
+    Args:
+        references: the texts that the predictions are scored against.
     """
 
-    def __init__(self, path: str | Path, key: str):
-        self.path, self.key = Path(path), key
+    def __init__(self, path: str | Path, key: str, references: list[str]):
+        self.path, self.key, self.references = Path(path), key, references
 
     def check(self) -> None:
         """Reserve FILE for this run until it exits.
@@ -77,34 +75,32 @@ class PredictionLog:
             UserError: FILE cannot be written, is something other than a predictions file, or another run writes it.
         """
         prepare_output_dir(self.path.parent)
-        if self.path.is_dir():
-            raise UserError(f"--predictions {self.path} is a folder; give a file name")
-        if self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path)):
+        is_foreign = self.path.is_file() and self.path.stat().st_size and not list(_prediction_lines(self.path))
+        if self.path.is_dir() or is_foreign:
             raise UserError(f"--predictions {self.path} exists and holds something else; choose another file name")
         if is_main_process():
             lock_output_dir(self.path.parent, self.path.name)
 
-    def load(self, examples: int) -> dict[int, str]:
-        """Predictions of this very run that are already on disk, by example index.
-
-        Args:
-            examples: how many the run has; a line of any other is damaged.
-        """
+    def load(self) -> dict[int, str]:
+        """Predictions of this very run that are already on disk, by example index."""
         lines = [line for path in (self.path, *self._parts()) for line in _prediction_lines(path, self.key)]
-        return {line["index"]: line["prediction"] for line in lines if line["index"] < examples}
+        return {line["index"]: line["prediction"] for line in lines if line["index"] < len(self.references)}
 
-    def append(self, rank: int, lines: Iterable[dict[str, Any]]) -> None:
-        """Add finished examples; they are on disk when this returns."""
-        append_jsonl(({**line, "run": self.key} for line in lines), self._part(rank))
+    def append(self, rank: int, predictions: dict[int, str]) -> None:
+        """Add predictions by example index; they are on disk when this returns."""
+        append_jsonl(self._lines(predictions), self.path.with_name(f"{self.path.name}.part-{rank}"))
 
-    def finish(self, lines: Iterable[dict[str, Any]]) -> None:
+    def finish(self, predictions: dict[int, str]) -> None:
         """Write the complete file, whole or not at all, and drop the parts."""
-        save_jsonl(({**line, "run": self.key} for line in lines), self.path)
+        save_jsonl(self._lines(predictions), self.path)
         for part in self._parts():
             part.unlink(missing_ok=True)
 
-    def _part(self, rank: int) -> Path:
-        return self.path.with_name(f"{self.path.name}.part-{rank}")
+    def _lines(self, predictions: dict[int, str]) -> list[dict[str, Any]]:
+        return [
+            {"index": index, "prediction": text, "reference": self.references[index], "run": self.key}
+            for index, text in sorted(predictions.items())
+        ]
 
     def _parts(self) -> list[Path]:
         prefix = f"{self.path.name}.part-"

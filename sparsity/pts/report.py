@@ -122,8 +122,10 @@ def estimate(
     layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     in_bf16 = kind == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
-    widest = max(layer[-1][2] for layer in sizes if layer)
-    streams = calibration.size * length * stream_bytes(model, recipe, widest, in_bf16)
+    width, element = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
+    widest = max(layer[-1][2] for layer in sizes if layer)  # inputs of a layer's last linear, kept for one layer
+    fitted = recipe.asymmetric * (2 * width + widest) * (2 if in_bf16 else element)  # of the dense model
+    streams = calibration.size * length * (width * element + fitted)
     counts = zip(calibration.sources, calibration.counts(), strict=True)
     written = sum(count for source, count in counts if source.spec == SELF)
     writer = empty_model(model.config, writing_dtype(device), trust_remote_code) if written else None
@@ -164,16 +166,6 @@ def flops_of(rows: int, cols: int, tokens: int, recipe: Recipe) -> float:
     passes += 1.3 * recipe.asymmetric  # the pruned model's: up to the attention's output, then all of the layer
     search = 2 * rows * cols * cols * (2 + recipe.refit_iterations)
     return 2 * tokens * rows * cols * passes + 2 * tokens * cols * cols + search + cols**3
-
-
-def stream_bytes(model: PreTrainedModel, recipe: Recipe, widest: int, in_bf16: bool) -> int:
-    """Bytes of activations per token: hidden states and, where it is fitted, the dense model's stream.
-
-    Args:
-        widest: inputs of a decoder layer's last linear, which are kept for one layer at a time.
-    """
-    width, element = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
-    return width * element + recipe.asymmetric * (2 * width + widest) * (2 if in_bf16 else element)
 
 
 def writing_estimate(model: PreTrainedModel, sequences: int, length: int, kind: str) -> str:

@@ -48,11 +48,6 @@ def html_table(rows: list[list[str]]) -> str:
     return f'<div class="scroll"><table><thead>{line(rows[0], "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
-def squeeze(text: str) -> str:
-    """The text without blank lines, of which a damaged model can write many."""
-    return re.sub(r"\s*\n\s*", "\n", text.strip())
-
-
 def html_samples(runs: list[Run], count: int) -> str:
     """The first examples that every run with predictions has, reference first."""
     with_predictions = [(run, colour) for run, colour in zip(runs, COLOURS, strict=False) if run.predictions]
@@ -63,11 +58,10 @@ def html_samples(runs: list[Run], count: int) -> str:
     for index in shared:
         cells = [("reference", "#c9d0d8", with_predictions[0][0].predictions[index]["reference"])]
         cells += [(run.name, colour, run.predictions[index]["prediction"]) for run, colour in with_predictions]
-        boxes = "".join(
-            f'<div style="border-top-color:{colour}"><b>{html.escape(name)}</b>'
-            f"{html.escape(squeeze(text)) or '(empty)'}</div>"
-            for name, colour, text in cells
-        )
+        boxes = ""
+        for name, colour, text in cells:
+            lines = html.escape(re.sub(r"\s*\n\s*", "\n", text.strip()))  # a damaged model can write many blank lines
+            boxes += f'<div style="border-top-color:{colour}"><b>{html.escape(name)}</b>{lines or "(empty)"}</div>'
         blocks.append(f'<p class="note">Example {index}</p><div class="sample">{boxes}</div>')
     return "".join(blocks)
 

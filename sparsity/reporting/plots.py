@@ -7,24 +7,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.files import atomic_path, is_number
+from sparsity.files import atomic_path
 from sparsity.metrics import INTERVALS, ROUGE_TYPES
 from sparsity.reporting.results import Run, text_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
 ROUGE_NAMES = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum")
-
-
-FARTHEST = 1e100  # matplotlib finds no ticks for axes that span the range of a float
 COLOURS = ("#6b7785", "#c8553d", "#2a7f62", "#3f6fb5", "#8a5fa8", "#b0892b", "#4d9fa8")
-
-
-def placed(value: float, otherwise: float = math.nan) -> float:
-    """`value`, if it can be drawn; infinity, NaN and what is near them cannot."""
-    return value if abs(value) < FARTHEST else otherwise
 
 
 def new_figure(ratios: tuple[float, ...], height: float = 3.4) -> tuple[Figure, Any]:
@@ -65,7 +55,7 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
             if text not in run.perplexities:
                 continue
             value, where = run.perplexities[text]["perplexity"], place + (number - (len(texts) - 1) / 2) * width
-            height = placed(value, 0.0)
+            height = value if math.isfinite(value) else 0.0
             # The shade tells the texts apart, the colour the models.
             left.bar(where, height, width * 0.92, color=COLOURS[runs.index(run) % len(COLOURS)], alpha=1 / (1 + number))
             figure_text = f"{value:.1f}" if abs(value) < 1e6 else f"{value:.2g}"
@@ -79,13 +69,12 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
     width = 0.8 / max(1, len(scored))
     for number, (name, rouge, colour) in enumerate(scored):
         places = [group + (number - (len(scored) - 1) / 2) * width for group in range(len(ROUGE_TYPES))]
-        values = [placed(rouge[key], 0.0) for key in ROUGE_TYPES]
+        values = [rouge[key] for key in ROUGE_TYPES]
         ends = [rouge.get(INTERVALS, {}).get(key) for key in ROUGE_TYPES]
         right.bar(places, values, width * 0.92, color=colour, label=name)
         for middle, value, pair in zip(places, values, ends, strict=True):
             if pair:
-                low, high = (placed(end, value) for end in pair)
-                errors = [[max(0, value - low)], [max(0, high - value)]]
+                errors = [[max(0, value - pair[0])], [max(0, pair[1] - value)]]
                 right.errorbar(middle, value, errors, color="#1d2733", linewidth=1, capsize=2)
     right.set_xticks(range(len(ROUGE_TYPES)), ROUGE_NAMES)
     right.set_title("ROUGE F-measure in percent, 95% intervals (higher is better)", fontsize=10.5)
@@ -109,8 +98,7 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
         colour = COLOURS[number % len(COLOURS)]
         style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2, "label": kind}
         # Magnitude pruning without calibration text measures no errors.
-        errors = [layer["relative_error"] for _, layer in members]
-        errors = [math.nan if error is None else placed(error) for error in errors]
+        errors = [math.nan if layer["relative_error"] is None else layer["relative_error"] for _, layer in members]
         left.plot(depths, errors, **style)
         right.plot(depths, [100 * layer["sparsity"] for _, layer in members], **style)
     left.set_title("Relative output error of each pruned matrix", fontsize=10.5)
@@ -130,8 +118,7 @@ def plot_loss(curve: list[dict[str, Any]], path: Path) -> Path:
         ("loss", "training", COLOURS[3], None),
         ("eval_loss", "evaluation", COLOURS[1], "o"),
     ):
-        numbers = [(row["step"], row[key]) for row in curve if is_number(row["step"]) and is_number(row.get(key))]
-        points = [(step, placed(value)) for step, value in numbers if not math.isnan(placed(step))]
+        points = [(row["step"], row[key]) for row in curve if row.get(key) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, linewidth=1.5)
     axis.set_xlabel("optimizer step")

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.files import is_number, is_whole_number, read_json
+from sparsity.files import read_jsonl, require_file
 from sparsity.inspection import MatrixReport, inspect_path, zero_totals
 from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_metrics
 from sparsity.modelopt_state import sparsity_name
 from sparsity.pattern import DENSE, Pattern
-
-# Types of the fields in a JSONL file.
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "index": is_whole_number,
-    "prediction": lambda value: isinstance(value, str),
-    "reference": lambda value: isinstance(value, str),
-    "name": lambda value: isinstance(value, str) and value.isprintable(),
-    "relative_error": lambda value: value is None or is_number(value),
-    "sparsity": lambda value: is_number(value) and 0 <= value <= 1,
-    "step": is_number,
-}
 
 
 @dataclass
@@ -44,21 +32,16 @@ class Run:
     state: Path | None = None
 
 
-def read_lines(path: str | Path, what: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that have all of `keys`, names in `KINDS`.
+def read_lines(path: str | Path, what: str, keys: set[str]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that have all of `keys`.
 
     Raises:
-        UserError: there are none, or a field is of another kind.
+        UserError: there are none, or the file is not JSONL; the message calls it `what`.
     """
-    content = read_json(path, what)
-    rows = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
-    rows = [row for row in rows if all(key in row for key in keys)]
+    lines = read_jsonl(require_file(path, what), what)
+    rows = [line for line in lines if isinstance(line, dict) and keys <= line.keys()]
     if not rows:
-        raise UserError(f"{what} {path} has no line with the fields {', '.join(keys)}")
-    for row in rows:
-        for key in keys:
-            if not KINDS[key](row[key]):
-                raise UserError(f"{what} {path} is damaged: a line has {key} = {str(row[key])[:100]!r}")
+        raise UserError(f"{what} {path} has no line with the fields {', '.join(sorted(keys))}")
     return rows
 
 
@@ -74,7 +57,7 @@ def read_run(name: str, folder: Path) -> Run:
     if (folder / "rouge.json").is_file():
         run.rouge = read_metrics(folder / "rouge.json")
     if (folder / "predictions.jsonl").is_file():
-        lines = read_lines(folder / "predictions.jsonl", "predictions", ("index", "prediction", "reference"))
+        lines = read_lines(folder / "predictions.jsonl", "predictions", {"index", "prediction", "reference"})
         run.predictions = {line["index"]: line for line in lines}
     if not run.perplexities and run.rouge is None and not run.predictions:
         raise UserError(f"run folder {folder} has none of perplexity.json, rouge.json and predictions.jsonl")

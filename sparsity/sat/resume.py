@@ -35,8 +35,7 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
         files["restore_path"] = args.model.modelopt_restore_path
     if args.data.uses_records:
         files["data_path"] = args.data.train_file
-    for name, path in files.items():
-        settings[name] = file_digest(path)[:DIGEST_LENGTH]
+    settings |= {name: file_digest(path)[:DIGEST_LENGTH] for name, path in files.items()}
     if args.data.text_path:
         keys = [content_key(source) for source in parse_sources(args.data.text_path)]
         settings["text_path"] = [key[:DIGEST_LENGTH] for key in keys]
@@ -54,23 +53,21 @@ def find_checkpoint(args: SatArguments) -> Path | None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    choice = [_choose(args) if PartialState().is_main_process else None]
-    return broadcast_object_list(choice)[0]
-
-
-def _choose(args: SatArguments) -> Path | None:
     named, root = args.training.resume_from_checkpoint, Path(args.training.output_dir)
-    if named and str(named).lower() not in ("true", "1"):
-        if not is_sealed(Path(named)):
-            raise UserError(f"--resume_from_checkpoint {named} is not a complete checkpoint of finetune.py")
-        return Path(named)
-    last = checkpoints.last_complete(root)
-    if last and not (args.training.resume or named):
-        raise UserError(
-            f"{root} has checkpoints of an earlier run; add --resume to continue from {last.name}, remove the folder, "
-            "or choose another --output_dir"
-        )
-    return last
+    chosen = None
+    if PartialState().is_main_process:
+        if named and named.lower() not in ("true", "1"):
+            chosen = Path(named)
+            if not is_sealed(chosen):
+                raise UserError(f"--resume_from_checkpoint {named} is not a complete checkpoint of finetune.py")
+        else:
+            chosen = checkpoints.last_complete(root)
+        if chosen and not (args.training.resume or named):
+            raise UserError(
+                f"{root} has checkpoints of an earlier run; add --resume to continue from {chosen.name}, remove the "
+                "folder, or choose another --output_dir"
+            )
+    return broadcast_object_list([chosen])[0]
 
 
 def order_batch(args: SatArguments, checkpoint: Path | None, samples: int) -> int:
@@ -92,12 +89,12 @@ def order_batch(args: SatArguments, checkpoint: Path | None, samples: int) -> in
         return batch
     before = read_json(record, "run record")[BATCH]
     earlier = before["samples"] * before["processes"]
-    step = earlier * before["accumulated"]
-    if batch * training.gradient_accumulation_steps != step:
+    step, own_step = earlier * before["accumulated"], batch * training.gradient_accumulation_steps
+    if own_step != step:
         raise UserError(
             f"--resume needs optimizer steps of {step} samples (--train_bs {before['samples']} on "
             f"{before['processes']} process(es), --gradient_accumulation_steps {before['accumulated']}), got "
-            f"{batch * training.gradient_accumulation_steps}; change --train_bs or --gradient_accumulation_steps"
+            f"{own_step}; change --train_bs or --gradient_accumulation_steps"
         )
     used = samples // before["order"] * before["order"] if training.dataloader_drop_last else samples
     if batch != earlier and used % batch:
