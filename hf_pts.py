@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from sparsity.devices import DTYPES
 from sparsity.errors import UserError
 from sparsity.pts.calibration import DEFAULT_SOURCES, CalibrationSet, load_calibration_set, share_of_process
 from sparsity.pts.recipe import METHODS, QUALITY, make_recipe
-from sparsity.sources import check_source, parse_sources
+from sparsity.sources import check_source, parse_sources, shares
 from utils import Parser, add_device_options, add_model_option, add_remote_code_option, check_at_least, run_cli
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def check_args(args: argparse.Namespace) -> tuple[Recipe, CalibrationSet]:
     for source in sources:
         check_source(source)
     calibration = CalibrationSet(sources, args.calib_size, args.model_max_length, args.batch_size, args.seed)
-    calibration.counts()  # an error if a source gets no sequence
+    shares(sources, args.calib_size)  # an error if a source gets no sequence
     return recipe, calibration
 
 
@@ -144,7 +145,7 @@ def main() -> None:
     from sparsity.distributed import start_processes
     from sparsity.models import load_model
     from sparsity.pts import report
-    from sparsity.pts.layer_store import LayerStore, MatrixLog, calibration_key, save_log
+    from sparsity.pts.layer_store import LayerStore, MatrixLog, calibration_key
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
 
@@ -168,7 +169,7 @@ def main() -> None:
     def on_rows(new: list[MatrixLog]) -> None:
         rows[:] = new
         if process.is_main_process:
-            save_log(rows, output_dir / "pts_layers.jsonl")
+            files.save_jsonl(map(asdict, rows), output_dir / "pts_layers.jsonl")
 
     # Prune, with a log line for every weight as soon as its layer is finished.
     batches, weights = load_calibration_set(calibration, args.model_dir, model, device, process, args.trust_remote_code)

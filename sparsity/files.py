@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -233,11 +232,6 @@ def is_whole_number(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number within the range of a float, NaN and infinity included."""
-    return isinstance(value, float) or (is_whole_number(value) and abs(value) <= sys.float_info.max)
-
-
 def read_json(path: str | Path, what: str) -> Any:
     """Parse a JSON file, or one value per line if it is named .jsonl.
 
@@ -315,10 +309,8 @@ def safetensors_files(path: Path) -> list[Path]:
             raise UserError(f"no .safetensors files in {path}; export a model there with export_hf.py")
         return files
     content = read_json(index, "weight index")
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    missing = [name for name in names if Path(name).name != name or not is_file(path / name)]
-    if missing or not names:
-        wrong = f"names {missing[0]}, which is missing" if missing else "has no weight_map"
-        raise UserError(f"weight index {index} {wrong}; copy or export the model again")
-    return [path / name for name in names]
+    with reported_as(f"weight index {index} has no weight_map", LookupError, TypeError, AttributeError):
+        files = [path / Path(name).name for name in sorted(set(content["weight_map"].values()))]
+    if missing := [file for file in files if not is_file(file)]:
+        raise UserError(f"weight index {index} names {missing[0].name}, which is missing; copy the model again")
+    return files

@@ -21,7 +21,6 @@ NO_MATRIX = r"bias$|conv|_mask$"
 # Names of embeddings, output heads and routers in all model families: they stay dense.
 DENSE_BY_DESIGN = r"embed|per_layer_model|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
 
-
 # Types in safetensors with several elements in a byte; quantizers store packed integers as U8.
 PACKED = ("U8", "F4", "F6_E2M3", "F6_E3M2")
 
@@ -75,7 +74,6 @@ def inspect_matrix(
         under_mask = int((weight[~mask] != 0).sum())
         weight = weight.masked_fill(~mask, 0)
     zeros = weight == 0
-    negative = zeros & torch.signbit(weight) if weight.is_floating_point() else zeros & False
     return MatrixReport(
         name=name,
         shape=tuple(weight.shape),
@@ -83,7 +81,7 @@ def inspect_matrix(
         zero_share=zeros.sum().item() / max(1, weight.numel()),
         pattern=str(pattern),
         fits=pattern.fits(weight),
-        negative_zeros=int(negative.sum()),
+        negative_zeros=int((zeros & torch.signbit(weight)).sum()),
         under_mask=under_mask,
         kernels=kernel_support(rows, columns, stored) if pattern == TWO_FOUR else (),
     )
@@ -121,10 +119,7 @@ def inspect_path(
 def _inspect_state(path: Path, pattern: Pattern | None) -> Iterator[MatrixReport]:
     state = load_state(path)
     tensors, pattern = state["model_state_dict"], pattern or pattern_of(state, path)
-    masks = [mask for mask in require_masks(tensors, path) if tensors[mask].dim() > 1 and tensors[mask].numel()]
-    if not masks:
-        raise UserError(f"state {path} holds no masked matrices to inspect")
-    for mask in masks:
+    for mask in require_masks(tensors, path):
         yield inspect_matrix(weight_name(mask), tensors[weight_name(mask)], tensors[mask], pattern)
 
 

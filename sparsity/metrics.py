@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.errors import UserError
-from sparsity.files import is_number, read_json, save_json
+from sparsity.files import read_json, save_json
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 INTERVALS = "confidence_intervals_95"  # [low, high] by the name of a score, in percent as the scores are
@@ -45,7 +45,7 @@ def read_metrics(path: str | Path) -> dict[str, Any]:
                 for name, result in content.get(PERPLEXITIES, {}).items()
             ),
         ]
-    if not numbers or not all(map(is_number, numbers)):
+    if not numbers or not all(isinstance(number, (int, float)) for number in numbers):
         raise UserError(
             f"result file {path} has no ROUGE or perplexity; give an --output_json of eval.py or eval_ppl.py"
         )

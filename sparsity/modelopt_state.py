@@ -18,7 +18,6 @@ from sparsity.pattern import DENSE, Pattern
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 MASK = "_weight_mask"  # modelopt's buffer beside the weight that it masks
 PATTERN = "pattern"  # key in the metadata of modelopt's sparse mode
 EXPERT_MASKS = "expert_masks"  # key of a state file

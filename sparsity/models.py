@@ -17,7 +17,6 @@ from sparsity.quantized import quantization_algorithm, read_dequantized, round_i
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 # Configuration fields that only models with rotary embeddings or ALiBi set: the first in transformers 5, the others in
 # transformers 4.
 ROTARY_FIELDS = ("rope_parameters", "rope_theta", "rotary_emb_base", "alibi")

@@ -18,7 +18,6 @@ from sparsity.placement import input_device
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that beams can share a prompt of
 
 

@@ -21,7 +21,6 @@ from sparsity.text import token_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 TOKENS_AT_ONCE = 16  # tokens whose fp32 logits are computed together: few enough for a processor's cache
 
 

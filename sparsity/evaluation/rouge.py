@@ -17,7 +17,6 @@ from sparsity.metrics import INTERVALS, ROUGE_TYPES
 if TYPE_CHECKING:
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-
 # Words whose period usually does not end a sentence, written in lower case and without that period. Single capital
 # letters (initials) and dotted forms (u.s, e.g) need care as well; the latter must be listed.
 ABBREVIATIONS = """
@@ -27,7 +26,6 @@ wed thu thur thurs fri vs v etc al cf approx est ca fig figs eq eqs sec secs ch 
 ref refs resp e.g eg i.e ie viz a.m p.m u.s u.k u.n e.u u.s.a d.c l.a n.y ph.d m.d b.a m.a b.c a.d w.r.t i.i.d a.k.a
 ariz ark calif colo conn fla ga kan ky mich minn mont neb nev okla pa tenn tex va vt wis
 """
-
 
 # Words that, capitalized after an abbreviation, show that a new sentence has begun ("… in the U.S. He said …").
 SENTENCE_STARTERS = """

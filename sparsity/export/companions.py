@@ -13,7 +13,6 @@ from sparsity.files import read_json, save_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
 # The files of a model folder other than its weights.
 COMPANIONS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
-from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences, shares
+from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,6 @@ class CalibrationSet:
     length: int
     batch_size: int
     seed: int = 0
-
-    def counts(self) -> list[int]:
-        """Number of sequences of each source."""
-        return shares(self.sources, self.size)
 
 
 def load_calibration_set(

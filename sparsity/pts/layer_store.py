@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsity.errors import reported_as
-from sparsity.files import atomic_path, is_sealed, save_jsonl, seal
+from sparsity.files import atomic_path, is_sealed, seal
 from sparsity.models import few_values
 from sparsity.pts.recipe import Recipe
 
@@ -45,11 +45,6 @@ class MatrixLog:
     layer_seconds: float = 0.0
     peak_memory_mib: float = 0.0
     tokens: int | None = None
-
-
-def save_log(rows: list[MatrixLog], path: Path) -> None:
-    """Write pts_layers.jsonl, one line per matrix, whole or not at all."""
-    save_jsonl((asdict(row) for row in rows), path)
 
 
 def calibration_key(

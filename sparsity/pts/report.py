@@ -17,11 +17,10 @@ from sparsity.pts.experts import at_once, likely_shape
 from sparsity.pts.layer_store import MatrixLog
 from sparsity.pts.recipe import Recipe
 from sparsity.pts.structure import choose_weights, observe
-from sparsity.sources import SELF
+from sparsity.sources import SELF, shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 MIB = 2**20
 # Sustained multiplications and additions a second, all else included, of a laptop's cores and of an H100.
@@ -126,7 +125,7 @@ def estimate(
     widest = max(layer[-1][2] for layer in sizes if layer)  # inputs of a layer's last linear, kept for one layer
     fitted = recipe.asymmetric * (2 * width + widest) * (2 if in_bf16 else element)  # of the dense model
     streams = calibration.size * length * (width * element + fitted)
-    counts = zip(calibration.sources, calibration.counts(), strict=True)
+    counts = zip(calibration.sources, shares(calibration.sources, calibration.size), strict=True)
     written = sum(count for source, count in counts if source.spec == SELF)
     writer = empty_model(model.config, writing_dtype(device), trust_remote_code) if written else None
     speed = FLOPS[kind] * (BF16_GAIN if in_bf16 else 1)

@@ -73,10 +73,8 @@ def protocol_notes(runs: list[Run]) -> list[str]:
         result = next(run.perplexities[text] for run in runs if text in run.perplexities)
         if "protocol" in result:
             notes.append(f"Perplexity{f', {text}' if text else ''}, {result['protocol']}.")
-    for run in runs:
-        if run.rouge and "examples" in run.rouge:
-            notes.append(f"ROUGE: mean F-measure in percent over {run.rouge['examples']} examples.")
-            break
+    if counts := [run.rouge["examples"] for run in runs if run.rouge and "examples" in run.rouge]:
+        notes.append(f"ROUGE: mean F-measure in percent over {counts[0]} examples.")
     if any(run.matrices for run in runs):
         notes.append("Sparsity: zeros counted in the linear layers as saved, output head and embeddings aside.")
     return notes

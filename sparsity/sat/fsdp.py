@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-
 # ------------------------------------------------------------------------------------------------------------ setup
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer dtype of as many bytes
 
-
 # -------------------------------------------------------------------------------------------- masks in frozen weights
 
 
@@ -133,23 +132,15 @@ def add_low_rank(
             raise UserError(f"--lora_rank {rank} exceeds the smaller side of '{name}' ({sides}); choose a lower rank")
         model.set_submodule(path, LowRankLinear(layer, rank, scale, generator))
     for module in model.modules():
-        if train_vectors(module) and not isinstance(module, LowRankLinear):
+        vectors = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 1]
+        for vector in vectors:  # weights of normalizations and biases
+            train_in_float32(vector)
+        if vectors and not isinstance(module, LowRankLinear):
             module.register_forward_hook(keep_dtype)
-        if isinstance(module, LowRankLinear):
-            module.lora_A.requires_grad_(True)
-            module.lora_B.requires_grad_(True)
     if embeddings:
         for outer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if outer is not None:
                 train_in_float32(outer.weight)
-
-
-def train_vectors(module: nn.Module) -> bool:
-    """Train the vectors of the module itself, weights of normalizations and biases; returns whether it has any."""
-    vectors = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 1]
-    for vector in vectors:
-        train_in_float32(vector)
-    return bool(vectors)
 
 
 def train_in_float32(parameter: nn.Parameter) -> None:

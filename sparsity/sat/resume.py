@@ -15,7 +15,6 @@ from sparsity.sources import content_key, parse_sources
 from sparsity.text import PROMPT_FIELD, RUN_RECORD, PromptTemplate
 
 BATCH = "batch"  # field of the run record: it may change as long as every optimizer step sees the same samples
-DIGEST_LENGTH = 16  # hexadecimal digits kept of a file's SHA-256
 
 
 def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]:
@@ -35,10 +34,9 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
         files["restore_path"] = args.model.modelopt_restore_path
     if args.data.uses_records:
         files["data_path"] = args.data.train_file
-    settings |= {name: file_digest(path)[:DIGEST_LENGTH] for name, path in files.items()}
+    settings |= {name: file_digest(path) for name, path in files.items()}
     if args.data.text_path:
-        keys = [content_key(source) for source in parse_sources(args.data.text_path)]
-        settings["text_path"] = [key[:DIGEST_LENGTH] for key in keys]
+        settings["text_path"] = [content_key(source) for source in parse_sources(args.data.text_path)]
     return settings
 
 
@@ -113,23 +111,15 @@ def open_run(args: SatArguments, template: PromptTemplate, checkpoint: Path | No
         UserError: the earlier run had other settings.
     """
     settings, record = run_settings(args, template), args.training.result_dir / RUN_RECORD
-    if checkpoint and record.is_file():
-        check_same_run(read_json(record, "run record"), settings, Path(args.training.output_dir))
-    checkpoints.remove_partial(Path(args.training.output_dir))
-    save_json(settings, record)
-
-
-def check_same_run(before: dict[str, Any], settings: dict[str, Any], root: Path) -> None:
-    """Compare the settings of an earlier run, whose checkpoints are in `root`, with this run's.
-
-    Raises:
-        UserError: they differ.
-    """
+    before = read_json(record, "run record") if checkpoint and record.is_file() else settings
     contents = {PROMPT_FIELD: "the prompt template has changed"}
     contents |= {name: f"the content of --{name} has changed" for name in ("restore_path", "text_path", "data_path")}
     for name, value in settings.items():
         if name != BATCH and before.get(name) != value:
             what = contents.get(name, f"--{name} was {before.get(name)}, now {value}")
             raise UserError(
-                f"--resume needs the settings of the run it continues: {what}; to start over, remove {root}"
+                f"--resume needs the settings of the run it continues: {what}; to start over, remove "
+                f"{args.training.output_dir}"
             )
+    checkpoints.remove_partial(Path(args.training.output_dir))
+    save_json(settings, record)
