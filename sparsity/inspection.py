@@ -56,7 +56,7 @@ def kernel_support(rows: int, columns: int, dtype: torch.dtype) -> tuple[str, ..
     backends = []
     for backend in (SparseSemiStructuredTensorCUTLASS, SparseSemiStructuredTensorCUSPARSELT):
         limits = backend._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
-        if limits and rows and columns and rows % limits.sparse_min_rows == 0 and columns % limits.sparse_min_cols == 0:
+        if limits and rows % limits.sparse_min_rows == 0 and columns % limits.sparse_min_cols == 0:
             backends.append(backend.BACKEND)
     return tuple(backends)
 

@@ -16,6 +16,16 @@ ZEROS = """
 The zeros are ordinary zeros in ordinary tensors. They make neither the files smaller nor the model faster until a
 runtime with kernels for the pattern compresses it; GPUs have them for 2:4.
 """
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+LOADING_QUANTIZED = """A server that reads NVIDIA Model Optimizer's checkpoints of this quantization opens the folder.
+Plain transformers do not know the format: they would take the stored integers for weights.
+"""
 
 
 def write_model_card(
@@ -61,7 +71,7 @@ pipeline_tag: text-generation
 {zeros_text}
 ## Loading
 
-{_loading_text(quantization)}
+{LOADING if quantization is None else LOADING_QUANTIZED}
 ## Measured
 
 {_figures_text(figures)}
@@ -70,21 +80,6 @@ pipeline_tag: text-generation
 The licence of {name} applies to these weights, which derive from it.
 """
     (folder / "README.md").write_text(valid_unicode(text), encoding="utf-8")
-
-
-def _loading_text(quantization: dict[str, Any] | None) -> str:
-    if quantization is not None:
-        return (
-            "A server that reads NVIDIA Model Optimizer's checkpoints of this quantization opens the folder. Plain\n"
-            "transformers do not know the format: they would take the stored integers for weights.\n"
-        )
-    return """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""
 
 
 def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:
@@ -106,13 +101,10 @@ def _figures_text(figures: list[tuple[str, dict[str, Any]]]) -> str:
     if rouges:
         text += "| model | ROUGE-1 | ROUGE-2 | ROUGE-L | ROUGE-Lsum | examples |\n|---|---|---|---|---|---|\n"
         for label, content in rouges:
-            cells = " | ".join(_rouge_cell(content, key) for key in ROUGE_TYPES)
-            text += f"| {label} | {cells} | {content.get('examples', '')} |\n"
+            text += f"| {label} | "
+            for key in ROUGE_TYPES:
+                interval = content.get(INTERVALS, {}).get(key)
+                text += f"{content[key]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}] | " if interval else " | ")
+            text += f"{content.get('examples', '')} |\n"
         text += "\nROUGE: mean F-measure in percent with stemming; in brackets the 95% bootstrap interval.\n\n"
     return text
-
-
-def _rouge_cell(content: dict[str, Any], key: str) -> str:
-    cell = f"{content[key]:.2f}"
-    interval = content.get(INTERVALS, {}).get(key)
-    return cell if interval is None else f"{cell} [{interval[0]:.2f}, {interval[1]:.2f}]"

@@ -93,7 +93,6 @@ def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
         depth = re.search(r"\.([0-9]{1,9})\.", name)
         kinds.setdefault(name.rsplit(".", 1)[-1], []).append((int(depth.group(1)) if depth else order, layer))
     for number, (kind, members) in enumerate(kinds.items()):
-        members.sort(key=lambda member: member[0])
         depths = [depth for depth, _ in members]
         colour = COLOURS[number % len(COLOURS)]
         style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2, "label": kind}

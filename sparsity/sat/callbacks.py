@@ -49,7 +49,7 @@ class Checkpoints(TrainerCallback):
             self.tensors.clear()  # nothing else needs the file mapped
         if self.resume_from:
             checkpoints.load_weights(self.resume_from, model, self.trained_only)
-            checkpoints.load_optimizer(self.resume_from, model, kwargs["optimizer"])
+            checkpoints.load_optimizer(self.resume_from, model, kwargs["optimizer"].optimizer)  # torch's own
             kwargs["lr_scheduler"].load_state_dict(torch.load(self.resume_from / SCHEDULER, weights_only=True))
         if state.global_step >= state.max_steps:
             raise AlreadyFinished

@@ -89,7 +89,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, train
 
     # The weights first: that reshards what an evaluation has left gathered.
     tensors = {f"model.{name}": tensor for name, tensor in model_state(model, trained_only).items()}
-    state = get_optimizer_state_dict(model, unwrapped(optimizer))
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     moments, values = _split(state)
     tensors |= moments
     writer = dcp.HuggingFaceStorageWriter(
@@ -126,7 +126,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    state = get_optimizer_state_dict(model, unwrapped(optimizer))  # before the first step, of zeros
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)  # before the first step, of zeros
     _read(folder, _split(state)[0])
     saved = read_json(folder / VALUES, "checkpoint")
     for weight, contents in saved["state"].items():
@@ -135,14 +135,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             is_tensor = isinstance(value, torch.Tensor)
             state["state"][weight][name] = torch.full_like(value, content) if is_tensor else content
     state["param_groups"] = saved["param_groups"]
-    set_optimizer_state_dict(model, unwrapped(optimizer), state)
-
-
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Torch's optimizer, without accelerate's wrapper."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    set_optimizer_state_dict(model, optimizer, state)
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:

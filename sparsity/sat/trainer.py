@@ -208,7 +208,7 @@ class SparseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoints.save(Path(output_dir), self.model, self.optimizer, self.checkpoints.trained_only)
+        checkpoints.save(Path(output_dir), self.model, self.optimizer.optimizer, self.checkpoints.trained_only)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
