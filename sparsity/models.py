@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, few, reported_as, warn
+from sparsity.errors import UserError, few, memory_shortage, reported_as, warn
 from sparsity.files import safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
@@ -236,7 +236,9 @@ def runs_in_bf16(model: nn.Module) -> bool:
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    except RuntimeError:
+    except RuntimeError as error:
+        if memory_shortage(error):
+            raise
         return False
     return True
 
