@@ -215,8 +215,8 @@ def table(outcomes: dict[str, dict[str, Any]]) -> str:
         "| ends before | in this line |",
         "|---|---|",
     ]
-    lines += [f"| {name} | {verdict(built[name]).replace('|', '/')} |" for name in built.keys() - set(whole)]
-    return "\n".join(lines[:10] + sorted(lines[10:])) + "\n"
+    lines += [f"| {name} | {verdict(built[name]).replace('|', '/')} |" for name in built if name not in whole]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
