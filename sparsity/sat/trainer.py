@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from sparsity.attention import use_blocked_attention
@@ -157,11 +156,6 @@ class SparseTrainer(Trainer):
                 "--resume"
             )
         return loss
-
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(grad_norm, DTensor):  # with older torch, item() returns this process's part of a sharded norm
-            grad_norm = grad_norm.full_tensor()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
