@@ -134,7 +134,7 @@ def main() -> None:
     cast = torch_dtype(args.dtype) if args.dtype else None
     dtype_name = str(cast or stored).removeprefix("torch.")
     batches: list[torch.Tensor] = []
-    device = resolve_device(args.device)
+    device = resolve_device(args.device if args.quantization else "cpu")
     if args.calib_data:
         models.check_lengths(config, {"--model_max_length": args.model_max_length})
         drawn = draw_sequences(tokenizer, sources, args.calib_size, args.model_max_length, args.seed)

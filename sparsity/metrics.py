@@ -45,7 +45,7 @@ def read_metrics(path: str | Path) -> dict[str, Any]:
                 for name, result in content.get(PERPLEXITIES, {}).items()
             ),
         ]
-    if not numbers or not all(isinstance(number, (int, float)) for number in numbers):
+    if not numbers or not all(isinstance(n, float) or (isinstance(n, int) and abs(n) < 1e300) for n in numbers):
         raise UserError(
             f"result file {path} has no ROUGE or perplexity; give an --output_json of eval.py or eval_ppl.py"
         )

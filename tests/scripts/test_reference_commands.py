@@ -195,7 +195,7 @@ def test_readme_export_without_a_state(model, tmp_path):
     """export_hf_ckpt.py as the reference types it; without a state it exports the dense model."""
     from transformers import AutoModelForCausalLM
 
-    words = ["--device", "cpu", "--dtype", "fp16", "--model_max_length", "2048", "--output_dir", tmp_path / "out"]
+    words = ["--device", "cuda", "--dtype", "fp16", "--model_max_length", "2048", "--output_dir", tmp_path / "out"]
     result = run_inline("export_hf_ckpt.py", "--model_name_or_path", model, *words)
     assert result.returncode == 0, result.stderr
     theirs, ours = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (model, tmp_path / "out"))
