@@ -174,7 +174,7 @@ def main() -> None:
             "num_processes": process.num_processes,
             "device": str(process.device),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "sparsity": sparsity_name(args.modelopt_restore_path) if args.modelopt_restore_path else None,
+            "sparsity": sparsity_name(args.modelopt_restore_path),
             "arguments": vars(args),
         }
         report_scores(args, records, [predictions[index] for index in range(len(records))], facts)

@@ -98,7 +98,7 @@ def main() -> None:
         label = f" ({name})" if name else ""
         print(f"perplexity{label}: {result['perplexity']:.4f} ({result['tokens']} tokens, {result['seconds']:.1f} s)")
     if args.output_json:
-        sparsity = sparsity_name(args.modelopt_restore_path) if args.modelopt_restore_path else None
+        sparsity = sparsity_name(args.modelopt_restore_path)
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"dtype": dtype, "device": str(device), "sparsity": sparsity, "arguments": vars(args)}
         save_perplexities(results, facts, args.output_json)

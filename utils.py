@@ -139,10 +139,11 @@ def parse_pairs(option: str, pairs: Sequence[str]) -> list[tuple[str, str]]:
 
 def parse_named(option: str, pairs: Sequence[str]) -> dict[str, str]:
     """`parse_pairs` for an option that takes each name once."""
-    names = [name for name, _ in parse_pairs(option, pairs)]
+    named = parse_pairs(option, pairs)
+    names = [name for name, _ in named]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{option} got the name '{twice[0]}' twice")
-    return dict(parse_pairs(option, pairs))
+    return dict(named)
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:

@@ -44,6 +44,7 @@ from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
 from sparsity.generated_text import generate_text
 from sparsity.models import load_model, load_tokenizer
+from sparsity.pts.calibration import split_batches
 from sparsity.pts.recipe import QUALITY
 from sparsity.sources import SELF, Source, draw_sequences, parse_sources
 from utils import Parser, check_at_least, run_cli
@@ -179,12 +180,8 @@ def calibration(args: argparse.Namespace, text: str) -> tuple[torch.Tensor, torc
         for source in parse_sources(text)
     ]
     drawn = draw_sequences(tokenizer, sources, args.calib_size, args.length, 0, write)
-    sequences = torch.cat(drawn)
-    sizes, weights = [], []
-    for source, block in zip(sources, drawn, strict=True):
-        sizes += [len(part) for part in block.split(args.batch_size)]
-        weights += [source.weight * len(sequences) / len(block)] * -(-len(block) // args.batch_size)
-    return sequences, torch.tensor(sizes), torch.tensor(weights)
+    batches, weights = split_batches(sources, drawn, args.batch_size)
+    return torch.cat(batches), torch.tensor([len(batch) for batch in batches]), torch.tensor(weights)
 
 
 def perplexities(

@@ -144,8 +144,10 @@ def pattern_of(state: dict[str, Any], path: str | Path) -> Pattern:
     return Pattern.parse(patterns[-1], f"state {path}") if patterns else Pattern()
 
 
-def sparsity_name(path: str | Path) -> str:
-    """The pattern of a state file; DENSE if it has no masks, as after training without --restore_path."""
+def sparsity_name(path: str | Path | None) -> str | None:
+    """The pattern of a state file, if any; DENSE if it has no masks, as after training without --restore_path."""
+    if not path:
+        return None
     state = load_state(path)
     return str(pattern_of(state, path)) if any(map(is_mask, state["model_state_dict"])) else DENSE
 

@@ -33,6 +33,29 @@ class CalibrationSet:
     seed: int = 0
 
 
+def split_batches(
+    sources: list[Source], blocks: list[torch.Tensor], batch_size: int
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Batches of sequences, none with those of two sources, and the weight of each batch's tokens, 1 on average.
+
+    A source counts by its weight, however long it is.
+
+    Args:
+        blocks: of each source, int64 [sequences, length].
+
+    Returns:
+        batches, int64 [batch_size, length], the last of a source may be smaller; weights.
+    """
+    batches: list[torch.Tensor] = []
+    token_weights: list[float] = []
+    total = sum(map(len, blocks))
+    for source, block in zip(sources, blocks, strict=True):
+        parts = block.split(batch_size)
+        batches += parts
+        token_weights += [source.weight * total / len(block)] * len(parts)
+    return batches, token_weights
+
+
 def load_calibration_set(
     calibration: CalibrationSet,
     model_name: str,
@@ -41,15 +64,14 @@ def load_calibration_set(
     process: PartialState,
     trust_remote_code: bool = False,
 ) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Calibration batches, none with sequences of two sources, on every process.
+    """Calibration batches on every process; see `split_batches`.
 
     Args:
         model: the dense model of that name, which writes self-generated text.
 
     Returns:
-        batches {"input_ids": int64 [batch_size, length]} of full sequences, the last of a source may be smaller; the
-        weight of each batch's tokens, 1 on average: a source counts by its weight, however long it is. Both are empty
-        without sources.
+        batches {"input_ids": int64 [batch_size, length]} of full sequences; the weight of each batch's tokens. Both are
+        empty without sources.
 
     Raises:
         UserError: no text, or less than one sequence of it.
@@ -60,8 +82,6 @@ def load_calibration_set(
     if not calibration.sources:
         return [], []
     length, seed = calibration.length, calibration.seed
-    batches: list[dict[str, torch.Tensor]] = []
-    token_weights: list[float] = []
     with process.main_process_first():  # the others then find the generated text in the cache
         tokenizer = load_tokenizer(model_name, trust_remote_code)
 
@@ -69,12 +89,8 @@ def load_calibration_set(
             return generate_text(model_name, tokenizer, count, length, device, seed, trust_remote_code, dense=model)
 
         blocks = draw_sequences(tokenizer, calibration.sources, calibration.size, length, seed, write)
-    total = sum(map(len, blocks))
-    for source, block in zip(calibration.sources, blocks, strict=True):
-        parts = block.split(calibration.batch_size)
-        batches += [{"input_ids": part} for part in parts]
-        token_weights += [source.weight * total / len(block)] * len(parts)
-    return batches, token_weights
+    batches, token_weights = split_batches(calibration.sources, blocks, calibration.batch_size)
+    return [{"input_ids": batch} for batch in batches], token_weights
 
 
 def share_of_process(items: list, process: PartialState) -> list:

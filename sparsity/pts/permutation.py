@@ -95,10 +95,8 @@ class Channels:
 
     def best_order(self, energy: Tensor, pattern: Pattern) -> Tensor:
         """An order [blocks, channels] for the pattern; `energy` [cols] sums the squares of each input."""
-        saliency = (self.consumer.weight.float().square() * energy).t()[
-            self.columns
-        ]  # [repeats, blocks, channels, rows]
-        saliency = saliency.movedim(0, -2).flatten(-2)
+        saliency = (self.consumer.weight.float().square() * energy).t()  # [cols, rows]
+        saliency = saliency[self.columns].movedim(0, -2).flatten(-2)  # [blocks, channels, repeats · rows]
         order = dealt(saliency.sum(-1), pattern.m)
         return exchanged(order, saliency) if (pattern.n, pattern.m) == (2, 4) else order
 

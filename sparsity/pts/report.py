@@ -188,9 +188,8 @@ def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> 
     chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
     layers = decoder_layers(model)[1]
     inside = set(layers.modules())
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    outside = [name for name, module in linears.items() if module not in inside]
-    reasons = {"outside the decoder layers": [*outside[:3], *["…"] * (len(outside) > 3)]} if outside else {}
+    outside = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module not in inside]
+    reasons: dict[str, list[str]] = {}
     for name, reason in left_dense.items():
         reasons.setdefault(reason, []).append(name)
     stacked = [weight for name, weight in model.named_parameters() if name in chosen]
@@ -199,5 +198,6 @@ def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> 
         f"{len(layers)} decoder layers, {len(chosen) - len(stacked)} linear layers{experts} to prune "
         f"to {recipe.pattern}"
     ]
+    lines += [f"left dense (outside the decoder layers): {few(outside)}"] if outside else []
     lines += [f"left dense ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
     return "\n".join(lines) + "\n"

@@ -164,7 +164,8 @@ def collect(
     rows = linears[0].out_features if targets else 0
     collected = [Statistics(linear.in_features, states.device, rows) for linear in linears]
     at_end = targets is not None and targets.inputs is not None
-    modules, energies = {*linears, *((stream[0],) if stream else ()), *(energies or ())}, energies or {}
+    energies = energies or {}
+    modules = {*linears, *energies, *((stream[0],) if stream else ())}
     with states.precision(), zero_output(linears[0], states.linear_dtype) if targets else nullcontext():
         for batch, buffer in enumerate(hidden):
             with watched(modules, stop=not (advance or at_end)) as calls:

@@ -68,6 +68,7 @@ def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
     """
     prefix, layers = decoder_layers(model)
     counts, tied = expert_counts(model.config), shared_names(model)
+    shared = {*tied, *tied.values()}
     stacked = expert_weights(layers, counts, prefix)
     chosen, left_dense = set(), {}
     for path, module in layers.named_modules(prefix=prefix):
@@ -77,7 +78,7 @@ def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
                 continue
             if name not in stacked and not is_plain_linear(module):
                 left_dense[name] = f"{type(module).__name__} is not a plain linear layer"
-            elif {f"{path}.{leaf}"} & {*tied, *tied.values()}:
+            elif f"{path}.{leaf}" in shared:
                 left_dense[name] = "shared by several layers"
             elif name not in stacked and is_router(name, module, counts):
                 left_dense[name] = "router of a mixture"
