@@ -115,20 +115,18 @@ def main() -> None:
     tokenizer = models.load_tokenizer(args.model_dir, args.trust_remote_code)  # a broken one is found here
     source = source_folder(args.model_dir)
     if args.modelopt_restore_path:
-        state = modelopt_state.load_state(args.modelopt_restore_path)
-        pattern = modelopt_state.pattern_of(state, args.modelopt_restore_path)
-        state = state["model_state_dict"]
+        whole = modelopt_state.load_state(args.modelopt_restore_path)
+        pattern = modelopt_state.pattern_of(whole, args.modelopt_restore_path)
     else:
-        pattern = None
-        state = models.load_model(args.model_dir, trust_remote_code=args.trust_remote_code).state_dict()
+        dense = models.load_model(args.model_dir, trust_remote_code=args.trust_remote_code)
+        whole, pattern = {"model_state_dict": dense.state_dict()}, None
+    state = whole["model_state_dict"]
     # Without its weights, the model shows which tensors there are, what they are called and which of them are tied.
     model = models.load_structure(args.model_dir, args.trust_remote_code)
-    modelopt_state.check_state_fits(state, model, args.modelopt_restore_path)
+    modelopt_state.check_state_fits(whole, model, args.modelopt_restore_path)
     files = models.stored_tensors(args.model_dir)
     others = weights.other_parts(model, files)
-    if config.get_text_config(decoder=True) is config:  # tensors of no other part, but leftovers
-        others = set()
-    if others and args.quantization:
+    if args.quantization and others and config.get_text_config(decoder=True) is not config:
         raise UserError(f"--quantization exports text models only, and '{args.model_dir}' has other parts; drop it")
     stored = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     cast = torch_dtype(args.dtype) if args.dtype else None
@@ -146,7 +144,7 @@ def main() -> None:
     with atomic_folder(target) as folder:
         if args.quantization:
             dense = models.load_model(args.model_dir, cast or stored, args.trust_remote_code)
-            modelopt_state.load_weights(dense, state, args.modelopt_restore_path)
+            modelopt_state.load_weights(dense, whole, args.modelopt_restore_path)
             quantized = quantize.quantize(dense, FORMATS[args.quantization], batches, device)
             settings = quantize.write_quantized(quantized, args.max_shard_size, folder)
             zeros = quantize.check_zeros(folder, model, state)

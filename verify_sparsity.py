@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsity.errors import UserError, reported_as
+from sparsity.errors import UserError, few, reported_as
 from sparsity.files import prepare_output_dir, save_json
 from sparsity.pattern import Pattern
 from utils import Parser, run_cli
@@ -81,7 +81,7 @@ def print_summary(reports: list[MatrixReport]) -> None:
 def main() -> None:
     args = parse_args()
 
-    from sparsity.inspection import DENSE_BY_DESIGN, inspect_path
+    from sparsity.inspection import DENSE_BY_DESIGN, inspect_path, is_state, unmasked, zero_totals
 
     if args.output_json:
         prepare_output_dir(Path(args.output_json).parent)
@@ -92,6 +92,9 @@ def main() -> None:
         reports.append(report)
         print_row(report, width)
     print_summary(reports)
+    if is_state(args.path) and (dense := unmasked(args.path)):
+        share = sum(dense.values()) / (sum(dense.values()) + zero_totals(reports)[0])
+        print(f"dense, without a mask: {len(dense)} matrices, {share:.0%} of the weights ({few(list(dense))})")
     if args.output_json:
         save_json([dataclasses.asdict(report) for report in reports], args.output_json)
     failed = [report.name for report in reports if not report.fits]

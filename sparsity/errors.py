@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import sys
@@ -79,3 +80,6 @@ def warn(message: str) -> None:
     """Print one line of warning to stderr, on the main process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+warn_once = functools.cache(warn)

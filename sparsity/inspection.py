@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from sparsity.errors import UserError, reported_as
 from sparsity.files import safetensors_files
-from sparsity.modelopt_state import load_state, pattern_of, require_masks, weight_name
+from sparsity.modelopt_state import is_mask, load_state, pattern_of, require_masks, weight_name
 from sparsity.pattern import Pattern
 
 TWO_FOUR = Pattern()
@@ -111,9 +111,14 @@ def inspect_path(
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a modelopt state, a safetensors file or a model folder")
-    if path.is_dir() or path.suffix == ".safetensors":
+    if not is_state(path):
         return _inspect_safetensors(path, re.compile(exclude), pattern or TWO_FOUR)
     return _inspect_state(path, pattern)
+
+
+def is_state(path: str | Path) -> bool:
+    """Whether a path is taken for a modelopt state, and not for safetensors."""
+    return Path(path).is_file() and Path(path).suffix != ".safetensors"
 
 
 def _inspect_state(path: Path, pattern: Pattern | None) -> Iterator[MatrixReport]:
@@ -121,6 +126,19 @@ def _inspect_state(path: Path, pattern: Pattern | None) -> Iterator[MatrixReport
     tensors, pattern = state["model_state_dict"], pattern or pattern_of(state, path)
     for mask in require_masks(tensors, path):
         yield inspect_matrix(weight_name(mask), tensors[weight_name(mask)], tensors[mask], pattern)
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor holds the weights of a linear layer or of experts."""
+    return bool((len(shape) == 2 and name.endswith("weight")) or (len(shape) == 3 and not re.search(NO_MATRIX, name)))
+
+
+def unmasked(path: str | Path) -> dict[str, int]:
+    """Elements of each weight matrix of a state that has no mask, apart from those that stay dense by design."""
+    tensors = load_state(path)["model_state_dict"]
+    masked = {weight_name(name) for name in tensors if is_mask(name)}
+    names = [name for name in tensors.keys() - masked if not is_mask(name) and not re.search(DENSE_BY_DESIGN, name)]
+    return {name: tensors[name].numel() for name in sorted(names) if is_matrix(name, tensors[name].shape)}
 
 
 def _inspect_safetensors(path: Path, exclude: re.Pattern, pattern: Pattern) -> Iterator[MatrixReport]:
@@ -132,9 +150,7 @@ def _inspect_safetensors(path: Path, exclude: re.Pattern, pattern: Pattern) -> I
         with damaged, safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                 shape = tensors.get_slice(name).get_shape()
-                is_linear = len(shape) == 2 and name.endswith("weight")
-                are_experts = len(shape) == 3 and not re.search(NO_MATRIX, name)
-                if (is_linear or are_experts) and all(shape) and not exclude.search(name):
+                if is_matrix(name, shape) and all(shape) and not exclude.search(name):
                     if tensors.get_slice(name).get_dtype() in PACKED:
                         raise UserError(f"{file}: {name} is packed to fewer than 8 bits; it cannot be inspected")
                     empty = False

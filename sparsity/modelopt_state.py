@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,14 @@ from torch import Tensor
 from sparsity.devices import torch_dtype
 from sparsity.errors import UserError, reported_as, warn
 from sparsity.files import require_file
-from sparsity.models import load_model, shared_names
+from sparsity.models import computing_fields, load_model, shared_names
 from sparsity.pattern import DENSE, Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MASK = "_weight_mask"  # modelopt's buffer beside the weight that it masks
-PATTERN = "pattern"  # key in the metadata of modelopt's sparse mode
+PATTERN, CONFIG = "pattern", "config"  # keys in the metadata of modelopt's sparse mode
 EXPERT_MASKS = "expert_masks"  # key of a state file
 
 
@@ -129,19 +130,23 @@ def require_masks(state_dict: dict[str, Tensor], path: str | Path) -> list[str]:
     return masks
 
 
+def metadata(state: dict[str, Any]) -> dict[str, Any]:
+    """What is kept with modelopt's modes in a state: of states by hf_pts.py, PATTERN and CONFIG."""
+    found: dict[str, Any] = {}
+    with suppress(KeyError, TypeError, ValueError):  # of another structure, which modelopt will refuse
+        for _, mode in state["modelopt_state"]["modelopt_state_dict"]:
+            found |= mode["metadata"]
+    return found if isinstance(found.get(CONFIG, {}), dict) else {}
+
+
 def pattern_of(state: dict[str, Any], path: str | Path) -> Pattern:
-    """The pattern in the metadata of a state that was read from `path`; 2:4, modelopt's own, where there is none.
+    """The pattern of a state that was read from `path`; 2:4, modelopt's own, where it names none.
 
     Raises:
         UserError: it is no pattern.
     """
-    modes = state["modelopt_state"].get("modelopt_state_dict") if isinstance(state["modelopt_state"], dict) else None
-    settings = (
-        [mode[1] for mode in modes if isinstance(mode, tuple) and len(mode) > 1] if isinstance(modes, list) else []
-    )
-    metadata = [each.get("metadata") for each in settings if isinstance(each, dict)]
-    patterns = [str(each[PATTERN]) for each in metadata if isinstance(each, dict) and PATTERN in each]
-    return Pattern.parse(patterns[-1], f"state {path}") if patterns else Pattern()
+    pattern = metadata(state).get(PATTERN)
+    return Pattern.parse(str(pattern), f"state {path}") if pattern else Pattern()
 
 
 def sparsity_name(path: str | Path | None) -> str | None:
@@ -198,17 +203,36 @@ def check_ties(state_dict: dict[str, Tensor], model: PreTrainedModel, path: str 
             )
 
 
-def check_state_fits(state_dict: dict[str, Tensor], model: PreTrainedModel, path: str | Path) -> None:
-    """Check that a state has exactly the tensors of `model` (which may be on the meta device), masks aside.
+def check_config(state: dict[str, Any], model: PreTrainedModel, path: str | Path) -> None:
+    """Check that a state was made from a model that computes as `model` does, as far as the state knows.
+
+    Fields that only one of them has are skipped: they come and go between versions of transformers.
+
+    Raises:
+        UserError: a field of the configuration, such as rope_parameters or num_attention_heads, differs.
+    """
+    made_from, own = metadata(state).get(CONFIG, {}), computing_fields(model.config)
+    for key in sorted(made_from.keys() & own.keys()):
+        if made_from[key] != own[key]:
+            raise UserError(
+                f"state {path} belongs to another model: {key} is {made_from[key]} in the state and {own[key]} in the "
+                "model"
+            )
+
+
+def check_state_fits(state: dict[str, Any], model: PreTrainedModel, path: str | Path) -> None:
+    """Check that a state belongs to `model` (which may be on the meta device): configuration, names and shapes.
 
     If the state only has more tokens, `model` and its configuration are given their rows first.
 
     Raises:
-        UserError: names or shapes differ: the state, read from `path`, belongs to another model.
+        UserError: the state, read from `path`, belongs to another model.
     """
-    fit_vocabulary(state_dict, model, path)
-    check_ties(state_dict, model, path)
-    _compare_shapes({name: tensor for name, tensor in state_dict.items() if not is_mask(name)}, model, path)
+    tensors = state["model_state_dict"]
+    check_config(state, model, path)
+    fit_vocabulary(tensors, model, path)
+    check_ties(tensors, model, path)
+    _compare_shapes({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, model, path)
 
 
 def _compare_shapes(tensors: dict[str, Tensor], model: PreTrainedModel, path: str | Path) -> None:
@@ -237,7 +261,7 @@ def folded_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: folded(state_dict, name) for name in state_dict if not is_mask(name)}
 
 
-def load_weights(model: PreTrainedModel, state_dict: dict[str, Tensor], path: str | Path) -> None:
+def load_weights(model: PreTrainedModel, state: dict[str, Any], path: str | Path) -> None:
     """Copy the weights of a sparse state, read from `path`, into a freshly loaded dense `model`, which keeps its dtype.
 
     Pruned weights are zero, and layers stay plain. Their outputs equal those of modelopt's masked layers, which
@@ -246,8 +270,8 @@ def load_weights(model: PreTrainedModel, state_dict: dict[str, Tensor], path: st
     Raises:
         UserError: the state belongs to another model.
     """
-    check_state_fits(state_dict, model, path)
-    model.load_state_dict(folded_weights(state_dict))
+    check_state_fits(state, model, path)
+    model.load_state_dict(folded_weights(state["model_state_dict"]))
 
 
 def restore_sparse(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
@@ -273,7 +297,7 @@ def restore_layers(model: PreTrainedModel, state: dict[str, Any], path: str | Pa
     import modelopt.torch.opt as mto
     import modelopt.torch.sparsity  # noqa: F401  # registers the sparsity modes
 
-    check_state_fits(state["model_state_dict"], model, path)
+    check_state_fits(state, model, path)
     # modelopt trusts the file's settings and fails in many ways on wrong ones.
     with reported_as(f"state {path} does not fit the model", Exception):
         model = mto.restore_from_modelopt_state(model, state["modelopt_state"])
@@ -294,5 +318,5 @@ def load_for_inference(
     """
     loaded = load_model(model, torch_dtype(dtype) if dtype else "auto", trust_remote_code, quantized=state is None)
     if state:
-        load_weights(loaded, load_state(state)["model_state_dict"], state)
+        load_weights(loaded, load_state(state), state)
     return loaded

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, few, memory_shortage, reported_as, warn
+from sparsity.errors import UserError, few, memory_shortage, reported_as, warn, warn_once
 from sparsity.files import safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
 # Configuration fields that only models with rotary embeddings or ALiBi set: the first in transformers 5, the others in
 # transformers 4.
 ROTARY_FIELDS = ("rope_parameters", "rope_theta", "rotary_emb_base", "alibi")
+# Configuration fields of training, generation and sizes that may grow: they change nothing about a state's weights.
+NO_EFFECT = re.compile(
+    r"^_|^tie_|dropout|initializer|aux_loss|output_|vocab_size|max_pos|cache|token|kernels|pretraining_tp"
+)
+# Names of what quantizers store beside or in place of a weight.
+QUANTIZED = re.compile(r"weight_scale|scale_inv|qweight|qzeros|weight_packed|absmax|_blocks$")
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -31,6 +40,8 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if not Path(model).exists() and (model.count("/") > 1 or model.startswith(("/", "."))):
+        raise UserError(f"model folder {model} does not exist; give a Hugging Face model folder or hub id")
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise UserError(f"model folder {model} has no config.json; give a Hugging Face model folder or hub id")
     # The last two errors: JSON of a wrong shape.
@@ -94,44 +105,98 @@ def load_model(
         return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
     if not quantized:
         refuse_quantized(config, model)
+    logging.getLogger("transformers.modeling_utils").addFilter(_without_report)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
+    options["ignore_mismatched_sizes"] = True  # they are in the report
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
     with reported_as(f"cannot load the weights of '{model}'", *errors):
         loaded, report = AutoModelForCausalLM.from_pretrained(model, config=config, output_loading_info=True, **options)
-    check_complete(model, report)
+    check_complete(loaded, model, report)
     if not placing:
         check_finite(loaded, model)
     return loaded.eval()
 
 
-def check_complete(model: str, report: Mapping[str, Any]) -> None:
-    """Check that a checkpoint has all tensors; transformers would give random values to the others.
+def _without_report(record: logging.LogRecord) -> bool:
+    """Drop transformers' table of missing and unexpected tensors, which `check_complete` reports, from the log.
+
+    Raises:
+        ValueError: it names tensors that cannot be put together, such as those of a mixture that lacks an expert's.
+    """
+    text = record.getMessage()
+    if failed := "LOAD REPORT" in text and re.search(r"destined for (\S+)\.", text):
+        raise ValueError(f"parts of {failed[1]} are missing or of other shapes")
+    return "LOAD REPORT" not in text
+
+
+def check_complete(loaded: PreTrainedModel, model: str, report: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has the tensors of the model that its config.json describes, and no quantized ones.
+
+    transformers would give random values to missing tensors, and drop decoder layers beyond num_hidden_layers.
 
     Args:
         report: the loading report of `from_pretrained`. Its missing keys are without those that share memory.
 
     Raises:
-        UserError: names a few missing tensors, and the prefix that the checkpoint has for them.
+        UserError: names a few tensors and the likely cause.
     """
     missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if not missing:
+    unexpected = sorted(report["unexpected_keys"])
+    if quantized := [name for name in unexpected if QUANTIZED.search(name)]:
+        raise UserError(f"'{model}' is quantized (it has {few(quantized)}); give the model that it was made from")
+    if missing:
+        added = next(filter(None, (_added_parts(name, missing[0]) for name in unexpected)), None)
+        cause = "its files are incomplete or of another architecture"
+        if added:
+            cause = f"its names have '{added}.' in them: save it from the unwrapped model"
+        raise UserError(f"'{model}' lacks {len(missing)} tensors of the model ({few(missing)}); {cause}")
+    if not unexpected:
         return
-    others = [name for name in report["unexpected_keys"] if name.endswith(f".{missing[0]}")]
-    cause = "its files are incomplete or of another architecture"
-    if others:
-        cause = f"it has names with the prefix '{others[0].removesuffix(missing[0])}': save it from the unwrapped model"
-    raise UserError(f"'{model}' lacks {len(missing)} tensors of the model ({few(missing)}); {cause}")
+    prefix, layers = decoder_layers(loaded)
+    known = {name.partition(".")[2] for name in layers.state_dict()}
+    numbered = [re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name) for name in unexpected]
+    tails: dict[str, set[str]] = {}
+    for match in filter(None, numbered):
+        tails.setdefault(match[1], set()).add(match[2])
+    # Other tensors are in there for prediction of several tokens, which transformers leaves out of the model.
+    if further := [number for number, names in tails.items() if names <= known]:
+        raise UserError(
+            f"'{model}' has tensors of {prefix}.{further[0]}, which the model of its config.json with {len(layers)} "
+            "layers lacks; correct num_hidden_layers"
+        )
+    warn_once(f"{len(unexpected)} tensors of '{model}' are not part of the language model ({few(unexpected)})")
+
+
+def _added_parts(name: str, wanted: str) -> str:
+    """The parts of a dotted name that are not in `wanted`; "" if that is not all the difference.
+
+    >>> _added_parts("model.layers.0._orig_mod.mlp.weight", "model.layers.0.mlp.weight")
+    '_orig_mod'
+    """
+    rest, added = wanted.split("."), []
+    for part in reversed(name.split(".")):
+        if rest and part == rest[-1]:
+            rest.pop()
+        else:
+            added.append(part)
+    return "" if rest else ".".join(reversed(added))
 
 
 def check_finite(loaded: nn.Module, model: str) -> None:
-    """Check that no weight of a model loaded from `model` is NaN or infinite.
+    """Check that no weight of a model loaded from `model` is NaN or infinite, and no buffer NaN.
 
     Raises:
-        UserError: names the first such weight.
+        UserError: names the first one.
     """
-    for name, weight in loaded.named_parameters():
-        if weight.is_floating_point() and weight.numel() and not all(part.isfinite() for part in weight.aminmax()):
-            raise UserError(f"the weight {name} of '{model}' holds NaN or infinite values; the checkpoint is damaged")
+    for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = tensor.aminmax()
+        if low.isnan() or (isinstance(tensor, nn.Parameter) and (low.isinf() or high.isinf())):
+            cause = "the checkpoint is damaged"
+            if tensor.dtype == torch.float16 and not low.isnan():
+                cause = "it exceeds float16, or the checkpoint is damaged; try --dtype bf16 or fp32"
+            raise UserError(f"{name} of '{model}' holds NaN or infinite values; {cause}")
 
 
 def refuse_quantized(config: PretrainedConfig, model: str) -> None:
@@ -140,10 +205,9 @@ def refuse_quantized(config: PretrainedConfig, model: str) -> None:
     Raises:
         UserError: it is quantized.
     """
-    settings = getattr(config, "quantization_config", None)
-    if settings:
-        settings = settings if isinstance(settings, dict) else settings.to_dict()
-        method = settings.get("quant_algo") or settings.get("quant_method")
+    fields = config.to_dict()
+    if settings := fields.get("quantization_config") or text_fields(config).get("quantization_config"):
+        method = settings.get("quant_algo") or settings.get("quant_method") or "its config.json says so"
         raise UserError(f"'{model}' is quantized ({method}); give the unquantized model that it was made from")
 
 
@@ -282,6 +346,15 @@ def text_fields(config: PretrainedConfig) -> dict[str, Any]:
     text = config.get_text_config(decoder=True)
     fields = text.to_dict()
     return fields | {name: fields[stored] for name, stored in text.attribute_map.items() if stored in fields}
+
+
+def computing_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of the language model's configuration that decide what it computes, in types of JSON."""
+    from transformers import PretrainedConfig
+
+    fields, common = config.get_text_config(decoder=True).to_dict(), PretrainedConfig().to_dict()
+    kept = {key: fields[key] for key in fields.keys() - common.keys() if not NO_EFFECT.search(key)}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -104,8 +104,9 @@ def load_sparse(
     from transformers import GenerationConfig
 
     empty = load_structure(model, trust_remote_code)
-    weights = load_state(path)["model_state_dict"]
-    check_state_fits(weights, empty, path)
+    state = load_state(path)
+    weights = state["model_state_dict"]
+    check_state_fits(state, empty, path)
     empty.config.get_text_config().vocab_size = empty.get_input_embeddings().weight.shape[0]
     if dtype == "auto":
         dtype = empty.config.dtype or next(iter(weights.values())).dtype

@@ -35,6 +35,6 @@ def test_restored_model_computes_with_the_masked_weights(model_dir, state_path):
 def test_state_of_another_model_is_refused(state_path):
     with pytest.raises(UserError, match="belongs to another model"):
         restore_sparse(tiny_llama(hidden=64), state_path)
-    for load in (restore_sparse, lambda model, path: load_weights(model, load_state(path)["model_state_dict"], path)):
+    for load in (restore_sparse, lambda model, path: load_weights(model, load_state(path), path)):
         with pytest.raises(UserError, match="belongs to another model"):
             load(tiny_llama(layers=3), state_path)

@@ -86,12 +86,14 @@ def prune_model(
     if device.type == "cpu":
         keep_freed_memory()  # from batch to batch; it is returned after every layer
     use_blocked_attention(model, device)
-    layers, streams = decoder_layers(model)[1], (recipe.needs_pruned, recipe.needs_dense)
+    layers = decoder_layers(model)[1]
     heads, prefetcher = head_counts(model.config), LayerPrefetcher(layers, device)
     masks: Masks = {}
     rows: list[MatrixLog] = []
     with one_by_one(model):
         plans = plan(model, recipe, ignore, bool(batches))
+        # Experts see the tokens that the pruned model sends them, whatever the recipe.
+        streams = (recipe.needs_pruned or any(each.transposed for each in plans), recipe.needs_dense)
         states = (
             HiddenStates(model, layers, batches, device, activations_dir, *streams, token_weights) if batches else None
         )

@@ -124,7 +124,8 @@ def estimate(
     width, element = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
     widest = max(layer[-1][2] for layer in sizes if layer)  # inputs of a layer's last linear, kept for one layer
     fitted = recipe.asymmetric * (2 * width + widest) * (2 if in_bf16 else element)  # of the dense model
-    streams = calibration.size * length * (width * element + fitted)
+    kept = 2 if stacked and not recipe.needs_pruned else 1  # experts need the pruned model's hidden states
+    streams = calibration.size * length * (kept * width * element + fitted)
     counts = zip(calibration.sources, shares(calibration.sources, calibration.size), strict=True)
     written = sum(count for source, count in counts if source.spec == SELF)
     writer = empty_model(model.config, writing_dtype(device), trust_remote_code) if written else None

@@ -13,6 +13,7 @@ from sparsity.attention import use_blocked_attention
 from sparsity.errors import UserError
 from sparsity.files import atomic_path
 from sparsity.modelopt_state import (
+    CONFIG,
     PATTERN,
     load_state,
     mask_name,
@@ -21,6 +22,7 @@ from sparsity.modelopt_state import (
     sparse_masks,
     state_to_save,
 )
+from sparsity.models import computing_fields
 from sparsity.pattern import Pattern
 from sparsity.pts.experts import one_by_one
 from sparsity.pts.recipe import METHODS, Recipe
@@ -49,7 +51,8 @@ def save_state(model: PreTrainedModel, masks: dict[str, Tensor], path: Path, rec
         if mask.dim() == 2:
             model.get_submodule(name).set_mask(mask)
     modelopt_state = mto.modelopt_state(model)
-    modelopt_state["modelopt_state_dict"][-1][1]["metadata"][PATTERN] = str(recipe.pattern)
+    own = {PATTERN: str(recipe.pattern), CONFIG: computing_fields(model.config)}
+    modelopt_state["modelopt_state_dict"][-1][1]["metadata"].update(own)
     torch.save(state_to_save(modelopt_state, {**model.state_dict(), **stacked}), path)
 
 

@@ -67,7 +67,7 @@ def load_student(args: SatArguments, pad_token_id: int) -> Student:
     dtype = training.compute_dtype if training.lora_rank else torch.float32
     model = model_without_weights(args.model.model_name_or_path, dtype, args.model.trust_remote_code)
     if path and training.lora_rank:
-        check_state_fits(tensors, model, path)
+        check_state_fits(state, model, path)
         modelopt_state, scale = state["modelopt_state"], training.lora_alpha / training.lora_rank
         embeddings = not training.freeze_embeddings
         add_low_rank(model, tensors, training.lora_rank, scale, training.seed, embeddings)

@@ -157,7 +157,7 @@ def test_model_families(tmp_path, architecture):
     dense = str(tmp_path / "dense")
     state = mts.sparsify(load_model(dense), "sparse_magnitude").state_dict()
     model = load_model(dense)
-    load_weights(model, state, "state.pth")
+    load_weights(model, {"model_state_dict": state}, "state.pth")
     expected = logits(model)
     model = quantize.quantize(model, FORMATS["int8_sq"], list(IDS.split(1)), torch.device("cpu"))
     (tmp_path / "out").mkdir()

@@ -96,7 +96,7 @@ def test_merged_state_computes_what_was_trained(model_dir, state_path):
         assert weight.dtype == state[name].dtype and torch.equal(mask, state[f"{path}_weight_mask"])
         assert (weight[~mask] == 0).all() and not torch.signbit(weight[~mask]).any()
     plain = load_model(str(model_dir))
-    load_weights(plain, result, "result")
+    load_weights(plain, {"model_state_dict": result}, "result")
     ids = torch.arange(2, 40)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 

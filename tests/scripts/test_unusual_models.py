@@ -64,7 +64,8 @@ def succeed(script, *arguments):
 
 DAMAGES = {
     "module.": lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
-    "_orig_mod.": lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+    "_orig_mod.": lambda tensors: {name.replace("layers.0.", "layers.0._orig_mod."): t for name, t in tensors.items()},
+    "base_model.model.": lambda tensors: {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
     "up_proj": lambda tensors: {name: tensor for name, tensor in tensors.items() if "0.mlp.up_proj" not in name},
     "lm_head": lambda tensors: {name: tensor for name, tensor in tensors.items() if "lm_head" not in name},
 }
@@ -89,6 +90,111 @@ def test_nonfinite_weights_are_named_at_load(name, model_dir, text, tmp_path):
     result = prune(model, text, tmp_path / "out")
     assert_clear_error(result, name, "NaN")
     assert "--dtype" not in result.stderr
+
+
+def test_weight_beyond_float16(model_dir, text, tmp_path):
+    def enlarge(tensors):
+        tensors["model.norm.weight"][5] = 7e4
+        return tensors
+
+    model = change_tensors(model_dir, tmp_path / "model", enlarge)
+    assert_clear_error(prune(model, text, tmp_path / "out", "--dtype", "fp16"), "model.norm.weight", "--dtype bf16")
+    assert prune(model, text, tmp_path / "out").returncode == 0
+
+
+def test_nan_in_a_router_bias_is_named(text, tmp_path):
+    def poison(tensors):
+        next(tensor for name, tensor in tensors.items() if "e_score_correction_bias" in name)[0] = float("nan")
+        return tensors
+
+    model = change_tensors(save_model("deepseek_v3", tmp_path / "clean"), tmp_path / "model", poison)
+    assert_clear_error(prune(model, text, tmp_path / "out"), "e_score_correction_bias", "NaN")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_more_layers_than_the_config_says(family, text, tmp_path):
+    model = change_config(save_model(family, tmp_path / "model"), num_hidden_layers=2)
+    assert_clear_error(prune(model, text, tmp_path / "out"), "model.layers.2", "num_hidden_layers")
+
+
+def test_layers_for_several_tokens_are_exported_as_they_are(model_dir, text, tmp_path):
+    """Multi-token prediction, as DeepSeek and GLM have it; transformers leaves it out of the model."""
+
+    def add_layer(tensors):
+        layer = {name.replace("layers.1", "layers.2"): t + 0 for name, t in tensors.items() if "layers.1." in name}
+        return {**tensors, **layer, "model.layers.2.eh_proj.weight": torch.ones(8, 8)}
+
+    model = change_tensors(model_dir, tmp_path / "model", add_layer)
+    state = tmp_path / "pts" / "pts_modelopt_state.pth"
+    result = prune(model, text, state.parent)
+    assert result.returncode == 0
+    assert result.stderr.count("tensors of") == 1
+    succeed("export_hf.py", "--model_dir", model, "--modelopt_restore_path", state, "--output_dir", tmp_path / "new")
+    source, exported = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "new"))
+    assert source.keys() == exported.keys()
+    assert all(torch.equal(source[name], exported[name]) for name in source if "layers.2." in name)
+
+
+@pytest.mark.parametrize("missing", [".experts.1.", ".experts.1.w1"])
+def test_mixture_that_lacks_an_expert(missing, text, tmp_path):
+    def drop(tensors):
+        return {name: tensor for name, tensor in tensors.items() if missing not in name}
+
+    model = change_tensors(save_model("mixtral", tmp_path / "whole"), tmp_path / "model", drop)
+    assert_clear_error(prune(model, text, tmp_path / "out"), "mlp.experts.gate_up_proj")
+
+
+def quantized_fp8(source, target):
+    """A copy of a model folder whose linear layers are stored in fp8 with scales, and whose config.json is silent."""
+
+    def quantize(tensors):
+        layers = {name: tensor for name, tensor in tensors.items() if "proj" in name}
+        scales = {f"{name}_scale": tensor.abs().max() / 448 for name, tensor in layers.items()}
+        packed = {name: (t / scales[f"{name}_scale"]).to(torch.float8_e4m3fn) for name, t in layers.items()}
+        return {**tensors, **packed, **scales}
+
+    return change_tensors(source, target, quantize)
+
+
+def test_quantized_weights_without_a_word_in_the_config(model_dir, text, tmp_path):
+    model = quantized_fp8(model_dir, tmp_path / "model")
+    assert_clear_error(prune(model, text, tmp_path / "out"), "quantized", "weight_scale")
+    assert_clear_error(run_forked("eval_ppl.py", "--model_dir", model, "--text", text, "--context", 32), "quantized")
+
+
+def test_quantization_named_in_the_text_config(text, tmp_path):
+    model = save_model("gemma3", tmp_path / "model")
+    nested = json.loads((model / "config.json").read_text())["text_config"]
+    change_config(model, text_config={**nested, "quantization_config": {"quant_method": "fp8"}})
+    assert_clear_error(prune(model, text, tmp_path / "out"), "is quantized (fp8)")
+
+
+# ------------------------------------------------------------------------------------------------ another model's state
+
+
+@pytest.fixture(scope="module")
+def pruned_state(model_dir, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned")
+    assert prune(model_dir, text, folder).returncode == 0
+    return folder / "pts_modelopt_state.pth"
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 0.1}, {"hidden_act": "relu"}, {"rope_parameters": {"rope_theta": 9.0}}], ids=str
+)
+def test_state_of_a_model_that_computes_otherwise(change, model_dir, pruned_state, text, data_dir, tmp_path):
+    other = change_config(shutil.copytree(model_dir, tmp_path / "other"), **change)
+    options = ("--model_dir", other, "--modelopt_restore_path", pruned_state)
+    assert_clear_error(run_forked("eval_ppl.py", *options, "--text", text, "--context", 32), *change)
+    assert_clear_error(run_forked("export_hf.py", *options, "--output_dir", tmp_path / "exported"), *change)
+    training = ("--data_path", data_dir, "--output_dir", tmp_path / "sat", "--max_length", 200)
+    assert_clear_error(run_forked("finetune.py", "--model", other, "--restore_path", pruned_state, *training), *change)
+
+
+def test_state_fits_whatever_does_not_change_its_model(model_dir, pruned_state, text, tmp_path):
+    changes = {"use_cache": False, "attention_dropout": 0.5, "max_position_embeddings": 4096, "pad_token_id": 3}
+    other = change_config(shutil.copytree(model_dir, tmp_path / "other"), **changes)
+    assert perplexity(other, text, tmp_path, pruned_state) == perplexity(model_dir, text, tmp_path, pruned_state)
 
 
 # ----------------------------------------------------------------------------------------------------------------- ties
@@ -306,6 +412,24 @@ def test_verification_counts_experts(family, text, tmp_path):
     succeed("export_hf.py", "--model_dir", model, "--modelopt_restore_path", state, "--output_dir", tmp_path / "new")
     assert "experts" in succeed("verify_sparsity.py", tmp_path / "new", "--require", "2:4")
     assert perplexity(tmp_path / "new", text, tmp_path) == pytest.approx(perplexity(model, text, tmp_path, state))
+
+
+def test_verification_names_experts_that_were_left_dense(mixture, text, tmp_path):
+    model, state = mixture[0], tmp_path / "pts" / "pts_modelopt_state.pth"
+    assert prune(model, text, state.parent, "--ignore", "*experts*").returncode == 0
+    table = succeed("verify_sparsity.py", state, "--require", "2:4")
+    assert "dense, without a mask: 8 matrices" in table
+    assert "mlp.experts.down_proj" in table
+    assert "without a mask" not in succeed("verify_sparsity.py", mixture[1], "--require", "2:4")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_fast_pruning_of_experts(family, text, tmp_path):
+    """It takes the statistics of all else from the dense model, and the experts' from what the router sends them."""
+    model, state = save_model(family, tmp_path / "model"), tmp_path / "pts" / "pts_modelopt_state.pth"
+    result = prune(model, text, state.parent, "--quality", "fast")
+    assert result.returncode == 0, result.stderr
+    assert "experts" in succeed("verify_sparsity.py", state, "--require", "2:4")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
