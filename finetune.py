@@ -53,12 +53,10 @@ def main() -> None:
         print(memory.table(memory.model_shapes(config, model_args.trust_remote_code), memory.settings_of(args)))
         return
 
-    import torch
     from transformers.utils import logging
 
     from sparsity.devices import keep_freed_memory
     from sparsity.distributed import start_processes
-    from sparsity.errors import UserError
     from sparsity.reporting.plots import plot_loss
     from sparsity.sat import resume
     from sparsity.sat.callbacks import read_log
@@ -95,11 +93,7 @@ def main() -> None:
     # Phase 4: training.
     keep_freed_memory()  # the activations of a step reuse the memory of the last one's
     trainer = build_trainer(args, student, teacher, tokenizer, (train, data.evaluation))
-    try:
-        trainer.fit(checkpoint)
-    except torch.OutOfMemoryError as error:
-        advice = memory.advice(memory.model_shapes(config), memory.settings_of(args))
-        raise UserError(f"CUDA ran out of memory at step {trainer.state.global_step + 1}. {advice}") from error
+    trainer.fit(checkpoint)
     if trainer.interrupted:
         step = trainer.state.global_step
         process.print(
@@ -117,4 +111,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, "lower --train_bs or --max_length, or set --lora_rank; --dry_run prints the need")
+    run_cli(
+        main,
+        "lower --train_bs or --max_length, or set --lora_rank; --dry_run prints the need",
+    )

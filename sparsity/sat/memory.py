@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 ADAM_BYTES = 8  # of optimizer state per trained parameter
 OPTIMIZER_BYTES = {"adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.01, "sgd": 0}  # unlike Adam in fp32
-SUGGESTED_RANK = 64  # of low-rank training in the advice
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Shapes:
 
     parameters: int
     layer_parameters: int  # in one decoder layer
-    pruned: int  # in layers with masks
+    pruned: int  # in layers with masks, and in experts that are stored together
     embeddings: int  # also in a head that is tied to them
     sides: int  # rows and columns of all pruned matrices: the parameters of low-rank updates of rank 1
     layers: int
@@ -85,7 +84,7 @@ def model_shapes(config: PretrainedConfig, trust_remote_code: bool = False) -> S
     return Shapes(
         parameters=sum(weight.numel() for weight in model.parameters()),
         layer_parameters=sum(weight.numel() for weight in layers.parameters()) // len(layers),
-        pruned=sum(shape.numel() for shape in pruned),
+        pruned=sum(map(torch.Size.numel, pruned)) + sum(w.numel() for w in layers.parameters() if w.dim() == 3),
         embeddings=sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)),
         sides=sum(sum(shape) for shape in pruned),
         layers=len(layers),
@@ -140,7 +139,7 @@ def total_gib(shapes: Shapes, run: Settings) -> float:
 
 
 def table(shapes: Shapes, run: Settings) -> str:
-    """The estimate as text, one purpose a line, and what would save the most memory."""
+    """The estimate as text, one purpose a line."""
     kind = f"low-rank training, rank {run.lora_rank}" if run.lora_rank else "full training"
     host = shapes.parameters * ((run.compute_bytes if run.lora_rank else 4) + run.compute_bytes * run.distill)
     lines = [
@@ -150,27 +149,4 @@ def table(shapes: Shapes, run: Settings) -> str:
     lines += [f"  {name:12s} {size / GIB:9.2f} GiB" for name, size in estimate(shapes, run).items() if size]
     lines.append(f"  {'total':12s} {total_gib(shapes, run):9.2f} GiB, without fragmentation (allow 10% more)")
     lines.append(f"host memory while loading: {host / GIB:.1f} GiB on each machine")
-    return "\n".join([*lines, "what saves the most per GPU:", *(f"  {line}" for line in savings(shapes, run))])
-
-
-def savings(shapes: Shapes, run: Settings) -> list[str]:
-    """The three changes of options that save the most memory, and how much."""
-    length, rows = run.max_length // 2, max(1, run.train_bs // 2)
-    changes = {
-        "twice as many GPUs (--num_processes)": replace(run, processes=2 * run.processes),
-        f"--lora_rank {SUGGESTED_RANK}": replace(run, lora_rank=run.lora_rank or SUGGESTED_RANK),
-        "--gradient_checkpointing": replace(run, checkpointing=True),
-        f"--train_bs {rows} with more --gradient_accumulation_steps": replace(run, train_bs=rows, accumulates=True),
-        f"--max_length {length}": replace(run, max_length=length),
-        "--optim adafactor": replace(run, optimizer_bytes=min(run.optimizer_bytes, OPTIMIZER_BYTES["adafactor"])),
-        "--teacher_offload": replace(run, teacher_offload=run.processes > 1),
-    }
-    saved = {text: total_gib(shapes, run) - total_gib(shapes, changed) for text, changed in changes.items()}
-    best = sorted(saved, key=lambda text: -saved[text])[:3]
-    return [f"{text} saves about {saved[text]:.1f} GiB" for text in best if saved[text] > 0]
-
-
-def advice(shapes: Shapes, run: Settings) -> str:
-    """The need of a run that ran out of memory, and what would save the most, as one line."""
-    best = "; ".join(savings(shapes, run))
-    return f"The run needs about {total_gib(shapes, run):.1f} GiB per GPU. Most effective: {best}."
+    return "\n".join(lines)

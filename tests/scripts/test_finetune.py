@@ -221,17 +221,6 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(run_here, monkeypatch
     assert checkpoints.last_complete(tmp_path / "out" / "checkpoints").name == "checkpoint-4"
 
 
-def test_out_of_memory_names_the_changes_that_save_most(run_here, monkeypatch):
-    from sparsity.sat import trainer
-
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(trainer, "batch_loss", fails)
-    with pytest.raises(UserError, match=r"out of memory at step 1\. .* Most effective: .*--train_bs 1 with more"):
-        run_here("--max_length", 400, "--train_bs", 2, "--max_steps", 2)
-
-
 def forget_the_end(folder: Path, copy: Path) -> Path:
     """A copy of a finished run as if it had been killed after step 12."""
     shutil.copytree(folder, copy)
