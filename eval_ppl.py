@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         help="texts to measure, each a file, a folder, or a hub data set NAME:CONFIG:SPLIT",
     )
     text.add_argument("--split", default="test", help="split of a data set that names none")
-    text.add_argument("--text_column", default="text", help="column of a data set's text")
+    text.add_argument("--text_column", help="column of a data set; by default its chats, or text, input, …")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--context", type=int, default=2048, help="tokens per window")
     protocol.add_argument("--stride", type=int, help="tokens from one window to the next (by default --context)")

@@ -59,7 +59,8 @@ done
 
 machines="${launch[--num_machines]}"
 if [[ -z ${launch[--num_processes]:-} ]]; then
-    gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+    # Without torch, finetune.py says what to install.
+    gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)"
     launch[--num_processes]=$((gpus > 0 ? gpus * machines : 1))
 fi
 ((launch[--num_processes] >= 1)) || fail "--num_processes must be at least 1, got ${launch[--num_processes]}"

@@ -196,6 +196,8 @@ def _explain(error: Exception, memory_advice: str) -> str | None:
         return f"{shortage}; {memory_advice}. Files saved before are intact."
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sparsity"):
+        return f"the package {error.name} is not installed; install what is missing: pip install -r requirements.txt"
     if isinstance(error, OSError) and error.errno in FAILED_WRITES:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}. Free space or choose another output folder."

@@ -50,16 +50,14 @@ class Pattern:
     def fits(self, weight: Tensor) -> bool:
         """Whether a matrix [rows, inputs] has at least the zeros of the pattern.
 
-        Unstructured zeros are counted per group of matrices that read the same input, so that a matrix may have fewer
-        than its fraction; at least half of it must be there. In matrices of experts [experts, …, …] groups run along
-        either of the two last dimensions.
+        In matrices of experts [experts, …, …] groups run along either of the two last dimensions.
 
         >>> import torch
         >>> Pattern().fits(torch.tensor([[1.0, 0.0, 0.0, 2.0]])), Pattern().fits(torch.tensor([[1.0, 3.0, 0.0, 2.0]]))
         (True, False)
         """
         if not self.m:
-            return bool((weight == 0).double().mean() >= self.fraction / 2)
+            return bool((weight == 0).double().mean() >= self.fraction)
         layouts = (weight, weight.transpose(-1, -2)) if weight.dim() > 2 else (weight,)
         return any(
             each.shape[-1] % self.m == 0 and bool(((each != 0).unflatten(-1, (-1, self.m)).sum(dim=-1) <= self.n).all())

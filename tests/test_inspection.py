@@ -19,6 +19,12 @@ def test_two_to_four_is_judged_within_groups_of_consecutive_inputs():
     assert Pattern().fits(sparse_matrix()) and not Pattern().fits(sparse_matrix().t().contiguous())
 
 
+def test_unstructured_zeros_are_counted_in_each_matrix():
+    weight = torch.ones(8, 10)
+    weight[:, :5] = 0
+    assert Pattern.parse("unstructured:0.5").fits(weight) and not Pattern.parse("unstructured:0.6").fits(weight)
+
+
 def test_counts_of_one_matrix():
     weight = sparse_matrix(32, 64).half()
     weight[0][weight[0] == 0] = -0.0

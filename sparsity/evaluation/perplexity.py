@@ -52,7 +52,7 @@ def windows_of(
     stride: int,
     limit: int | None,
     split: str = "test",
-    column: str = "text",
+    column: str | None = None,
 ) -> torch.Tensor:
     """Full windows of a text's token stream, each starting `stride` tokens after the one before.
 
@@ -69,7 +69,7 @@ def windows_of(
         UserError: the text does not fill one window.
     """
     needed = context + (limit - 1) * stride if limit else None
-    texts = read_source(source, needed, None, split, column)
+    texts = read_source(source, needed, None, split, column, tokenizer)
     if not is_file(source.spec):
         texts = ["\n\n".join(texts)]
     stream = token_blocks(tokenizer, texts, block_size=1, limit=needed).flatten()
@@ -80,7 +80,9 @@ def windows_of(
     return stream.unfold(0, context, stride)
 
 
-def protocol_line(windows: torch.Tensor, stride: int, scored: int, source: Source, split: str, column: str) -> str:
+def protocol_line(
+    windows: torch.Tensor, stride: int, scored: int, source: Source, split: str, column: str | None
+) -> str:
     """One line that says how a perplexity was measured; see `windows_of` for the arguments."""
     parts = [*[*source.spec.split(":"), split][:3], column]
     text = Path(source.spec).name if is_file(source.spec) else " ".join(filter(None, parts))

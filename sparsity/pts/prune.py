@@ -278,7 +278,7 @@ def prune_group(group: Group, statistics: Statistics | None, recipe: Recipe) -> 
             errors = relative_errors(weight, pruned, statistics.hessian)
     else:
         assert statistics is not None
-        pruned, mask, errors, percdamp = updated_weight(weight, statistics, recipe, next(iter(group)))
+        pruned, mask, errors, percdamp = updated_weight(weight, statistics, recipe, next(iter(group)), sizes)
     seconds = time.perf_counter() - started
     masks, rows = {}, []
     for (name, linear), new, kept in zip(group.items(), pruned.split(sizes), mask.split(sizes), strict=True):
@@ -297,9 +297,12 @@ def prune_group(group: Group, statistics: Statistics | None, recipe: Recipe) -> 
 
 @tf32(False)
 def updated_weight(
-    weight: Tensor, statistics: Statistics, recipe: Recipe, name: str
+    weight: Tensor, statistics: Statistics, recipe: Recipe, name: str, sizes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Prune one weight [rows, cols] float32 by SparseGPT and refit what is left; the statistics are used up.
+
+    Args:
+        sizes: rows of each linear layer of the group.
 
     Returns:
         pruned weight; mask, True is kept; the relative error's numerator and denominator per row [2, rows]; the damping
@@ -312,7 +315,7 @@ def updated_weight(
     if statistics.cross is not None:
         weight = least_squares(weight, statistics.cross, inverse_factor)
         statistics.cross = None
-    pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size)
+    pruned, mask = sparsegpt(weight, inverse_factor, recipe.pattern, recipe.block_size, sizes)
     del inverse_factor  # as large as the Hessian
     error = None
     if recipe.refit_iterations:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import TYPE_CHECKING
 
 from sparsity.pattern import Pattern
@@ -26,7 +27,7 @@ def score_mask(scores: Tensor, pattern: Pattern) -> Tensor:
 
     grouped = scores.unflatten(1, (-1, pattern.m)) if pattern.m else scores
     size = grouped.shape[-1]
-    kept = grouped.topk(pattern.n if pattern.m else size - round(pattern.fraction * size), dim=-1).indices
+    kept = grouped.topk(pattern.n if pattern.m else size - ceil(pattern.fraction * size), dim=-1).indices
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, kept, True).view_as(scores)
 
 

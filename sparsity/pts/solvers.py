@@ -8,6 +8,8 @@ tr((S - W) H (S - W)ᵀ) = ‖S X - W X‖². All of it is 32-bit float arithmet
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -109,7 +111,9 @@ def group_costs(inverse_factor: Tensor, pattern: Pattern) -> tuple[Tensor, Tenso
     return forms, kept
 
 
-def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int = 128) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int = 128, sizes: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Prune group by group from left to right, each time letting all later columns make up for the loss.
 
     The loop of SparseGPT (Algorithm 1) with the whole group of m as its step. Columns are processed in blocks:
@@ -118,12 +122,14 @@ def sparsegpt(weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_si
     Args:
         weight: [rows, cols] float32, left as it is.
         inverse_factor: U of `damp`, [cols, cols].
+        sizes: rows of each of the weights that are stacked, all of which get an unstructured pattern's zeros.
 
     Returns:
         pruned and updated weight [rows, cols], mask [rows, cols] (True is kept).
     """
     if not 0 < pattern.m <= EXACT:
-        return sparsegpt_by_scores(weight, inverse_factor, pattern, pattern.m or block_size)
+        sizes = list(sizes or weight.shape[:1])
+        return sparsegpt_by_scores(weight, inverse_factor, pattern, pattern.m or block_size, sizes)
     m, cols = pattern.m, weight.shape[1]
     forms, kept = group_costs(inverse_factor, pattern)
     w = weight.t().contiguous()  # [cols, rows]: a group is then a contiguous slab
@@ -164,7 +170,7 @@ def sweep(block: Tensor, inverse_factor: Tensor, forms: Tensor) -> tuple[Tensor,
 
 
 def sparsegpt_by_scores(
-    weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int
+    weight: Tensor, inverse_factor: Tensor, pattern: Pattern, block_size: int, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """SparseGPT's own column loop, with the weights to prune chosen by w² / U_jj² per group or block (section 3.3)."""
     w = weight.t().contiguous()
@@ -176,8 +182,9 @@ def sparsegpt_by_scores(
         if pattern.m:
             mask[start:end] = score_mask(saliency.t(), pattern).t()
         else:
-            count = max(1, round(saliency.numel() * pattern.fraction))
-            mask[start:end] = saliency > saliency.flatten().kthvalue(count).values
+            parts = saliency.split(sizes, dim=1)
+            limits = [part.flatten().kthvalue(ceil(part.numel() * pattern.fraction)).values for part in parts]
+            mask[start:end] = torch.cat([part > limit for part, limit in zip(parts, limits, strict=True)], dim=1)
         errors = torch.empty_like(w[start:end])
         for j in range(start, end):
             errors[j - start] = w[j].masked_fill(mask[j], 0.0) / scale[j]

@@ -444,6 +444,9 @@ def check_arguments(args: SatArguments) -> None:
             raise UserError(f"--text_ratio 1 would read all of the hub set '{source.spec}'; set --text_tokens")
     if training.lora_alpha != _default("lora_alpha") and not training.lora_rank:
         raise UserError(f"--lora_alpha {training.lora_alpha} scales low-rank updates; set --lora_rank too")
+    unsharded = not (training.sharded or training.dry_run or training.check_only)
+    if unsharded and "shard" in training.given["fsdp"]:
+        warn(f"--fsdp {training.given['fsdp']} has no effect in one process; `accelerate launch --cpu` starts only one")
     offload = training.cpu_offload or args.distillation.teacher_offload
-    if offload and not (training.sharded or training.dry_run or training.check_only):
+    if offload and unsharded:
         raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")

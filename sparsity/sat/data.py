@@ -64,8 +64,9 @@ def encode_records(
     max_length: int,
     workers: int,
     template: PromptTemplate = DEFAULT_TEMPLATE,
+    name: str | Path = "the data",
 ) -> Dataset:
-    """Tokenize records in `workers` processes, with a warning about those that lose more than their article."""
+    """Tokenize the records of the file `name` in `workers` processes; warns if any lose more than their article."""
     from datasets import Dataset
 
     def encode(record: dict[str, str], index: int) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def encode_records(
     cut = sum(labels[-1] != tokenizer.eos_token_id for labels in dataset.select(full)["labels"]) if full else 0
     if cut or headless:
         counts = f"of {len(records)} records {cut} lost the end of their answer and {headless} the start of the prompt"
-        warn(f"--max_length {max_length} is short: {counts}")
+        warn(f"--max_length {max_length} is short for {name}: {counts}")
     return dataset.remove_columns("headless")
 
 
@@ -148,7 +149,8 @@ def load_records(
     path = require_file(path, "data file")
     prompt = [template.head, template.tail, str(template.special_tokens)]
     key = ["records", file_digest(path), tokenizer_digest(tokenizer), *prompt, str(max_length)]
-    return cached(cache_dir, key, lambda: encode_records(tokenizer, read_records(path), max_length, workers, template))
+    words = (max_length, workers, template, path)
+    return cached(cache_dir, key, lambda: encode_records(tokenizer, read_records(path), *words))
 
 
 def load_texts(

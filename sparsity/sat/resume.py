@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import file_digest, is_sealed, read_json, save_json
+from sparsity.modelopt_state import sparsity_name
 from sparsity.pattern import DENSE
 from sparsity.sat import checkpoints
 from sparsity.sat.arguments import RESUME, SatArguments, options
@@ -28,15 +29,15 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
         "order": training.order_batch,
     }
     settings[PROMPT_FIELD] = asdict(template)
-    settings["restore_path"] = DENSE  # unless there is a state
-    files: dict[str, Any] = {}
-    if args.model.modelopt_restore_path:
-        files["restore_path"] = args.model.modelopt_restore_path
+    state = args.model.modelopt_restore_path
+    settings["restore_path"] = None  # unless there is a state
+    files: dict[str, Any] = {"restore_path": state} if state else {}
     if args.data.uses_records:
         files["data_path"] = args.data.train_file
     settings |= {name: file_digest(path) for name, path in files.items()}
     if args.data.text_path:
         settings["text_path"] = [content_key(source) for source in parse_sources(args.data.text_path)]
+    settings["sparsity"] = sparsity_name(state) or DENSE
     return settings
 
 

@@ -57,7 +57,7 @@ def test_only_the_article_is_cut(tokenizer, records):
 
 @pytest.mark.parametrize("length", [1, 30, 64])
 def test_a_quarter_is_the_answer_where_the_template_alone_is_longer(tokenizer, records, capsys, length):
-    dataset = encode_records(tokenizer, records, length, 1)
+    dataset = encode_records(tokenizer, records, length, 1, name="train.json")
     answers = [tokenizer(record["output"], add_special_tokens=False)["input_ids"] for record in records]
     for sample, answer in zip(dataset, answers, strict=True):
         labels = [label for label in sample["labels"] if label != IGNORE]
@@ -65,7 +65,8 @@ def test_a_quarter_is_the_answer_where_the_template_alone_is_longer(tokenizer, r
         assert labels == [*answer, tokenizer.eos_token_id][: len(labels)]
         before = tokenizer.decode(sample["input_ids"][: length - len(labels)])
         assert DEFAULT_TEMPLATE.tail.endswith(before) or before.endswith(DEFAULT_TEMPLATE.tail)
-    assert capsys.readouterr().err.count("and 10 the start of the prompt") == 1
+    error = capsys.readouterr().err
+    assert error.count("and 10 the start of the prompt") == error.count("is short for train.json") == 1
 
 
 def test_an_overlong_answer_loses_its_end_and_an_overlong_prompt_its_start(tokenizer, records, capsys):

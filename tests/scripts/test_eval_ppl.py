@@ -75,6 +75,21 @@ def test_sparse_state_changes_the_figure_and_a_data_set_equals_a_file(
     assert_clear_error(wrong, "no column 'article'", "text")
 
 
+def test_chats_are_measured_as_plain_text_is(model_dir, text_path, tmp_path, monkeypatch):
+    """In a file and in a data set; this tokenizer has no template, so that the turns are joined by line breaks."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": text_path.read_text()}]
+    (tmp_path / "plain.txt").write_text("\n".join(turn["content"] for turn in turns))
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "test.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    words = ["plain=" + str(tmp_path / "plain.txt"), "set=" + str(tmp_path / "chats")]
+    words += ["file=" + str(tmp_path / "chats" / "test.jsonl"), "--output_json", tmp_path / "out.json"]
+    result = run_inline("eval_ppl.py", "--model_dir", model_dir, "--context", "32", "--text", *words)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["perplexities"]
+    assert len({found[name]["perplexity"] for name in ("plain", "set", "file")}) == 1
+
+
 def test_several_texts_give_the_figures_of_each_alone(model_dir, text_path, tmp_path):
     other = tmp_path / "other=text.txt"  # a path that exists is no NAME=SOURCE
     other.write_text(" ".join(TEXTS[:2]))

@@ -100,6 +100,16 @@ def test_missing_file_is_reported_once_before_any_process_starts(tmp_path):
     assert result.stderr.count("error: ") == 1 and "PTS state (--restore_path) not found" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--model", "m", "--output_dir", "o"]])
+def test_without_the_requirements_one_line_says_what_to_install(tmp_path, words):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    result = launch(*words, python=str(bare))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: the package ") and "pip install -r requirements.txt" in result.stderr
+
+
 def test_help_shows_both_sets_of_options():
     result = launch("--help")
     assert result.returncode == 0

@@ -206,10 +206,13 @@ def test_readme_export_without_a_state(model, tmp_path):
 
 def test_training_without_a_state_gives_the_dense_baseline(model, data, tmp_path):
     words = ["--max_steps", 2, "--max_length", 96, "--train_bs", 2, "--lr", 1e-3, "--report_to", "none"]
+    words += ["--fsdp", "full_shard auto_wrap"]  # as `accelerate launch --cpu` starts it, in one process
     result = run_inline("finetune.py", "--model", model, "--data_path", data, "--output_dir", tmp_path / "sat", *words)
     assert result.returncode == 0, result.stderr
     assert "the dense model is trained" in result.stderr and "dense, all weights finite" in result.stdout
-    assert json.loads((tmp_path / "sat" / "run.json").read_text())["restore_path"] == "dense"
+    assert result.stderr.count("--fsdp full_shard auto_wrap has no effect in one process") == 1
+    settings = json.loads((tmp_path / "sat" / "run.json").read_text())
+    assert settings["restore_path"] is None and settings["sparsity"] == "dense"
     state = tmp_path / "sat" / "finetuned_modelopt_state.pth"
     weights, before = load_state(state)["model_state_dict"], load_model(str(model)).state_dict()
     assert weights.keys() == before.keys() and not list(sparse_masks(weights))
@@ -227,7 +230,7 @@ def test_training_without_a_state_gives_the_dense_baseline(model, data, tmp_path
     assert ", dense" in (tmp_path / "exported" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("pattern", ["4:8", "8:16", "unstructured:0.5"])
+@pytest.mark.parametrize("pattern", ["4:8", "6:8", "8:16", "unstructured:0.5"])
 def test_other_patterns_end_to_end(model, data, tmp_path, pattern):
     """The state records its pattern in modelopt's metadata; verification, card and report read it from there."""
     words = ["--calib_data", data / "cnn_train.json", "--calib_size", 4, "--model_max_length", 32, "--dtype", "fp32"]
