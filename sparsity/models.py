@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 ROTARY_FIELDS = ("rope_parameters", "rope_theta", "rotary_emb_base", "alibi")
 # Configuration fields of training, generation and sizes that may grow: they change nothing about a state's weights.
 NO_EFFECT = re.compile(
-    r"^_|^tie_|dropout|initializer|aux_loss|output_|vocab_size|max_pos|cache|token|kernels|pretraining_tp"
+    r"^_|^tie_|dropout|initializer|aux_loss|output_|vocab_size|max_pos|cache|token_i|kernels|pretraining_tp"
 )
 # Names of what quantizers store beside or in place of a weight.
-QUANTIZED = re.compile(r"weight_scale|scale_inv|qweight|qzeros|weight_packed|absmax|_blocks$")
+QUANTIZED = re.compile(
+    r"weight_scale|scale_inv|\.scales?$|input_scale|qweight|qzeros|weight_packed|absmax|\.SCB$|_blocks$"
+)
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -105,11 +108,14 @@ def load_model(
         return _load_quantized(model, config, algorithm, dtype, trust_remote_code)
     if not quantized:
         refuse_quantized(config, model)
+    if Path(model).is_dir() and not quantization_settings(config):
+        stored_tensors(model)  # names what is wrong with a file
     logging.getLogger("transformers.modeling_utils").addFilter(_without_report)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     options["ignore_mismatched_sizes"] = True  # they are in the report
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
-    with reported_as(f"cannot load the weights of '{model}'", *errors):
+    pickled = f"'{model}' has a .bin file with code in it, which is not run; save the model with save_pretrained"
+    with reported_as(f"cannot load the weights of '{model}'", *errors), reported_as(pickled, pickle.UnpicklingError):
         loaded, report = AutoModelForCausalLM.from_pretrained(model, config=config, output_loading_info=True, **options)
     check_complete(loaded, model, report)
     if not placing:
@@ -140,18 +146,22 @@ def check_complete(loaded: PreTrainedModel, model: str, report: Mapping[str, Any
     Raises:
         UserError: names a few tensors and the likely cause.
     """
-    missing = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    unexpected = sorted(report["unexpected_keys"])
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if quantized := [name for name in unexpected if QUANTIZED.search(name)]:
         raise UserError(f"'{model}' is quantized (it has {few(quantized)}); give the model that it was made from")
     if missing:
-        added = next(filter(None, (_added_parts(name, missing[0]) for name in unexpected)), None)
-        cause = "its files are incomplete or of another architecture"
-        if added:
-            cause = f"its names have '{added}.' in them: save it from the unwrapped model"
-        raise UserError(f"'{model}' lacks {len(missing)} tensors of the model ({few(missing)}); {cause}")
+        cause = _why_missing(missing, unexpected)
+        raise UserError(f"'{model}' lacks {len(missing)} tensor(s) of the model ({few(missing)}); {cause}")
+    for name, stored, own in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"'{model}': {name} is {list(stored)} in its files but {list(own)} by its config.json; one of them is wrong"
+        )
     if not unexpected:
         return
+    modules = dict(loaded.named_modules())
+    for name in unexpected:
+        if isinstance(modules.get(name.removesuffix(".bias")), nn.Linear):
+            raise UserError(f"'{model}' has {name}, which the model of its config.json lacks; correct config.json")
     prefix, layers = decoder_layers(loaded)
     known = {name.partition(".")[2] for name in layers.state_dict()}
     numbered = [re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name) for name in unexpected]
@@ -164,7 +174,17 @@ def check_complete(loaded: PreTrainedModel, model: str, report: Mapping[str, Any
             f"'{model}' has tensors of {prefix}.{further[0]}, which the model of its config.json with {len(layers)} "
             "layers lacks; correct num_hidden_layers"
         )
-    warn_once(f"{len(unexpected)} tensors of '{model}' are not part of the language model ({few(unexpected)})")
+    warn_once(f"{len(unexpected)} tensor(s) of '{model}' are not part of the language model ({few(unexpected)})")
+
+
+def _why_missing(missing: list[str], unexpected: list[str]) -> str:
+    """The likely cause of missing tensors, from the names in the checkpoint that the model does not have."""
+    if any(".lora_" in name or ".base_layer." in name for name in unexpected):
+        return "it holds a LoRA adapter: merge it (merge_and_unload) and save the model"
+    pairs = ((name, wanted) for wanted in missing[:3] for name in unexpected)
+    if added := next(filter(None, (_added_parts(*pair) for pair in pairs)), None):
+        return f"its names have '{added}.' in them: save it from the unwrapped model"
+    return "its files are incomplete or of another architecture" + (f"; they have {few(unexpected)}" * bool(unexpected))
 
 
 def _added_parts(name: str, wanted: str) -> str:
@@ -199,14 +219,18 @@ def check_finite(loaded: nn.Module, model: str) -> None:
             raise UserError(f"{name} of '{model}' holds NaN or infinite values; {cause}")
 
 
+def quantization_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The quantization_config of a model or of its language model; empty for weights that are not quantized."""
+    return config.to_dict().get("quantization_config") or text_fields(config).get("quantization_config") or {}
+
+
 def refuse_quantized(config: PretrainedConfig, model: str) -> None:
     """Check that a model has weights that can be pruned and trained.
 
     Raises:
         UserError: it is quantized.
     """
-    fields = config.to_dict()
-    if settings := fields.get("quantization_config") or text_fields(config).get("quantization_config"):
+    if settings := quantization_settings(config):
         method = settings.get("quant_algo") or settings.get("quant_method") or "its config.json says so"
         raise UserError(f"'{model}' is quantized ({method}); give the unquantized model that it was made from")
 
@@ -281,8 +305,12 @@ def shared_names(model: nn.Module) -> dict[str, str]:
 
 
 def stored_tensors(model: str) -> dict[str, Path]:
-    """The tensors in a checkpoint's safetensors files: name → file; none where it has no such files."""
-    from safetensors import safe_open
+    """The tensors in a checkpoint's safetensors files: name → file; none where it has no such files.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds quantized weights.
+    """
+    from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
     optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
@@ -290,8 +318,12 @@ def stored_tensors(model: str) -> dict[str, Path]:
     path = index or cached_file(model, "model.safetensors", **optional)
     stored: dict[str, Path] = {}
     for file in safetensors_files(Path(path).parent) if path else ():
-        with safe_open(file, framework="pt") as tensors:
-            stored |= dict.fromkeys(tensors.keys(), file)
+        damaged = reported_as(f"{file} is damaged or truncated; copy it again", SafetensorError, OSError)
+        with damaged, safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
+                if name.endswith(".weight") and (kind := tensors.get_slice(name).get_dtype()) not in FLOATS:
+                    raise UserError(f"'{model}' is quantized ({name} is {kind}); give the model that it was made from")
+                stored[name] = file
     return stored
 
 
