@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--exclude",
         metavar="REGEX",
-        help="weights of a safetensors folder to skip (by default embeddings, output heads and routers); "
+        help="weights of a safetensors folder to skip (by default embeddings, output heads, routers, vision, audio); "
         "in a state the masks decide",
     )
     parser.add_argument("--output_json", metavar="FILE", help="file for the table")

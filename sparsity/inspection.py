@@ -18,8 +18,11 @@ from sparsity.pattern import Pattern
 TWO_FOUR = Pattern()
 # Names of weights that are no matrices: biases, and kernels of convolutions.
 NO_MATRIX = r"bias$|conv|_mask$"
-# Names of embeddings, output heads and routers in all model families: they stay dense.
-DENSE_BY_DESIGN = r"embed|per_layer_model|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight"
+# Names of embeddings, output heads, routers and vision or audio towers in all model families: they stay dense.
+DENSE_BY_DESIGN = (
+    r"embed|per_layer_model|lm_head|wte|wpe|word_emb|position_emb|router|\bgate\.weight|score\.weight|"
+    r"vision|visual|audio|multi_modal"
+)
 
 # Types in safetensors with several elements in a byte; quantizers store packed integers as U8.
 PACKED = ("U8", "F4", "F6_E2M3", "F6_E3M2")
