@@ -5,8 +5,9 @@
     python data_prep.py --save_path data --source my.csv --input_column body --output_column abstract
 
 Writes SAVE_PATH/cnn_train.json and SAVE_PATH/cnn_eval.json, JSON lists of {"instruction", "input", "output"}. With
---source aclsum also calib.jsonl (bodies of training papers) and heldout.jsonl (bodies of test papers), {"text"} a line,
-and manual.txt (the manual that comes with Python), to measure perplexity on text of another kind.
+--source aclsum also calib.jsonl (bodies of training papers), further.jsonl (speeches, C++, READMEs) and heldout.jsonl
+(bodies of test papers), {"text"} a line, and manual.txt (Python's manual), to measure perplexity on text of another
+kind.
 An article of the evaluation set is left out of the training set, so that no score is measured on seen text.
 """
 
@@ -153,7 +154,7 @@ def main() -> None:
     lock_output_dir(folder)
     names = ["cnn_train.json", "cnn_eval.json"]
     if args.source == "aclsum":
-        names += ["calib.jsonl", "heldout.jsonl", "manual.txt"]
+        names += ["calib.jsonl", "heldout.jsonl", "manual.txt", "further.jsonl"]
     # The files replace older ones together, at the end: training and evaluation sets never come from two runs.
     with ExitStack() as stack:
         temporaries = [stack.enter_context(atomic_path(folder / name)) for name in names]
@@ -165,6 +166,7 @@ def main() -> None:
                 streams[2].writelines(json_lines(demo_data.aclsum_bodies("train", without="test")))
                 streams[3].writelines(json_lines(demo_data.aclsum_bodies("test")))
                 streams[4].write(demo_data.python_manual())
+                streams[5].writelines(json_lines(demo_data.further_kinds()))
     print("wrote " + ", ".join(str(folder / name) for name in names))
 
 

@@ -105,7 +105,7 @@ def check_args(args: argparse.Namespace) -> tuple[Recipe, CalibrationSet]:
         raise UserError(f"--percdamp must be greater than 0 and at most 1, got {args.percdamp}")
     recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
     needs_text = args.calib_data is not None or METHODS[args.sparsity_fmt].needs_text
-    sources = parse_sources(args.calib_data or DEFAULT_SOURCES) if needs_text else []
+    sources = parse_sources(args.calib_data or DEFAULT_SOURCES.split()) if needs_text else []
     for source in sources:
         check_source(source)
     calibration = CalibrationSet(sources, args.calib_size, args.model_max_length, args.batch_size, args.seed)

@@ -61,14 +61,15 @@ step() {
 }
 
 step model $model/model.safetensors python -m tools.prepare_demo --output_dir $model
-step data $data/cnn_train.json python data_prep.py --save_path $data --source aclsum
+step data $data/further.jsonl python data_prep.py --save_path $data --source aclsum
 step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --model_max_length $length --dtype fp32 \
-  --sparsity_fmt sparsegpt --calib_size $calib_size --batch_size 4 --calib_data $data/calib.jsonl=0.6 self=0.4 \
-  --output_dir "$out"
+  --sparsity_fmt sparsegpt --calib_size $calib_size --batch_size 4 \
+  --calib_data $data/calib.jsonl=0.3 $data/further.jsonl=0.3 self=0.4 --output_dir "$out"
 step SAT "$sat" bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data \
-  --output_dir "$out/finetuned" --text_path $data/calib.jsonl=0.4 self=0.6 --self_tokens $self_tokens --text_ratio 0.8 \
-  --packing --max_length $length --train_bs 2 --lr 4e-4 --adam_beta2 0.95 --weight_decay 0 --max_steps $max_steps \
-  --logging_steps 5 --max_eval_samples 8 --eval_steps $save_steps --save_steps $save_steps --save_total_limit 1 --resume
+  --output_dir "$out/finetuned" --text_path $data/calib.jsonl=0.2 $data/further.jsonl=0.3 self=0.5 --text_ratio 0.8 \
+  --self_tokens $self_tokens --packing --max_length $length --train_bs 2 --lr 4e-4 --adam_beta2 0.95 --weight_decay 0 \
+  --max_steps $max_steps --logging_steps 5 --max_eval_samples 8 --eval_steps $save_steps --save_steps $save_steps \
+  --save_total_limit 1 --resume
 rm -rf "$out/finetuned/checkpoints" # 1.6 GB that only an interrupted run needs
 
 # rouge RUN [STATE] and perplexity RUN [STATE]: evaluate the dense model, or that with a sparse state

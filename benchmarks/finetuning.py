@@ -43,13 +43,14 @@ from utils import Parser, check_at_least, run_cli
 RANK = 64  # of low-rank training
 MEMORY_STEPS = 3  # optimizer steps in which memory is measured
 TEACHER = ["--distill", "--distill_kl", 0.5, "--distill_kl_answers", 0]
-# Ways to train: their options, after those of all; {text} stands for --text_path.
+# Ways to train: their options, after those of all; {text} stands for --text_path, {further} for --further.
 DENSE_ARM = "dense, cross entropy"  # the baseline: the dense model, trained in the same way
 RECOVERY: dict[str, list[Any]] = {
     DENSE_ARM: ["--text_path", "{text}"],
     "cross entropy": ["--text_path", "{text}"],
     "KL": ["--text_path", "{text}", *TEACHER],
     "KL, self-generated text": ["--text_path", "{text}=0.4", "self=0.6", *TEACHER],
+    "KL, several kinds": ["--text_path", "{text}=0.2", "{further}=0.3", "self=0.5", *TEACHER],
     "KL, self-generated text, rank 64": [
         "--text_path",
         "{text}=0.4",
@@ -78,6 +79,9 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("recovery")
     group.add_argument("--arms", nargs="+", choices=RECOVERY, default=list(RECOVERY), help="ways to train")
     group.add_argument("--text_path", type=Path, default=Path("data/aclsum/calib.jsonl"), help="text to train on")
+    group.add_argument(
+        "--further", type=Path, default=Path("data/aclsum/further.jsonl"), help="texts of further kinds to train on"
+    )
     group.add_argument("--text_ratio", type=float, default=0.8, help="fraction of plain text among the training tokens")
     group.add_argument("--heldout", type=Path, default=Path("data/aclsum/heldout.jsonl"), help="papers to evaluate on")
     group.add_argument("--texts", type=Path, default=Path("demo/texts"), help="folder of benchmarks.texts")
@@ -101,6 +105,7 @@ def parse_args() -> argparse.Namespace:
         require_file(args.data_path / name, "data file")
     if "recovery" in args.parts:
         require_file(args.text_path, "text file (--text_path)")
+        require_file(args.further, "text file (--further)")
         require_file(args.heldout, "text file (--heldout)")
         texts.require_texts(args.texts)
     check_output(args.output)
@@ -148,7 +153,7 @@ def train_arm(args: argparse.Namespace, name: str, folder: Path) -> float:
     options += ["--max_length", args.context, "--max_steps", args.steps, "--max_eval_samples", 8]
     # On a CPU, saving a checkpoint takes as long as some steps.
     options += ["--eval_steps", NEVER, "--save_steps", NEVER, *shlex.split(args.more)]
-    own = [str(word).replace("{text}", str(args.text_path)) for word in RECOVERY[name]]
+    own = [str(word).format(text=args.text_path, further=args.further) for word in RECOVERY[name]]
     log = train(args, folder, *options, *own, dense=name == DENSE_ARM)
     rates = [line["tokens_per_second"] for line in log if "loss" in line]
     return sum(rates) / len(rates)

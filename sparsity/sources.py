@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SELF = "self"
-CALIBRATION_TEXT = "cnn_dailymail"  # default of hf_pts.py
 
 # Names of modelopt's registry under their full addresses on the hub; see `_registered` for all others.
 SHORT_NAMES = {

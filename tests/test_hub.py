@@ -37,11 +37,11 @@ def write_parquet(path, rows):
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory, tokenizer):
-    """Folders of the model and the three data sets that the README and the defaults name."""
+    """Folders of the model and the four data sets that the README and the defaults name."""
     root = tmp_path_factory.mktemp("repositories")
     tiny_llama().save_pretrained(root / "model", max_shard_size="60KB")
     tokenizer.save_pretrained(root / "model")
-    news, web, wiki = (root / name for name in ("news", "web", "wiki"))
+    news, web, wiki, code = (root / name for name in ("news", "web", "wiki", "code"))
     for split in ("train", "validation", "test"):
         rows = [{"article": f"{split} {i}. {' '.join(TEXTS)}", "highlights": TEXTS[i % 5]} for i in range(60)]
         write_parquet(news / "3.0.0" / f"{split}-00000-of-00001.parquet", rows)
@@ -50,9 +50,13 @@ def repositories(tmp_path_factory, tokenizer):
     with gzip.open(web / "en" / "c4-train.00000-of-00001.json.gz", "wt") as stream:
         stream.writelines(json.dumps({"text": f"{i} {' '.join(TEXTS)}"}) + "\n" for i in range(60))
     write_card(web, "en", {"train": "en/c4-train.*.json.gz"})
+    code.mkdir()
+    with gzip.open(code / "file-000000000001.json.gz", "wt") as stream:
+        stream.writelines(json.dumps({"path": "a.py", "content": f"{i} {' '.join(TEXTS)}"}) + "\n" for i in range(60))
     write_parquet(wiki / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet", [{"text": text} for text in TEXTS * 20])
     write_card(wiki, "wikitext-2-raw-v1", {"test": "wikitext-2-raw-v1/test-*"})
     sets = {"abisee/cnn_dailymail": news, "allenai/c4": web, "Salesforce/wikitext": wiki}
+    sets["codeparrot/codeparrot-clean-train"] = code
     return {f"models/{MODEL}": root / "model", **{f"datasets/{name}": folder for name, folder in sets.items()}}
 
 

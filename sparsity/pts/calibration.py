@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsity.errors import UserError
-from sparsity.sources import CALIBRATION_TEXT, SELF, Source, draw_sequences
+from sparsity.sources import Source, draw_sequences
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from transformers import PreTrainedModel
 
-DEFAULT_SOURCES = f"{CALIBRATION_TEXT}=0.6,{SELF}=0.4"
+DEFAULT_SOURCES = "cnn_dailymail=0.3 c4=0.15 codeparrot/codeparrot-clean-train=0.15 self=0.4"
 
 
 @dataclass

@@ -19,7 +19,7 @@ echo "warning: of $script"
 while (($#)); do
   case $1 in
     --output_json) mkdir -p "${2%/*}"; echo {} >"$2" ;;
-    --save_path) mkdir -p "$2"; echo x >"$2/cnn_train.json" ;;
+    --save_path) mkdir -p "$2"; echo x >"$2/further.jsonl" ;;
     --output_dir) mkdir -p "$2"
       case $script in
         tools.prepare_demo) echo x >"$2/model.safetensors" ;;
