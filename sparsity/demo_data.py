@@ -83,7 +83,7 @@ def cpp_headers() -> list[str]:
 
 def readmes() -> list[str]:
     """The descriptions of the installed packages, mostly Markdown."""
-    found = {package.name: package.metadata.get_payload() for package in importlib.metadata.distributions()}
+    found = {each.name: str(each.metadata.json.get("description", "")) for each in importlib.metadata.distributions()}
     return [text for _, text in sorted(found.items())]
 
 
