@@ -164,12 +164,11 @@ def check_complete(loaded: PreTrainedModel, model: str, report: Mapping[str, Any
             raise UserError(f"'{model}' has {name}, which the model of its config.json lacks; correct config.json")
     prefix, layers = decoder_layers(loaded)
     known = {name.partition(".")[2] for name in layers.state_dict()}
-    numbered = [re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name) for name in unexpected]
-    tails: dict[str, set[str]] = {}
-    for match in filter(None, numbered):
-        tails.setdefault(match[1], set()).add(match[2])
-    # Other tensors are in there for prediction of several tokens, which transformers leaves out of the model.
-    if further := [number for number, names in tails.items() if names <= known]:
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+)")
+    numbered = [match.groups() for match in map(pattern.fullmatch, unexpected) if match]
+    # Layers for prediction of several tokens, which transformers leaves out of the model, have other tensors as well.
+    others = {number for number, tail in numbered if tail not in known}
+    if further := [number for number, _ in numbered if number not in others]:
         raise UserError(
             f"'{model}' has tensors of {prefix}.{further[0]}, which the model of its config.json with {len(layers)} "
             "layers lacks; correct num_hidden_layers"
@@ -181,25 +180,11 @@ def _why_missing(missing: list[str], unexpected: list[str]) -> str:
     """The likely cause of missing tensors, from the names in the checkpoint that the model does not have."""
     if any(".lora_" in name or ".base_layer." in name for name in unexpected):
         return "it holds a LoRA adapter: merge it (merge_and_unload) and save the model"
-    pairs = ((name, wanted) for wanted in missing[:3] for name in unexpected)
-    if added := next(filter(None, (_added_parts(*pair) for pair in pairs)), None):
-        return f"its names have '{added}.' in them: save it from the unwrapped model"
+    added = {part for name in unexpected for part in name.split(".")}
+    added -= {part for name in missing for part in name.split(".")}
+    if 0 < len(added) <= 2:
+        return f"its names have '{min(added)}.' in them: save it from the unwrapped model"
     return "its files are incomplete or of another architecture" + (f"; they have {few(unexpected)}" * bool(unexpected))
-
-
-def _added_parts(name: str, wanted: str) -> str:
-    """The parts of a dotted name that are not in `wanted`; "" if that is not all the difference.
-
-    >>> _added_parts("model.layers.0._orig_mod.mlp.weight", "model.layers.0.mlp.weight")
-    '_orig_mod'
-    """
-    rest, added = wanted.split("."), []
-    for part in reversed(name.split(".")):
-        if rest and part == rest[-1]:
-            rest.pop()
-        else:
-            added.append(part)
-    return "" if rest else ".".join(reversed(added))
 
 
 def check_finite(loaded: nn.Module, model: str) -> None:

@@ -65,7 +65,7 @@ def succeed(script, *arguments):
 DAMAGES = {
     "module.": lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
     "_orig_mod.": lambda tensors: {name.replace("layers.0.", "layers.0._orig_mod."): t for name, t in tensors.items()},
-    "base_model.model.": lambda tensors: {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+    "base_model.": lambda tensors: {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
     "up_proj": lambda tensors: {name: tensor for name, tensor in tensors.items() if "0.mlp.up_proj" not in name},
     "lm_head": lambda tensors: {name: tensor for name, tensor in tensors.items() if "lm_head" not in name},
 }
