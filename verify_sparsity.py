@@ -6,8 +6,7 @@
 
 A state is compared with the pattern that it was pruned to, everything else with that of --require, by default 2:4.
 Columns: zeros is the fraction of zeros; pattern says whether the matrix has at least the pattern's zeros; -0.0
-counts negative zeros, which some tools take for values; kernels names the backends of torch's semi-structured sparsity
-(`torch.sparse.to_sparse_semi_structured`) that accept the matrix's dtype and shape, by the rule of the installed torch.
+counts negative zeros, which some tools take for values.
 """
 
 from __future__ import annotations
@@ -48,22 +47,18 @@ def parse_args() -> argparse.Namespace:
 def print_row(report: MatrixReport, width: int) -> None:
     size = "x".join(map(str, report.shape))
     verdict = "yes" if report.fits else "NO"
-    kernels = ", ".join(report.kernels) or "none"
     print(
         f"{report.name:<{width}} {size:>13} {report.dtype:>8} {report.zero_share:7.2%} {verdict:>7} "
-        f"{report.negative_zeros:6} {kernels}",
+        f"{report.negative_zeros:6}",
         flush=True,
     )
 
 
 def print_summary(reports: list[MatrixReport]) -> None:
-    import torch
-
     from sparsity.inspection import zero_totals
 
     elements, zeros = zero_totals(reports)
     count = sum(report.fits for report in reports)
-    ready = sum(report.fits and bool(report.kernels) for report in reports)
     under = sum(report.under_mask for report in reports)
     negative = sum(report.negative_zeros for report in reports)
     pattern = reports[0].pattern
@@ -72,7 +67,6 @@ def print_summary(reports: list[MatrixReport]) -> None:
     if count < len(reports):
         dense, _ = zero_totals(report for report in reports if not report.fits)
         print(f"not {pattern}: {dense / elements:.0%} of the weights")
-    print(f"{ready} are 2:4 in a shape and dtype that sparse kernels of torch {torch.__version__} accept")
     print(f"{negative} zeros are -0.0")
     if under:
         print(f"{under} weights under masks are stored non-zero; the table shows them as restoring does, zero")
@@ -87,7 +81,7 @@ def main() -> None:
         prepare_output_dir(Path(args.output_json).parent)
     reports: list[MatrixReport] = []
     width = 44  # of the names
-    print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'pattern':>7} {'-0.0':>6} kernels")
+    print(f"{'matrix':<{width}} {'shape':>13} {'dtype':>8} {'zeros':>7} {'pattern':>7} {'-0.0':>6}")
     for report in inspect_path(args.path, args.exclude or DENSE_BY_DESIGN, args.pattern):
         reports.append(report)
         print_row(report, width)

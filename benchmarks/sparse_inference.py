@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from benchmarks.machine import add_output_option, check_output, describe_machine, save_figures
 from sparsity.devices import resolve_device, torch_dtype
 from sparsity.errors import UserError, first_line
-from sparsity.inspection import kernel_support
 from sparsity.models import load_model
 from sparsity.pattern import Pattern
 from sparsity.pts.recipe import score_mask
@@ -206,9 +205,7 @@ def compare_products(model: PreTrainedModel, args: argparse.Namespace) -> list[d
     weights = {tuple(layer.weight.shape): layer.weight.data for layer in linear_layers(model).values()}
     products: list[dict] = []
     with torch.inference_mode():
-        for (rows, columns), weight in weights.items():
-            kernels = ", ".join(kernel_support(rows, columns, weight.dtype)) or "no kernel"
-            print(f"{rows}x{columns}: the shape is supported by {kernels}")
+        for weight in weights.values():
             products += time_products(weight, args.tokens, backends(), args.seconds)
     return products
 

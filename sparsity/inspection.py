@@ -1,4 +1,4 @@
-"""Inspect saved weights matrix by matrix, without building the model: pattern, zeros, sparse kernels."""
+"""Inspect saved weights matrix by matrix, without building the model: pattern and zeros."""
 
 from __future__ import annotations
 
@@ -44,31 +44,12 @@ class MatrixReport:
     fits: bool  # it has the zeros of the pattern
     negative_zeros: int  # elements that are -0.0
     under_mask: int  # elements that a mask prunes but are stored non-zero; 0 without a mask
-    kernels: tuple[str, ...]  # backends of torch's semi-structured sparsity that accept this dtype and shape
-
-
-def kernel_support(rows: int, columns: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """Backends of `torch.sparse.to_sparse_semi_structured` that accept a matrix.
-
-    The rule is torch's own, read from the installed version (torch/sparse/semi_structured.py): rows and columns must
-    be multiples of a minimum per dtype, e.g. 32 x 64 for CUTLASS and 16 x 16 for cuSPARSELt in fp16 and bf16.
-    They further need a GPU of compute capability 8.0 or higher.
-    """
-    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-
-    backends = []
-    for backend in (SparseSemiStructuredTensorCUTLASS, SparseSemiStructuredTensorCUSPARSELT):
-        limits = backend._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
-        if limits and rows % limits.sparse_min_rows == 0 and columns % limits.sparse_min_cols == 0:
-            backends.append(backend.BACKEND)
-    return tuple(backends)
 
 
 def inspect_matrix(
     name: str, weight: torch.Tensor, mask: torch.Tensor | None = None, pattern: Pattern = TWO_FOUR
 ) -> MatrixReport:
     """Report on a matrix [rows, columns] or on those of experts; with a bool mask, on what the mask leaves of it."""
-    rows, columns = weight.shape[-2:]
     stored = weight.dtype
     under_mask = 0
     if weight.element_size() == 1 and weight.is_floating_point():
@@ -86,7 +67,6 @@ def inspect_matrix(
         fits=pattern.fits(weight),
         negative_zeros=int((zeros & torch.signbit(weight)).sum()),
         under_mask=under_mask,
-        kernels=kernel_support(rows, columns, stored) if pattern == TWO_FOUR else (),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a matrix is 2:4, what is counted in it, and which sparse kernels take it."""
+"""Whether a matrix is 2:4, and what is counted in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import sparse_matrix
 
-from sparsity.inspection import inspect_matrix, kernel_support
+from sparsity.inspection import inspect_matrix
 from sparsity.pattern import Pattern
 
 
@@ -40,12 +40,3 @@ def test_counts_of_one_matrix():
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bfloat16])
 def test_other_dtypes(dtype):
     assert inspect_matrix("a.weight", (sparse_matrix() * 50).to(dtype)).fits
-
-
-def test_kernel_rule_is_that_of_torch():
-    assert kernel_support(32, 64, torch.float16) == ("cutlass", "cusparselt")
-    assert kernel_support(16, 16, torch.float16) == ("cusparselt",)
-    assert kernel_support(4096, 11008, torch.bfloat16) == ("cutlass", "cusparselt")
-    assert kernel_support(50257, 768, torch.float16) == ()
-    assert kernel_support(32, 32, torch.float32) == ("cutlass",)
-    assert kernel_support(64, 64, torch.float64) == ()
