@@ -151,8 +151,11 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 def tiny_config(kind: type[PretrainedConfig], settings: dict[str, Any]) -> PretrainedConfig:
     """A configuration of the class `kind` with small sizes under the names that it has for them."""
+    from transformers import PretrainedConfig
+
     extra, default = merged(EXTRA.get(kind.model_type, {}), settings), kind()
     names = {*vars(default), *inspect.signature(kind.__init__).parameters} - kind.attribute_map.keys()
+    names -= vars(PretrainedConfig()).keys()  # transformers 4 has settings of generation there, such as top_k
     values = {
         name: value
         for name, value in SIZES.items()

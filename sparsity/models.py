@@ -146,16 +146,19 @@ def check_complete(loaded: PreTrainedModel, model: str, report: Mapping[str, Any
     Raises:
         UserError: names a few tensors and the likely cause.
     """
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    # (name, stored, own shape); of transformers 4 the name
+    misshapen = dict((item, ()) if isinstance(item, str) else (item[0], item[1:]) for item in report["mismatched_keys"])
+    missing = sorted({*report["missing_keys"]} - misshapen.keys())  # transformers 4 has these in both
+    unexpected = sorted(report["unexpected_keys"])
     if quantized := [name for name in unexpected if QUANTIZED.search(name)]:
         raise UserError(f"'{model}' is quantized (it has {few(quantized)}); give the model that it was made from")
     if missing:
         cause = _why_missing(missing, unexpected)
         raise UserError(f"'{model}' lacks {len(missing)} tensor(s) of the model ({few(missing)}); {cause}")
-    for name, stored, own in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"'{model}': {name} is {list(stored)} in its files but {list(own)} by its config.json; one of them is wrong"
-        )
+    if misshapen:
+        name, shapes = min(misshapen.items())
+        how = "{} in its files, {}".format(*map(list, shapes)) if shapes else "of another shape"
+        raise UserError(f"'{model}': {name} is {how} by its config.json; one of the two is wrong")
     if not unexpected:
         return
     modules = dict(loaded.named_modules())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +41,13 @@ def in_checkpoint_format(
     Raises:
         UserError: weights that are stored fused are in different shards.
     """
-    try:
+    converted = dict(tensors)
+    with suppress(ImportError):  # transformers 4 loads weights as they are
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 loads weights as they are
-        return tensors
-    # Errors of many kinds, one per conversion.
-    with reported_as("cannot restore the checkpoint's own format; try a larger --max_shard_size", Exception):
-        converted = revert_weight_conversion(model, dict(tensors))
+
+        # Errors of many kinds, one per conversion.
+        with reported_as("cannot restore the checkpoint's own format; try a larger --max_shard_size", Exception):
+            converted = revert_weight_conversion(model, converted)
     # What a conversion cuts out of one tensor shares its memory, which safetensors refuses to store.
     converted = {name: tensor if name in tensors else tensor.contiguous().clone() for name, tensor in converted.items()}
     prefixed = {name: f"{model.base_model_prefix}.{name}" for name in converted if name not in stored}
