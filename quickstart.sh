@@ -67,7 +67,7 @@ step PTS "$pts" python hf_pts.py --model_name_or_path $model --device auto --mod
   --calib_data $data/calib.jsonl=0.3 $data/further.jsonl=0.3 self=0.4 --output_dir "$out"
 step SAT "$sat" bash launch_finetune.sh --model $model --restore_path "$pts" --data_path $data \
   --output_dir "$out/finetuned" --text_path $data/calib.jsonl=0.2 $data/further.jsonl=0.3 self=0.5 --text_ratio 0.8 \
-  --self_tokens $self_tokens --packing --max_length $length --train_bs 2 --lr 4e-4 --adam_beta2 0.95 --weight_decay 0 \
+  --self_tokens $self_tokens --packing --max_length $length --train_bs 2 --lr 3e-4 --adam_beta2 0.95 --weight_decay 0 \
   --max_steps $max_steps --logging_steps 5 --max_eval_samples 8 --eval_steps $save_steps --save_steps $save_steps \
   --save_total_limit 1 --resume
 rm -rf "$out/finetuned/checkpoints" # 1.6 GB that only an interrupted run needs
