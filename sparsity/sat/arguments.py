@@ -244,7 +244,6 @@ class SparseTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = option(
         "tensorboard, wandb, … or none; by default tensorboard if it is installed", default=None
     )
-    check_masks_every: NotNegative[int] = option("steps between mask checks; 0: never", default=100)
     check_only: bool = option("check arguments and files, then stop", default=False)
     remove_unused_columns: bool = option("must stay off", default=False)
     dataloader_drop_last: Kept[bool] = option("leave out the last batch of an epoch if it is not full", default=True)
@@ -442,6 +441,8 @@ def check_arguments(args: SatArguments) -> None:
         check_source(source)
         if is_streamed(source) and data.text_ratio >= 1 and not data.text_tokens:
             raise UserError(f"--text_ratio 1 would read all of the hub set '{source.spec}'; set --text_tokens")
+    if training.given["optim"].startswith("schedule_free"):
+        raise UserError(f"--optim {training.given['optim']} is not supported; use another, such as adamw_torch_fused")
     if training.lora_alpha != _default("lora_alpha") and not training.lora_rank:
         raise UserError(f"--lora_alpha {training.lora_alpha} scales low-rank updates; set --lora_rank too")
     unsharded = not (training.sharded or training.dry_run or training.check_only)

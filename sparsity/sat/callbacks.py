@@ -16,12 +16,12 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from sparsity.distributed import any_process, sum_over_processes
+from sparsity.distributed import any_process
 from sparsity.files import append_jsonl, is_whole_number, read_jsonl, save_jsonl, seal
 from sparsity.sat import checkpoints
 from sparsity.sat.data import EpochSampler
 from sparsity.sat.fsdp import assert_sharded, fill
-from sparsity.sat.masking import ELEMENTWISE, count_zeros, mask_weights
+from sparsity.sat.masking import ELEMENTWISE, mask_weights
 
 SCHEDULER = "scheduler.pt"  # in the folder of a checkpoint, transformers' own name
 
@@ -86,15 +86,11 @@ class StopOnSignal(TrainerCallback):
 
 
 class MaskKeeper(TrainerCallback):
-    """Hold pruned weights at zero, and check it regularly.
+    """Hold pruned weights at zero.
 
     The trainer masks the gradients, which is enough for an elementwise optimizer; for any other, the weights are masked
     after each of its steps.
     """
-
-    def __init__(self, every: int):
-        self.every, self.checked = every, False  # whether this process has checked yet
-        self.sparsity: float | None = None  # fraction of zeros in the pruned layers, at the last check
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         mask_weights(model)  # modelopt itself may have stored the dense weights beside the masks
@@ -102,21 +98,16 @@ class MaskKeeper(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if args.given["optim"] not in ELEMENTWISE:
             mask_weights(model)
-        if self.every and (not self.checked or state.global_step % self.every == 0):
-            self.checked = True
-            counts = torch.tensor(count_zeros(model), dtype=torch.float64, device=args.device)
-            counts = sum_over_processes(counts)
-            self.sparsity = (counts[0] / counts[1]).item()
 
 
 class Progress(TrainerCallback):
     """Append the training curve to a JSONL file.
 
-    Lines are {"step", "loss", "lr", "grad_norm", "tokens_per_second", "epoch", "sparsity"}, or {"step", "eval_loss"}.
+    Lines are {"step", "loss", "lr", "grad_norm", "tokens_per_second", "epoch"}, or {"step", "eval_loss"}.
     """
 
-    def __init__(self, path: Path, sampler: EpochSampler, masks: MaskKeeper):
-        self.path, self.sampler, self.masks = path, sampler, masks
+    def __init__(self, path: Path, sampler: EpochSampler):
+        self.path, self.sampler = path, sampler
         self.tokens, self.since = 0, time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -145,7 +136,7 @@ class Progress(TrainerCallback):
             elapsed = time.perf_counter() - self.since
             line |= {"loss": logs["loss"], "lr": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
             rate = self.tokens * args.world_size / max(elapsed, 1e-9)  # as if all processes had as many
-            line |= {"tokens_per_second": round(rate, 1), "epoch": state.epoch, "sparsity": self.masks.sparsity}
+            line |= {"tokens_per_second": round(rate, 1), "epoch": state.epoch}
             self.tokens, self.since = 0, time.perf_counter()
         elif "eval_loss" in logs:
             line["eval_loss"] = logs["eval_loss"]

@@ -15,7 +15,6 @@ from torch import nn
 
 from sparsity.modelopt_state import MASK, without_expert_masks
 from sparsity.sat.fsdp import local, masked_weights
-from sparsity.sat.low_rank import LowRankLinear, marked_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,23 +60,3 @@ def mask_gradients(model: nn.Module) -> None:
     for _, weight, mask in masked_weights(model):
         if weight.grad is not None:
             local(weight.grad).mul_(mask)
-
-
-@torch.no_grad()
-def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """Zeros and values in this process's shards of all masked weights, those of low-rank layers included.
-
-    Raises:
-        RuntimeError: a pruned weight is not zero.
-    """
-    zeros = total = 0
-    for name, weight, mask in masked_weights(model):
-        nonzero = local(weight.data) != 0
-        if (nonzero & ~mask).any():
-            raise RuntimeError(f"pruned weights of '{name}' are not zero")
-        zeros, total = zeros + nonzero.numel() - int(nonzero.sum()), total + nonzero.numel()
-    for module in model.modules():
-        if isinstance(module, LowRankLinear):
-            kept = marked_kept(local(module.weight))
-            zeros, total = zeros + kept.numel() - int(kept.sum()), total + kept.numel()
-    return zeros, total

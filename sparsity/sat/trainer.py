@@ -58,7 +58,6 @@ class SparseTrainer(Trainer):
         loss_weights: LossWeights,
         teacher: PreTrainedModel | None,
         tensors: dict[str, torch.Tensor],
-        has_masks: bool,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -72,9 +71,9 @@ class SparseTrainer(Trainer):
         group = args.order_batch if args.group_by_length else 0
         self.sampler = EpochSampler(lengths, args.data_seed, group, args.samples_per_epoch(len(lengths)))
         self.checkpoints = Checkpoints(tensors, args.keep_checkpoints, args.lora_rank > 0)
-        self.stopper, masks = StopOnSignal(), MaskKeeper(args.check_masks_every if has_masks else 0)
-        self.progress = Progress(args.result_dir / "train_log.jsonl", self.sampler, masks)
-        for callback in (self.checkpoints, self.stopper, masks, self.progress):
+        self.stopper = StopOnSignal()
+        self.progress = Progress(args.result_dir / "train_log.jsonl", self.sampler)
+        for callback in (self.checkpoints, self.stopper, MaskKeeper(), self.progress):
             self.add_callback(callback)
 
     @property
@@ -93,17 +92,8 @@ class SparseTrainer(Trainer):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except AlreadyFinished:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        self._use_averages()
         if self.args.load_best and self.state.best_model_checkpoint:
             checkpoints.load_weights(Path(self.state.best_model_checkpoint), self.model, self.checkpoints.trained_only)
-
-    def _use_averages(self) -> None:
-        """Let an optimizer that averages its weights, such as the schedule-free ones, put the averages into the model.
-
-        The Trainer has it take them out again before the next step.
-        """
-        if callable(getattr(self.optimizer, "eval", None)):  # accelerate passes it on to optimizers that have it
-            self.optimizer.eval()
 
     def place_teacher(self, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> None:
         """Move the teacher to the student's devices: sharded like it, or complete on this process's device."""
@@ -165,7 +155,6 @@ class SparseTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
-        self._use_averages()
         for start in range(0, len(samples), size * self.args.world_size):
             begin = start + size * self.args.process_index
             own = [samples[index] for index in range(begin, min(begin + size, len(samples)))]
@@ -246,7 +235,6 @@ def build_trainer(
         loss_weights=LossWeights(distillation.distill_kl, distillation.distill_kl_answers),
         teacher=teacher,
         tensors=student.tensors if training.sharded else {},
-        has_masks=args.model.modelopt_restore_path is not None,
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
     return trainer

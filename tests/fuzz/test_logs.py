@@ -17,7 +17,7 @@ from sparsity.metrics import read_metrics
 from sparsity.sat.callbacks import read_log
 from sparsity.text import valid_unicode
 
-CURVE = [{"step": step, "loss": 3.0 - step / 10, "lr": 1e-4, "sparsity": 0.5} for step in (1, 2)]
+CURVE = [{"step": step, "loss": 3.0 - step / 10, "lr": 1e-4} for step in (1, 2)]
 CURVE += [{"step": 2, "eval_loss": 2.75}]
 ROUGE = {"rouge1": 25.5, "rouge2": 12.5, "rougeL": 20.0, "rougeLsum": 21.0, "examples": 2}
 ROUGE |= {"confidence_intervals_95": {"rouge1": [24.0, 26.0]}, "unit": "percent"}

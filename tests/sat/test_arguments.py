@@ -36,7 +36,7 @@ def training(**options) -> SparseTrainingArguments:
         ("training", {"save_steps": 0}, "--save_steps must be greater than 0"),
         ("training", {"save_total_limit": 0}, "--save_total_limit must be greater than 0"),
         ("training", {"max_grad_norm": -1.0}, "--max_grad_norm must not be negative"),
-        ("training", {"check_masks_every": -1}, "--check_masks_every must not be negative"),
+        ("training", {"optim": "schedule_free_adamw"}, "--optim schedule_free_adamw is not supported"),
         ("training", {"cpu_offload": True}, "--cpu_offload and --teacher_offload need FSDP"),
     ],
 )

@@ -30,7 +30,7 @@ from sparsity.text import read_records
 
 STEPS = 16
 TRAINING = ["--max_length", 400, "--max_steps", STEPS, "--save_steps", 4, "--eval_steps", 8, "--lr", 1e-2]
-TRAINING += ["--weight_decay", 0.5, "--logging_steps", 1, "--check_masks_every", 5, "--mixed_precision", "no"]
+TRAINING += ["--weight_decay", 0.5, "--logging_steps", 1, "--mixed_precision", "no"]
 
 
 def command(model_dir, state_path, data_dir, output_dir, *more) -> list[str]:
@@ -110,7 +110,6 @@ def test_log_and_plot(finished):
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert training[-1]["loss"] < training[0]["loss"] - 0.5
     assert {"lr", "grad_norm", "tokens_per_second", "epoch"} <= training[0].keys()
-    assert training[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert [line["step"] for line in lines if "eval_loss" in line] == [8, 16]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -280,7 +279,6 @@ def test_two_sharded_processes_equal_one(finished, sharded):
         theirs = [line[key] for line in together if key in line]
         assert len(ours) == len(theirs) > 0
         assert theirs == pytest.approx(ours, rel=2e-3)
-    assert together[5]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert_same_weights(finished[0], sharded[0], 2e-3)  # of all names and shapes
 
 
@@ -376,7 +374,7 @@ def test_low_rank_training_saves_an_ordinary_sparse_state(low_rank, model_dir, s
         name for name in after if "norm" in name
     }
     lines = [line for line in read_log(low_rank / "train_log.jsonl") if "loss" in line]
-    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1 and lines[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
 
 
 def test_checkpoints_of_low_rank_training_hold_no_frozen_weights_and_resume(low_rank, run_here, tmp_path):
@@ -450,11 +448,20 @@ def test_training_in_bf16_with_everything(run_here, model_dir, state_path, data_
 # -------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "lion_8bit", "schedule_free_adamw"])
-def test_other_optimizers_leave_pruned_weights_at_zero(run_here, state_path, optimizer):
-    if package := {"lion_8bit": "bitsandbytes", "schedule_free_adamw": "schedulefree"}.get(optimizer):
-        pytest.importorskip(package)
-    more = ["--max_steps", 3, "--check_masks_every", 1, "--weight_decay", 0.5, "--train_bs", 2, "--max_length", 400]
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "lion_8bit"])
+def test_other_optimizers_leave_pruned_weights_at_zero(run_here, state_path, optimizer, monkeypatch):
+    from sparsity.sat import trainer
+    from sparsity.sat.fsdp import full_state, masked_weights
+
+    def gather(model, *args, **options):
+        trained = list(masked_weights(model))
+        assert trained and all((weight[~mask] == 0).all() for _, weight, mask in trained), "before it is masked again"
+        return full_state(model, *args, **options)
+
+    if optimizer == "lion_8bit":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(trainer, "full_state", gather)
+    more = ["--max_steps", 3, "--weight_decay", 0.5, "--train_bs", 2, "--max_length", 400]
     more += ["--lr", 1e-2, "--mixed_precision", "no"]
     folder = run_here(*more, "--optim", optimizer)
     before = load_state(state_path)["model_state_dict"]
