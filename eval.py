@@ -103,12 +103,12 @@ def report_scores(
 ) -> None:
     """Score the predictions, save the scores with the facts of the run, and print them with some samples."""
     from sparsity.evaluation.rouge import print_scores, score_predictions
-    from sparsity.metrics import save_rouge
+    from sparsity.files import save_json
 
     references = [record["output"] for record in records]
     scores = score_predictions(predictions, references)
     if args.output_json:
-        save_rouge({**scores, **facts}, args.output_json)
+        save_json({**scores, **facts, "unit": "percent"}, args.output_json)
     for index in range(min(args.samples, len(records))):
         print(f"\n--- example {index}\nreference:  {references[index]}\nprediction: {predictions[index]}")
     print_scores(scores, args.output_json)

@@ -94,7 +94,7 @@ def main() -> None:
     keep_freed_memory()  # the activations of a step reuse the memory of the last one's
     trainer = build_trainer(args, student, teacher, tokenizer, (train, data.evaluation))
     trainer.fit(checkpoint)
-    if trainer.interrupted:
+    if trainer.stopper.interrupted:
         step = trainer.state.global_step
         process.print(
             f"stopped by a signal after step {step}, which is saved; resume with the same command and --resume"

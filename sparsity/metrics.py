@@ -14,11 +14,6 @@ INTERVALS = "confidence_intervals_95"  # [low, high] by the name of a score, in 
 PERPLEXITIES = "perplexities"  # results by the name of the text; "" is a text without a name
 
 
-def save_rouge(scores: dict[str, Any], path: str | Path) -> None:
-    """Write ROUGE in percent, with whatever else `scores` holds; the file says its unit."""
-    save_json({**scores, "unit": "percent"}, path)
-
-
 def save_perplexities(results: dict[str, dict[str, Any]], facts: dict[str, Any], path: str | Path) -> None:
     """Write the results of texts by name, with the facts of the run; those of a text without a name at the top."""
     save_json({**results.get("", {PERPLEXITIES: results}), **facts}, path)

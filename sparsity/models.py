@@ -332,11 +332,6 @@ def few_values(weight: torch.Tensor) -> list:
     return weight.flatten()[:: max(1, weight.numel() // 16)].tolist()
 
 
-def cache_name(output: Mapping[str, Any]) -> str:
-    """Name under which the installed transformers returns and takes the cache of keys and values."""
-    return "cache" if "cache" in output else "past_key_values"
-
-
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a pad token that is missing, or that the model does not have, becomes end-of-text.
 

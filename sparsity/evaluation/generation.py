@@ -12,7 +12,6 @@ from sparsity.distributed import hide_bar
 from sparsity.errors import reported_as
 from sparsity.evaluation.predictions import PredictionLog
 from sparsity.kv_cache import preallocate
-from sparsity.models import cache_name
 from sparsity.placement import input_device
 
 if TYPE_CHECKING:
@@ -71,10 +70,7 @@ def generate_batch(
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     device = input_device(model)
-    inputs = {
-        "input_ids": torch.tensor(padded, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+    inputs = {"input_ids": torch.tensor(padded, device=device), "attention_mask": torch.tensor(mask, device=device)}
     with torch.inference_mode():
         if longest > 1:
             inputs |= shared_prefill(model, **inputs, beams=config.num_beams, new_tokens=config.max_new_tokens)
@@ -106,7 +102,7 @@ def shared_prefill(
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     output = decoder(**{name: tensor[:, :-1] for name, tensor in prompt.items()}, use_cache=True)
-    name = cache_name(output)
+    name = "cache" if "cache" in output else "past_key_values"
     cache = output.get(name)
     if type(cache) is not DynamicCache or any(type(layer) not in REPEATABLE for layer in cache.layers):
         return {}

@@ -14,14 +14,7 @@ import torch
 
 from sparsity.distributed import is_main_process
 from sparsity.errors import UserError
-from sparsity.files import (
-    append_jsonl,
-    is_whole_number,
-    lock_output_dir,
-    prepare_output_dir,
-    read_jsonl,
-    save_jsonl,
-)
+from sparsity.files import append_jsonl, is_whole_number, lock_output_dir, prepare_output_dir, read_jsonl, save_jsonl
 from sparsity.text import PromptTemplate, valid_unicode
 
 if TYPE_CHECKING:

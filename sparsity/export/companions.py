@@ -36,11 +36,7 @@ def source_folder(model: str) -> Path:
 
 
 def write_companions(
-    source: Path,
-    model_config: PretrainedConfig,
-    dtype: str,
-    folder: Path,
-    quantization: dict[str, Any] | None = None,
+    source: Path, model_config: PretrainedConfig, dtype: str, folder: Path, quantization: dict[str, Any] | None = None
 ) -> None:
     """Copy tokenizer, settings, licence and model code as they are, which opens in more programs than a re-saved set.
 

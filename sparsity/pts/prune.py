@@ -341,10 +341,7 @@ def relative_errors(
 
 
 def repeat_layer(
-    states: HiddenStates | None,
-    layer: DecoderLayer,
-    store: LayerStore,
-    prefetcher: LayerPrefetcher,
+    states: HiddenStates | None, layer: DecoderLayer, store: LayerStore, prefetcher: LayerPrefetcher
 ) -> tuple[Masks, list[MatrixLog]]:
     """Load a layer that an earlier run finished, and move the hidden states past it as that run did."""
     if states and states.dense is not None:

@@ -72,11 +72,13 @@ def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
     stacked = expert_weights(layers, counts, prefix)
     chosen, left_dense = set(), {}
     for path, module in layers.named_modules(prefix=prefix):
+        # What modelopt can mask: subclasses with a forward function of their own stay as they are.
+        is_plain_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         for leaf, weight in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}" if f"{path}.{leaf}" in stacked else path
             if weight.dim() < 2:
                 continue
-            if name not in stacked and not is_plain_linear(module):
+            if name not in stacked and not is_plain_linear:
                 left_dense[name] = f"{type(module).__name__} is not a plain linear layer"
             elif f"{path}.{leaf}" in shared:
                 left_dense[name] = "shared by several layers"
@@ -97,11 +99,6 @@ def choose_weights(model: PreTrainedModel, pattern: Pattern, ignore: list[str]) 
         reasons = sorted(set(left_dense.values()))
         raise UserError(f"{type(model).__name__} is not supported: no linear layer to prune ({'; '.join(reasons)})")
     return chosen, left_dense
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether modelopt can mask the module: subclasses with a forward function of their own stay as they are."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def is_router(name: str, linear: nn.Linear, experts: set[int]) -> bool:
@@ -157,11 +154,6 @@ def hidden_states_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def with_hidden_states(output: Any, hidden: Tensor) -> Any:
-    """The output of a decoder layer with other hidden states in it."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
 def layer_outputs(model: nn.Module, layers: nn.ModuleList, batch: dict[str, Tensor]) -> list[Any]:
     """What each decoder layer returns when the whole model runs on a batch."""
     with torch.no_grad(), watched(list(layers)) as calls:
@@ -191,7 +183,7 @@ def record_calls(
             calls.append((tuple(args[1:]), kwargs))
             if index == len(layers) - 1:
                 raise Stop
-            return with_hidden_states(outputs[index], hidden)
+            return (hidden, *outputs[index][1:]) if isinstance(outputs[index], tuple) else hidden
 
         return forward
 

@@ -253,7 +253,8 @@ class SparseTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         import torch
 
-        self.given = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        self.given = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
         for name, reason in REFUSED.items():
             if name in self.given and self.given[name] != _default(name):
                 raise UserError(f"--{name} is not supported: {reason}")
@@ -370,10 +371,6 @@ class SatArguments:
 
 
 ARGUMENT_TYPES = (ModelArguments, DataArguments, DistillationArguments, SparseTrainingArguments)
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
 
 
 def _default(name: str, owner: type = SparseTrainingArguments) -> Any:

@@ -359,11 +359,6 @@ class Packed(torch.utils.data.Dataset):
         return self.samples[self.rows[index]]
 
 
-def sample_lengths(dataset: Dataset | Packed) -> list[int]:
-    """Tokens per item of a packed or plain dataset."""
-    return dataset.lengths if isinstance(dataset, Packed) else list(dataset["length"])
-
-
 class Collator:
     """Turn samples or packed rows into a batch padded to its longest row, rounded up to a multiple of 8.
 

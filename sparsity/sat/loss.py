@@ -69,10 +69,7 @@ def token_targets(
 
 
 def logits_at(
-    model: nn.Module,
-    batch: dict[str, torch.Tensor],
-    columns: torch.Tensor,
-    unwrapped: PreTrainedModel | None = None,
+    model: nn.Module, batch: dict[str, torch.Tensor], columns: torch.Tensor, unwrapped: PreTrainedModel | None = None
 ) -> torch.Tensor:
     """Logits [B, K, V] at `columns` only: logits of all tokens are the largest activation of small models."""
     inner = model if unwrapped is None else unwrapped

@@ -17,15 +17,8 @@ from sparsity.files import atomic_path
 from sparsity.modelopt_state import load_state, pruned_errors, sparse_masks, state_to_save
 from sparsity.models import decoder_layers
 from sparsity.sat import checkpoints
-from sparsity.sat.callbacks import (
-    SCHEDULER,
-    AlreadyFinished,
-    Checkpoints,
-    MaskKeeper,
-    Progress,
-    StopOnSignal,
-)
-from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed, sample_lengths
+from sparsity.sat.callbacks import SCHEDULER, AlreadyFinished, Checkpoints, MaskKeeper, Progress, StopOnSignal
+from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed
 from sparsity.sat.fsdp import configure_fsdp, force_fsdp, full_state, local, send_from_main, shard_teacher
 from sparsity.sat.loss import LossWeights, batch_loss
 from sparsity.sat.masking import mask_gradients
@@ -67,7 +60,8 @@ class SparseTrainer(Trainer):
             self.is_fsdp_enabled = True
         self.loss_weights, self.teacher = loss_weights, teacher
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
-        lengths = sample_lengths(self.train_dataset)
+        train = self.train_dataset
+        lengths = train.lengths if isinstance(train, Packed) else list(train["length"])
         group = args.order_batch if args.group_by_length else 0
         self.sampler = EpochSampler(lengths, args.data_seed, group, args.samples_per_epoch(len(lengths)))
         self.checkpoints = Checkpoints(tensors, args.keep_checkpoints, args.lora_rank > 0)
@@ -75,11 +69,6 @@ class SparseTrainer(Trainer):
         self.progress = Progress(args.result_dir / "train_log.jsonl", self.sampler)
         for callback in (self.checkpoints, self.stopper, MaskKeeper(), self.progress):
             self.add_callback(callback)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal ended training before its last step."""
-        return self.stopper.interrupted
 
     def fit(self, checkpoint: Path | None = None) -> None:
         """Train until the last step or a signal, and end with the best checkpoint's weights if --load_best is set.
