@@ -31,9 +31,6 @@ def score_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, kept, True).view_as(scores)
 
 
-# ------------------------------------------------------------------------------------------------------------ methods
-
-
 def magnitude(weight: Tensor, input_norms: Tensor | None) -> Tensor:
     """|W|."""
     return weight.abs()
@@ -65,8 +62,6 @@ METHODS = {  # by value of --sparsity_fmt
     "sparse_magnitude": Method(magnitude, needs_text=False),
     "wanda": Method(wanda),
 }
-
-# ------------------------------------------------------------------------------------------------------------ recipes
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer dtype of as many bytes
 
-# -------------------------------------------------------------------------------------------- masks in frozen weights
-
 
 def mark_pruned(weight: torch.Tensor, mask: torch.Tensor) -> None:
     """Store the bool mask (True is retained) in the weight, in place: +0.0 is pruned, a retained zero becomes -0.0."""
@@ -39,9 +37,6 @@ def mark_pruned(weight: torch.Tensor, mask: torch.Tensor) -> None:
 def marked_kept(weight: torch.Tensor) -> torch.Tensor:
     """The bool mask (True is retained) of a weight that `mark_pruned` has prepared."""
     return weight.view(BITS[weight.itemsize]) != 0
-
-
-# ------------------------------------------------------------------------------------------------------- the product
 
 
 def masked_sum(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
@@ -100,9 +95,6 @@ class LowRankLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = MaskedLowRankProduct.apply(x, self.weight, self.lora_A, self.lora_B, self.scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-
-# --------------------------------------------------------------------------------------------------------- the model
 
 
 def add_low_rank(

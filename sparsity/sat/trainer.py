@@ -100,8 +100,6 @@ class SparseTrainer(Trainer):
         """Our own order of samples, which a resumed run continues on any number of processes."""
         return self.sampler
 
-    # ------------------------------------------------------------------------------------------------- loss
-
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Labelled tokens of one optimizer step, over all micro-batches and processes; int64 scalar."""
         count = sum((batch["labels"][:, 1:] != IGNORE).sum() for batch in batch_samples)
@@ -159,8 +157,6 @@ class SparseTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # ------------------------------------------------------------------------------------------ checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Prepare the folder of a checkpoint; `_save_optimizer_and_scheduler` writes the weights as well.
@@ -227,9 +223,6 @@ def build_trainer(
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
     return trainer
-
-
-# ------------------------------------------------------------------------------------------------------- the result
 
 
 def save_and_verify(trainer: SparseTrainer, student: Student, path: Path) -> None:
