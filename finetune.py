@@ -111,7 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(
-        main,
-        "lower --train_bs or --max_length, or set --lora_rank; --dry_run prints the need",
-    )
+    run_cli(main, "lower --train_bs or --max_length, or set --lora_rank; --dry_run prints the need")

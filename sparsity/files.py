@@ -294,6 +294,20 @@ def append_jsonl(values: Iterable[Any], path: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------------- safetensors
 
 
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading tensor by tensor.
+
+    Raises:
+        UserError: it is damaged; names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    damaged = reported_as(f"{file} is damaged or truncated; copy it again", SafetensorError, OSError)
+    with damaged, safe_open(file, framework="pt") as tensors:
+        yield tensors
+
+
 def safetensors_files(path: Path) -> list[Path]:
     """The shards of a model folder, as its index lists them; or the single file `path`.
 

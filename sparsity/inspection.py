@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from sparsity.errors import UserError, reported_as
-from sparsity.files import safetensors_files
+from sparsity.errors import UserError
+from sparsity.files import open_safetensors, safetensors_files
 from sparsity.modelopt_state import is_mask, load_state, pattern_of, require_masks, weight_name
 from sparsity.pattern import Pattern
 
@@ -125,12 +125,9 @@ def unmasked(path: str | Path) -> dict[str, int]:
 
 
 def _inspect_safetensors(path: Path, exclude: re.Pattern, pattern: Pattern) -> Iterator[MatrixReport]:
-    from safetensors import SafetensorError, safe_open
-
     empty = True
     for file in safetensors_files(path):
-        damaged = reported_as(f"{file} is damaged or truncated", SafetensorError, OSError)
-        with damaged, safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                 shape = tensors.get_slice(name).get_shape()
                 if is_matrix(name, shape) and all(shape) and not exclude.search(name):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsity.errors import UserError, few, memory_shortage, reported_as, warn, warn_once
-from sparsity.files import safetensors_files
+from sparsity.files import open_safetensors, safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def check_complete(loaded: PreTrainedModel, model: str, report: Mapping[str, Any
     missing = sorted({*report["missing_keys"]} - misshapen.keys())  # transformers 4 has these in both
     unexpected = sorted(report["unexpected_keys"])
     if quantized := [name for name in unexpected if QUANTIZED.search(name)]:
-        raise UserError(f"'{model}' is quantized (it has {few(quantized)}); give the model that it was made from")
+        raise quantized_error(model, f"it has {few(quantized)}")
     if missing:
         cause = _why_missing(missing, unexpected)
         raise UserError(f"'{model}' lacks {len(missing)} tensor(s) of the model ({few(missing)}); {cause}")
@@ -187,7 +187,8 @@ def _why_missing(missing: list[str], unexpected: list[str]) -> str:
         return "it holds a LoRA adapter: merge it (merge_and_unload) and save the model"
     added = {part for name in unexpected for part in name.split(".")}
     added -= {part for name in missing for part in name.split(".")}
-    if 0 < len(added) <= 2:
+    without = [".".join(part for part in name.split(".") if part not in added) for name in unexpected]
+    if added and any(f".{name}".endswith(f".{wanted}") for name in without for wanted in missing[:3]):
         return f"its names have '{min(added)}.' in them: save it from the unwrapped model"
     return "its files are incomplete or of another architecture" + (f"; they have {few(unexpected)}" * bool(unexpected))
 
@@ -221,8 +222,14 @@ def refuse_quantized(config: PretrainedConfig, model: str) -> None:
         UserError: it is quantized.
     """
     if settings := quantization_settings(config):
-        method = settings.get("quant_algo") or settings.get("quant_method") or "its config.json says so"
-        raise UserError(f"'{model}' is quantized ({method}); give the unquantized model that it was made from")
+        raise quantized_error(
+            model, settings.get("quant_algo") or settings.get("quant_method") or "its config.json says so"
+        )
+
+
+def quantized_error(model: str, how: str) -> UserError:
+    """The refusal of a quantized model, with its kind or what shows it."""
+    return UserError(f"'{model}' is quantized ({how}); give the unquantized model that it was made from")
 
 
 def _load_quantized(
@@ -300,7 +307,6 @@ def stored_tensors(model: str) -> dict[str, Path]:
     Raises:
         UserError: a file is missing or damaged, or holds quantized weights.
     """
-    from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
     optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
@@ -308,11 +314,10 @@ def stored_tensors(model: str) -> dict[str, Path]:
     path = index or cached_file(model, "model.safetensors", **optional)
     stored: dict[str, Path] = {}
     for file in safetensors_files(Path(path).parent) if path else ():
-        damaged = reported_as(f"{file} is damaged or truncated; copy it again", SafetensorError, OSError)
-        with damaged, safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  safe_open is no dict
                 if name.endswith(".weight") and (kind := tensors.get_slice(name).get_dtype()) not in FLOATS:
-                    raise UserError(f"'{model}' is quantized ({name} is {kind}); give the model that it was made from")
+                    raise quantized_error(model, f"{name} is {kind}")
                 stored[name] = file
     return stored
 

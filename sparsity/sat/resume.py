@@ -30,11 +30,9 @@ def run_settings(args: SatArguments, template: PromptTemplate) -> dict[str, Any]
     }
     settings[PROMPT_FIELD] = asdict(template)
     state = args.model.modelopt_restore_path
-    settings["restore_path"] = None  # unless there is a state
-    files: dict[str, Any] = {"restore_path": state} if state else {}
+    settings["restore_path"] = file_digest(state) if state else None
     if args.data.uses_records:
-        files["data_path"] = args.data.train_file
-    settings |= {name: file_digest(path) for name, path in files.items()}
+        settings["data_path"] = file_digest(args.data.train_file)
     if args.data.text_path:
         settings["text_path"] = [content_key(source) for source in parse_sources(args.data.text_path)]
     settings["sparsity"] = sparsity_name(state) or DENSE
