@@ -178,7 +178,6 @@ def main() -> None:
             "arguments": vars(args),
         }
         report_scores(args, records, [predictions[index] for index in range(len(records))], facts)
-    process.destroy_process_group()
 
 
 if __name__ == "__main__":

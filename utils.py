@@ -169,7 +169,6 @@ def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a 
     """
     try:
         main()
-        leave_group()
     except Exception as error:
         message = _explain(error, memory_advice)
         is_first = is_first_report()
@@ -186,6 +185,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a 
         sys.exit(130)
     finally:
         release_locks()
+    leave_group()
 
 
 def _explain(error: Exception, memory_advice: str) -> str | None:

@@ -39,11 +39,18 @@ def have_joined() -> bool:
 
 
 def leave_group() -> None:
-    """Leave the process group, if any: a thread of it that is alive when Python exits can abort the process."""
+    """Leave the process group, if any, and end this process at once, with success.
+
+    Device meshes keep the group alive in torch, with threads that may release a tensor while Python exits. That would
+    abort the process.
+    """
     if have_joined():
         import torch.distributed as dist
 
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def is_first_report() -> bool:
