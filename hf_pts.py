@@ -73,6 +73,13 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--ignore", nargs="*", default=[], metavar="GLOB", help="layers to leave dense, e.g. '*.down_proj'"
     )
+    group.add_argument(
+        "--keep_dense",
+        type=float,
+        metavar="FRACTION",
+        help="leave at most this fraction of the weights dense, in the layers that cost the model most when pruned; "
+        "prints them as --ignore. The whole model runs forward and backward on the device for it",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", required=True, help="folder for the state; created if missing")
     group.add_argument(
@@ -103,9 +110,15 @@ def check_args(args: argparse.Namespace) -> tuple[Recipe, CalibrationSet]:
         raise UserError(f"--percdamp has no meaning for --sparsity_fmt {args.sparsity_fmt}; leave it out")
     if args.percdamp is not None and not 0 < args.percdamp <= 1:
         raise UserError(f"--percdamp must be greater than 0 and at most 1, got {args.percdamp}")
+    if args.keep_dense is not None and not 0 < args.keep_dense < 1:
+        raise UserError(f"--keep_dense must be greater than 0 and less than 1, got {args.keep_dense}")
     recipe = make_recipe(args.sparsity_fmt, args.quality, args.pattern, args.percdamp)
     needs_text = args.calib_data is not None or METHODS[args.sparsity_fmt].needs_text
     sources = parse_sources(args.calib_data or DEFAULT_SOURCES.split()) if needs_text else []
+    if args.keep_dense and not sources:
+        raise UserError(
+            f"--keep_dense needs calibration text, which {args.sparsity_fmt} does not read; add --calib_data"
+        )
     for source in sources:
         check_source(source)
     calibration = CalibrationSet(sources, args.calib_size, args.model_max_length, args.batch_size, args.seed)
@@ -145,6 +158,7 @@ def main() -> None:
     from sparsity.distributed import start_processes
     from sparsity.models import load_model
     from sparsity.pts import report
+    from sparsity.pts.dense_budget import choose_dense
     from sparsity.pts.layer_store import LayerStore, MatrixLog, calibration_key
     from sparsity.pts.prune import prune_model
     from sparsity.pts.state import write_verified_state
@@ -173,6 +187,10 @@ def main() -> None:
 
     # Prune, with a log line for every weight as soon as its layer is finished.
     batches, weights = load_calibration_set(calibration, args.model_dir, model, device, process, args.trust_remote_code)
+    if args.keep_dense:
+        kept = choose_dense(model, batches, recipe.pattern, args.ignore, args.keep_dense, device)
+        process.print(f"kept dense by --keep_dense {args.keep_dense}: --ignore {' '.join(kept)}")
+        args.ignore += kept
     own, own_weights = share_of_process(batches, process), share_of_process(weights, process)
     key = calibration_key(recipe, [args.ignore, args.dtype, args.batch_size], batches, model, weights)
     store = LayerStore(output_dir / "pts_resume" if batches else None, key, writer=process.is_main_process)

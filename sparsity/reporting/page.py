@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsity.files import atomic_path
-from sparsity.reporting.plots import COLOURS, plot_layers, plot_loss, plot_scores
+from sparsity.reporting.plots import COLOURS, plot_kept, plot_layers, plot_loss, plot_scores
 from sparsity.reporting.results import Run, text_names
 from sparsity.text import valid_unicode
 
@@ -95,6 +95,9 @@ def write_report(
     if any(run.perplexities or run.rouge for run in runs):
         image = plot_scores(runs, output / "scores.png")
         parts += ["<h2>Before and after</h2>", embed(image, "Bars of perplexity and ROUGE for each model")]
+    if len({round(run.sparsity(), 3) for run in runs if run.matrices and run.perplexities}) > 2:
+        image = plot_kept(runs, output / "kept.png")
+        parts += ["<h2>Quality by weights kept</h2>", embed(image, "Perplexity over the weights that are kept")]
     if layers:
         image = plot_layers(layers, output / "layers.png")
         parts += [

@@ -84,6 +84,20 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def plot_kept(runs: list[Run], path: Path) -> Path:
+    """Perplexity over the weights that each run keeps, in percent, one line for each text."""
+    figure, (axis,) = new_figure((1,))
+    for text, colour in zip(text_names(runs), COLOURS, strict=False):
+        measured = [run for run in runs if run.matrices and text in run.perplexities]
+        points = sorted((100 - 100 * run.sparsity(), run.perplexities[text]["perplexity"]) for run in measured)
+        axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=1.5, label=text or "text")
+    axis.set_xlabel("weights kept, in percent")
+    axis.set_ylabel("held-out perplexity")
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
+    return save_figure(figure, path)
+
+
 def plot_layers(layers: list[dict[str, Any]], path: Path) -> Path:
     """Relative output error and zero share of every pruned matrix, by depth, one line for each kind of matrix."""
     figure, (left, right) = new_figure((2, 1), height=3.8)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsity.errors import UserError
 from sparsity.files import read_jsonl, require_file
-from sparsity.inspection import MatrixReport, inspect_path, zero_totals
+from sparsity.inspection import MatrixReport, inspect_path, unmasked, zero_totals
 from sparsity.metrics import PERPLEXITIES, ROUGE_TYPES, read_metrics
 from sparsity.modelopt_state import sparsity_name
 from sparsity.pattern import DENSE, Pattern
@@ -21,6 +21,7 @@ class Run:
     Attributes:
         perplexities: results by the name of the text; "" for a text without a name.
         matrices: those of the linear layers, as saved; embeddings and output heads do not count.
+        unmasked: elements of the state's other matrices, which stayed dense.
     """
 
     name: str
@@ -29,7 +30,13 @@ class Run:
     rouge: dict[str, Any] | None = None
     predictions: dict[int, dict[str, Any]] = field(default_factory=dict)
     matrices: list[MatrixReport] = field(default_factory=list)
+    unmasked: int = 0
     state: Path | None = None
+
+    def sparsity(self) -> float:
+        """Share of zeros in all of these matrices."""
+        weights, zeros = zero_totals(self.matrices)
+        return zeros / (weights + self.unmasked)
 
 
 def read_lines(path: str | Path, what: str, keys: set[str]) -> list[dict[str, Any]]:
@@ -78,6 +85,7 @@ def measure(runs: list[Run], states: dict[str, Path], model_dir: str | None) -> 
         run.state = states.get(run.name)
         if run.state and sparsity_name(run.state) != DENSE:
             run.matrices = list(inspect_path(run.state))
+            run.unmasked = sum(unmasked(run.state).values())
     pattern = next((Pattern.parse(run.matrices[0].pattern) for run in runs if run.matrices), None)
     dense = list(inspect_path(model_dir, pattern=pattern)) if model_dir and Path(model_dir).is_dir() else []
     for run in runs:
@@ -93,14 +101,13 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
     rows[0].append(f"{', '.join(patterns) or 'sparse'} matrices")
     for run in runs:
         rouge = [f"{run.rouge[key]:.2f}" for key in ROUGE_TYPES] if run.rouge else ["-"] * 4
-        weights, zeros = zero_totals(run.matrices)
         valid = sum(matrix.fits for matrix in run.matrices)
         rows.append(
             [
                 run.name,
                 *(f"{run.perplexities[text]['perplexity']:.2f}" if text in run.perplexities else "-" for text in texts),
                 *rouge,
-                f"{zeros / weights:.2%}" if run.matrices else "-",
+                f"{run.sparsity():.2%}" if run.matrices else "-",
                 f"{valid} of {len(run.matrices)}" if run.matrices else "-",
             ]
         )

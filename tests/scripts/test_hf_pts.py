@@ -112,9 +112,11 @@ def test_hidden_states_on_disk_change_no_bit_and_leave_no_file(pruned, model_dir
 @pytest.mark.slow
 def test_two_processes_save_one_state_and_report_a_mistake_once(model_dir, calib, tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    run_script(*launch, *command(model_dir, calib, tmp_path / "out", "--batch_size", 1), check=True)
+    more = ["--batch_size", 1, "--keep_dense", 0.2]
+    result = run_script(*launch, *command(model_dir, calib, tmp_path / "out", *more), check=True)
+    names = result.stdout.partition("--ignore ")[2].partition("\n")[0].split()
     masks = list(sparse_masks(load_state(tmp_path / "out" / "pts_modelopt_state.pth")["model_state_dict"]))
-    assert len(masks) == 14
+    assert names and len(masks) == 14 - len(names)
     for change in (["--calib_data", "missing.txt"], ["--batch_size", 12]):
         result = run_script(*launch, *command(model_dir, calib, tmp_path / "no", *change))
         assert result.returncode != 0
@@ -173,6 +175,23 @@ def test_other_choices_leave_a_state_that_restores(model_dir, calib, tmp_path, c
         if group:
             assert bool((mask.view(-1, group).sum(1) == kept).all())
         assert float(mask.float().mean()) == 0.5
+
+
+def test_what_keep_dense_prints_gives_the_same_state_as_ignore(model_dir, calib, tmp_path):
+    result = run_inline(*command(model_dir, calib, tmp_path / "chosen", "--keep_dense", 0.2))
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("kept dense by --keep_dense 0.2: ")]
+    names = line.partition("--ignore ")[2].split()
+    given = run_inline(*command(model_dir, calib, tmp_path / "given", "--ignore", *names))
+    assert given.returncode == 0, given.stderr
+    assert states_equal(tmp_path / "chosen", tmp_path / "given")
+    assert len(list(sparse_masks(load_state(tmp_path / "given" / "pts_modelopt_state.pth")["model_state_dict"]))) < 14
+
+
+def test_keep_dense_needs_text(model_dir, tmp_path):
+    words = ["hf_pts.py", "--model_name_or_path", model_dir, "--output_dir", tmp_path, "--keep_dense", 0.2]
+    result = run_inline(*words, "--sparsity_fmt", "sparse_magnitude", "--device", "cpu")
+    assert_clear_error(result, "--keep_dense needs calibration text", "sparse_magnitude", "--calib_data")
 
 
 def test_encoder_and_conv1d_models_are_refused(calib, tmp_path, tokenizer):

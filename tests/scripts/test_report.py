@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
+import torch
 
 import report
 from sparsity.errors import UserError
+from sparsity.modelopt_state import load_state
 
 
 @pytest.fixture
@@ -69,6 +72,23 @@ def test_page_is_whole_and_self_contained(make, results):
     for name in ("scores.png", "layers.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["layers.png", "loss.png", "report.html", "scores.png"]
+
+
+def test_quality_is_plotted_over_what_three_runs_keep(make, results, model_dir, state_path, tmp_path, capsys):
+    """The dense model, half of all weights, and a state with every other matrix dense."""
+    state = load_state(state_path)
+    tensors = state["model_state_dict"]
+    masks = [name for name in tensors if name.endswith("weight_mask")]
+    state["model_state_dict"] = {name: tensors[name] for name in tensors if name not in masks[::2]}
+    torch.save(state, tmp_path / "half.pth")
+    weights = [tensors[name].numel() for name in masks]
+    expected = 0.5 * sum(weights[1::2]) / sum(weights)
+    shutil.copytree(results / "eval" / "PTS", results / "eval" / "half")
+    more = ["--state", f"PTS={state_path}", "--state", f"half={tmp_path / 'half.pth'}", "--model_dir", model_dir]
+    folder = make(*more, runs=("dense", "PTS", "half"))
+    assert f"{expected:.2%}" in capsys.readouterr().out
+    assert (folder / "kept.png").read_bytes().startswith(b"\x89PNG")
+    assert "Quality by weights kept" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_a_run_lacks_is_left_out(make, results, capsys):
