@@ -8,7 +8,9 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Messages of torch, oneDNN, Python and Linux when memory runs out, in exceptions of many classes.
 NO_MEMORY = re.compile(
@@ -51,6 +53,26 @@ def reported_as(message: str, *errors: type[Exception]) -> Iterator[None]:
             root = root.__cause__
         cause = f" ({first_line(root)})" if root is not error else ""
         raise UserError(f"{message}: {first_line(error)}{cause}") from error
+
+
+def with_downloads(load: Callable, *args: Any, **options: Any) -> Any:
+    """Call `load`, again after a pause where a server fails: the hub's library repeats its requests, but no downloads.
+
+    What is complete stays in the cache.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for pause in (1, 5, 25):
+        try:
+            return load(*args, **options)
+        except OSError as error:
+            answer: BaseException | None = error
+            while not isinstance(answer, HfHubHTTPError | None):
+                answer = answer.__cause__
+            if answer is None or answer.response.status_code < 500:
+                raise
+            time.sleep(pause)
+    return load(*args, **options)
 
 
 def few(names: list[str]) -> str:

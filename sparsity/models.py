@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsity.errors import UserError, few, memory_shortage, reported_as, warn, warn_once
+from sparsity.errors import UserError, few, memory_shortage, reported_as, warn, warn_once, with_downloads
 from sparsity.files import open_safetensors, safetensors_files
 from sparsity.quantized import quantization_algorithm, read_dequantized, round_inputs
 
@@ -114,11 +114,11 @@ def load_model(
     report_log.setLevel(logging.WARNING)  # the filter must see the report, whatever is shown
     report_log.addFilter(_without_report)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
-    options["ignore_mismatched_sizes"] = True  # they are in the report
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are in the report
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
     pickled = f"'{model}' has a .bin file with code in it, which is not run; save the model with save_pretrained"
     with reported_as(f"cannot load the weights of '{model}'", *errors), reported_as(pickled, pickle.UnpicklingError):
-        loaded, report = AutoModelForCausalLM.from_pretrained(model, config=config, output_loading_info=True, **options)
+        loaded, report = with_downloads(AutoModelForCausalLM.from_pretrained, model, config=config, **options)
     check_complete(loaded, model, report)
     if not placing:
         check_finite(loaded, model)

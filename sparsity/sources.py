@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.errors import UserError, reported_as, warn
+from sparsity.errors import UserError, reported_as, warn, with_downloads
 from sparsity.files import file_digest, is_file, path_exists
 from sparsity.text import read_texts, row_text, sample_blocks
 
@@ -255,7 +255,7 @@ def _dataset_texts(
     hint = "" if path_exists(_parts(spec)[0]) else "; check the name and the network, or give a local file or folder"
     # datasets and the network stack below it raise errors of a dozen unrelated classes.
     with reported_as(f"cannot read the data set '{spec}'{hint}", Exception):
-        parts = _registered(spec) or [_open_dataset(spec, split)]
+        parts = with_downloads(_registered, spec) or [with_downloads(_open_dataset, spec, split)]
         if num_tokens is not None and seed is not None:
             parts = [rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for rows in parts]
         for row in chain.from_iterable(zip(*parts, strict=False)):

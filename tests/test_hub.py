@@ -128,25 +128,20 @@ def test_readme_commands(worker, made, hub):
 
 @pytest.mark.slow
 def test_failing_requests_and_connections_that_end_in_the_middle_of_files(hub, faulty, tmp_path):
-    """Every seventh request but for weights fails, and the first transfer of each weight and data file ends early.
-
-    Nothing is in the cache. Shards are requested side by side, so it would be chance which of them fails how often.
-    """
-    numbers, statuses, cut = count(1), cycle([429, 503]), set()
+    """Every seventh request fails, every data file's first transfer, and two of each weight file's downloads."""
+    numbers, statuses, faults = count(1), cycle([429, 503]), {}
 
     def fault(path):
-        if next(numbers) % 7 == 0 and not path.endswith(".safetensors"):
-            return next(statuses)
-        if path.endswith((".safetensors", ".parquet")) and "/resolve/" in path and path not in cut:
-            cut.add(path)
-            return CUT
-        return None
+        if path.endswith((".safetensors", ".parquet")) and "/resolve/" in path:
+            is_weight = path.endswith(".safetensors")  # requested twice each time, the first time for its size alone
+            return next(faults.setdefault(path, iter([None, 503, None, CUT] if is_weight else [CUT])), None)
+        return next(statuses) if next(numbers) % 7 == 0 else None
 
     faulty(fault)
     words = ["--calib_data", "cnn_dailymail", "--calib_size", 2, "--model_max_length", 64, "--dtype", "fp32"]
     with Worker(hub.url, tmp_path / "home") as fresh:
         run(fresh, "hf_pts.py", "--model_name_or_path", MODEL, *words, "--output_dir", tmp_path / "pts")
-        assert len(cut) >= 4  # shards and a parquet file
+        assert len(faults) >= 4  # shards and a parquet file
         run(fresh, "data_prep.py", "--save_path", tmp_path / "data")
 
 

@@ -89,7 +89,7 @@ def pruning_costs(
             for name, (inputs, output) in calls.items():
                 if output.grad is None:  # what it computed reached no logit
                     continue
-                weight, x = linears[name].weight.float(), inputs.flatten(0, -2).float()
+                weight, x = linears[name].get_parameter("weight").float(), inputs.flatten(0, -2).float()
                 pruned = weight.masked_fill(score_mask(wanda(weight, x.square().mean(0).sqrt()), pattern), 0)
                 costs[name] += 0.5 * (output.grad.flatten(0, -2) * (x @ pruned.t())).sum(-1).square().sum().item()
             calls.clear()
