@@ -93,7 +93,6 @@ def plot_kept(runs: list[Run], path: Path) -> Path:
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=1.5, label=text or "text")
     axis.set_xlabel("weights kept, in percent")
     axis.set_ylabel("held-out perplexity")
-    axis.set_yscale("log")
     axis.legend(frameon=False)
     return save_figure(figure, path)
 
