@@ -163,8 +163,8 @@ def step(model: Any, student: Any, teacher: Any, run: Settings) -> dict[str, flo
     ids = torch.zeros(run.train_bs, run.max_length, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "attention_mask": ids + 1, "plain": ids == 0}
     with EveryTokenLabelled(), tracker:
-        parts = loss.LossWeights(kl=float(run.distill))
-        value = loss.batch_loss(model, batch, ids.numel() * run.processes, parts, teacher, student) * run.processes
+        tokens = ids.numel() * run.processes
+        value = loss.batch_loss(model, batch, tokens, teacher, unwrapped=student) * run.processes
         peaks = {"forward": take_peak(tracker)}
         value.backward()
         del value

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.errors import UserError, reported_as
-from sparsity.files import safetensors_files
+from sparsity.files import open_safetensors, safetensors_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,13 +59,10 @@ def read_dequantized(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor
     Raises:
         UserError: a file is missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     tensors: dict[str, Tensor] = {}
     for file in safetensors_files(folder):
-        with reported_as(f"{file} is damaged or truncated", SafetensorError, OSError):
-            tensors |= load_file(file)
+        with open_safetensors(file) as stored:
+            tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  safe_open is no dict
     scales: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.rpartition(".")[2] in SCALES]:
         layer, _, kind = name.rpartition(".")

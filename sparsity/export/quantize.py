@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsity.errors import UserError, reported_as
 from sparsity.export.weights import in_checkpoint_format
-from sparsity.files import read_json, safetensors_files
+from sparsity.files import open_safetensors, read_json, safetensors_files
 from sparsity.modelopt_state import pruned_errors, sparse_masks
 
 if TYPE_CHECKING:
@@ -87,12 +87,10 @@ def check_zeros(folder: Path, model: PreTrainedModel, state: dict[str, Tensor]) 
     Raises:
         UserError: a matrix is missing, has another shape (e.g. packed), or holds something else under its mask.
     """
-    from safetensors import safe_open
-
     masks = in_checkpoint_format(model, {name: mask for name, _, mask in sparse_masks(state)})
     pruned = 0
     for file in safetensors_files(folder):
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             for name in masks.keys() & set(tensors.keys()):
                 mask, weight = masks.pop(name), tensors.get_tensor(name)
                 if weight.shape != mask.shape:

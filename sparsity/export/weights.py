@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsity.errors import UserError, reported_as
-from sparsity.files import save_json
+from sparsity.files import open_safetensors, save_json
 from sparsity.modelopt_state import folded, is_mask, mask_name
 from sparsity.models import shared_names
 
@@ -100,28 +100,24 @@ def write_weights(
         others: those of them that are copied as they are.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import safe_open
     from safetensors.torch import save_file
     from tqdm import tqdm
 
     tied = shared_names(model)
-    names = [name for name in state if not is_mask(name) and name not in tied]
-    planned = {}
-    for name in names:
+    copied: dict[str, torch.Tensor] = {}
+    for name in others:
+        with open_safetensors(stored[name]) as tensors:
+            copied[name] = tensors.get_tensor(name)  # mapped, not read
+    planned = {name: tensor.to("meta") for name, tensor in copied.items()}
+    for name in [name for name in state if not is_mask(name) and name not in tied]:
         cast = dtype if state[name].is_floating_point() else None
         planned[name] = torch.empty_like(state[name], dtype=cast, device="meta")
-    for name in others:
-        with safe_open(stored[name], framework="pt") as tensors:
-            planned[name] = tensors.get_tensor(name).to("meta")
     with reported_as(f"--max_shard_size {shard_size} is not a size; write e.g. 5GB or 500MB", ValueError):
         plan = split_torch_state_dict_into_shards(planned, max_shard_size=shard_size)
     weight_map: dict[str, str] = {}
     for file, members in tqdm(plan.filename_to_tensors.items(), desc="shards", disable=None):
         own = {name: exported(state, name, dtype) for name in members if name not in others}
-        shard = in_checkpoint_format(model, own, stored)
-        for name in others & set(members):
-            with safe_open(stored[name], framework="pt") as tensors:
-                shard[name] = tensors.get_tensor(name)
+        shard = in_checkpoint_format(model, own, stored) | {name: copied[name] for name in members if name in others}
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del shard, own

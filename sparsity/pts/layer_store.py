@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsity.errors import reported_as
-from sparsity.files import atomic_path, is_sealed, seal
+from sparsity.files import atomic_path, is_sealed, open_safetensors, seal
 from sparsity.models import few_values
 from sparsity.pts.recipe import Recipe
 
@@ -32,7 +31,6 @@ class MatrixLog:
         percdamp: damping that was used, as a fraction of the Hessian's mean diagonal; None without a Hessian.
         seconds: this matrix's part of the time to prune its group.
         layer_seconds: the whole decoder layer, calibration passes included.
-        peak_memory_mib: of the device so far, in MiB; of the process on the CPU.
         tokens: number of calibration tokens that an expert saw; None of other layers.
     """
 
@@ -43,7 +41,6 @@ class MatrixLog:
     percdamp: float | None
     seconds: float
     layer_seconds: float = 0.0
-    peak_memory_mib: float = 0.0
     tokens: int | None = None
 
 
@@ -119,9 +116,9 @@ class LayerStore:
         """
         assert self.folder is not None  # `has` says so
         path = self.folder / _file(index)
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             rows = [MatrixLog(**row) for row in json.loads(file.metadata()["rows"])]
-        tensors = load_file(path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no dict
         weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
         layer.load_state_dict(weights, assign=True)
         return {k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")}, rows

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsity.attention import use_blocked_attention
-from sparsity.devices import keep_freed_memory, peak_memory_mib, return_freed_memory, tf32
+from sparsity.devices import keep_freed_memory, return_freed_memory, tf32
 from sparsity.distributed import hide_bar, is_main_process
 from sparsity.models import decoder_layers, head_counts
 from sparsity.pts.activations import HiddenStates, LayerPrefetcher
@@ -107,7 +107,6 @@ def prune_model(
                 layer.module.to("cpu")
                 for row in layer_rows:
                     row.layer_seconds = round(time.perf_counter() - started, 3)
-                    row.peak_memory_mib = round(peak_memory_mib(device), 1)
                 layer_masks = store.save(layer.index, layer.module, layer_masks, layer_rows)
             masks |= layer_masks
             rows += layer_rows

@@ -6,7 +6,6 @@ The distillation loss is the Kullback-Leibler divergence from teacher to student
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GPU_CHUNK, CPU_CHUNK = 2**25, 2**20  # logits in one piece of the loss; on a CPU they stay in its cache
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The weight of the KL divergence; cross entropy has the rest.
-
-    Attributes:
-        answer_kl: `kl` for the answers of records; None: the same as for plain text.
-    """
-
-    kl: float = 0.0
-    answer_kl: float | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- forward passes
@@ -52,7 +39,7 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict
 
 
 def token_targets(
-    batch: dict[str, torch.Tensor], weights: LossWeights, distill: bool
+    batch: dict[str, torch.Tensor], kl: tuple[float, float]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Positions [K] at which any row predicts a labelled token, and the N labelled tokens in logits [B, K, V] of these.
 
@@ -62,10 +49,7 @@ def token_targets(
     columns = labelled.any(0).nonzero().squeeze(1)
     labelled = labelled[:, columns]
     ids, plain = (batch[name][:, 1:][:, columns][labelled] for name in ("labels", "plain"))
-    kl = torch.full(ids.shape, float(weights.kl) if distill else 0.0, device=ids.device)
-    if distill and weights.answer_kl is not None:
-        kl[~plain] = weights.answer_kl
-    return columns, (labelled.flatten().nonzero().squeeze(1), ids, kl)
+    return columns, (labelled.flatten().nonzero().squeeze(1), ids, torch.where(plain, *kl))
 
 
 def logits_at(
@@ -171,12 +155,16 @@ def batch_loss(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
     total: torch.Tensor | int,
-    weights: LossWeights,
     teacher: nn.Module | None = None,
+    kl: tuple[float, float] = (1.0, 1.0),
     unwrapped: PreTrainedModel | None = None,
 ) -> torch.Tensor:
-    """Loss of a micro-batch that sums to the mean over `total` labelled tokens when micro-batches are added up."""
-    columns, targets = token_targets(batch, weights, distill=teacher is not None)
+    """Loss of a micro-batch that sums to the mean over `total` labelled tokens when micro-batches are added up.
+
+    Args:
+        kl: with a teacher, weight of the KL divergence on plain text and on answers; cross entropy has the rest.
+    """
+    columns, targets = token_targets(batch, (0.0, 0.0) if teacher is None else kl)
     logits = logits_at(model, batch, columns, unwrapped)
     teacher_logits = None
     if teacher is not None:

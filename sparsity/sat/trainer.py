@@ -20,7 +20,7 @@ from sparsity.sat import checkpoints
 from sparsity.sat.callbacks import SCHEDULER, AlreadyFinished, Checkpoints, MaskKeeper, Progress, StopOnSignal
 from sparsity.sat.data import IGNORE, Collator, EpochSampler, Packed
 from sparsity.sat.fsdp import configure_fsdp, force_fsdp, full_state, local, send_from_main, shard_teacher
-from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.loss import batch_loss
 from sparsity.sat.masking import mask_gradients
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class SparseTrainer(Trainer):
     """Trainer for a model with modelopt masks; `fit` trains it.
 
     Args:
-        loss_weights, teacher: see loss.py; `teacher` is None for plain cross entropy.
+        teacher, kl: see `batch_loss`; `teacher` is None for plain cross entropy.
         tensors: whole weights and masks by name, for a model that gets them once it is sharded.
     """
 
@@ -48,8 +48,8 @@ class SparseTrainer(Trainer):
     def __init__(
         self,
         *,
-        loss_weights: LossWeights,
         teacher: PreTrainedModel | None,
+        kl: tuple[float, float],
         tensors: dict[str, torch.Tensor],
         **kwargs: Any,
     ):
@@ -58,7 +58,7 @@ class SparseTrainer(Trainer):
         if args.sharded and not self.is_fsdp_enabled:
             force_fsdp(self.accelerator)
             self.is_fsdp_enabled = True
-        self.loss_weights, self.teacher = loss_weights, teacher
+        self.teacher, self.kl = teacher, kl
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole step itself
         train = self.train_dataset
         lengths = train.lengths if isinstance(train, Packed) else list(train["length"])
@@ -114,7 +114,7 @@ class SparseTrainer(Trainer):
     ) -> torch.Tensor:
         assert num_items_in_batch is not None  # because model_accepts_loss_kwargs is set
         unwrapped = self.accelerator.unwrap_model(model)
-        loss = batch_loss(model, inputs, num_items_in_batch, self.loss_weights, self.teacher, unwrapped)
+        loss = batch_loss(model, inputs, num_items_in_batch, self.teacher, self.kl, unwrapped)
         # Gradients are averaged over processes, while the loss is already divided by the tokens of all of them.
         return loss * self.args.world_size
 
@@ -149,7 +149,7 @@ class SparseTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator(own or [samples[0]]))
             labelled = (batch["labels"][:, 1:] != IGNORE).sum()
             with torch.no_grad(), self.accelerator.autocast():
-                loss = batch_loss(self.model, batch, 1, LossWeights(), None, unwrapped)
+                loss = batch_loss(self.model, batch, 1, unwrapped=unwrapped)
             sums += torch.stack([loss.double(), labelled.double()]) * bool(own)
         self.model.train()
         total, count = sum_over_processes(sums).tolist()
@@ -197,7 +197,7 @@ def build_trainer(
         UserError: the optimizer is not available.
     """
     train, evaluation = data
-    training, distillation = args.training, args.distillation
+    training, distillation, kl = args.training, args.distillation, args.distillation.distill_kl
     try:
         SparseTrainer.get_optimizer_cls_and_kwargs(training, student.model)
     except (ImportError, ValueError, RuntimeError) as error:
@@ -217,8 +217,8 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=evaluation,
         data_collator=Collator(tokenizer.pad_token_id),
-        loss_weights=LossWeights(distillation.distill_kl, distillation.distill_kl_answers),
         teacher=teacher,
+        kl=(kl, kl if distillation.distill_kl_answers is None else distillation.distill_kl_answers),
         tensors=student.tensors if training.sharded else {},
     )
     trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)

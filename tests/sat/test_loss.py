@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from sparsity.modelopt_state import restore_sparse
 from sparsity.models import load_model
 from sparsity.sat.data import Collator, encode_records
-from sparsity.sat.loss import LossWeights, batch_loss
+from sparsity.sat.loss import batch_loss
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def batch(tokenizer, records):
 def test_cross_entropy_equals_transformers(batch):
     model = tiny_llama()
     tokens = (batch["labels"][:, 1:] != -100).sum()
-    ours = batch_loss(model, batch, tokens, LossWeights())
+    ours = batch_loss(model, batch, tokens)
     theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     torch.testing.assert_close(ours, theirs)
 
@@ -29,17 +29,17 @@ def test_cross_entropy_equals_transformers(batch):
 def test_distillation_losses(batch):
     student, teacher = tiny_llama(0), tiny_llama(1)
     tokens = (batch["labels"][:, 1:] != -100).sum()
-    same = batch_loss(student, batch, tokens, LossWeights(kl=1), tiny_llama(0))
+    same = batch_loss(student, batch, tokens, tiny_llama(0))
     assert same.item() == pytest.approx(0, abs=1e-5)
-    kl = batch_loss(student, batch, tokens, LossWeights(kl=1), teacher)
+    kl = batch_loss(student, batch, tokens, teacher)
     total = 0.0  # Σ p log(p/q) at each labelled position, written out
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     p, q = (model(**inputs).logits.softmax(-1) for model in (teacher, student))
     for row, column in (batch["labels"][:, 1:] != -100).nonzero().tolist():
         total += (p[row, column] * (p[row, column] / q[row, column]).log()).sum().item()
     assert kl.item() == pytest.approx(total / tokens.item(), rel=1e-4)
-    half = batch_loss(student, batch, tokens, LossWeights(kl=0.5), teacher)
-    plain = batch_loss(student, batch, tokens, LossWeights())
+    half = batch_loss(student, batch, tokens, teacher, (0.5, 0.5))
+    plain = batch_loss(student, batch, tokens)
     assert half.item() == pytest.approx((kl.item() + plain.item()) / 2, rel=1e-5)
 
 
@@ -48,7 +48,6 @@ def test_gradient_is_that_of_the_loss_written_out(batch, monkeypatch):
     monkeypatch.setattr("sparsity.sat.loss.CPU_CHUNK", 5 * 512)
     student, teacher = tiny_llama(0), tiny_llama(1)
     batch["plain"][0] = True
-    weights = LossWeights(kl=0.7, answer_kl=0.25)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
         p = teacher(**inputs).logits.softmax(-1)
@@ -63,7 +62,7 @@ def test_gradient_is_that_of_the_loss_written_out(batch, monkeypatch):
     expected.backward()
     gradients = [weight.grad.clone() for weight in student.parameters()]
     student.zero_grad()
-    loss = batch_loss(student, batch, 1, weights, teacher)
+    loss = batch_loss(student, batch, 1, teacher, (0.7, 0.25))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     for weight, gradient in zip(student.parameters(), gradients, strict=True):
