@@ -50,7 +50,8 @@ def main() -> None:
     if training.check_only:
         return
     if training.dry_run:
-        print(memory.table(memory.model_shapes(config, model_args.trust_remote_code), memory.settings_of(args)))
+        empty = models.empty_model(config, trust_remote_code=model_args.trust_remote_code)
+        print(memory.table(empty, memory.settings_of(args)))
         return
 
     from transformers.utils import logging

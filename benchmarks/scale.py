@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.errors import UserError
 from sparsity.modelopt_state import mask_name
+from sparsity.models import empty_model
 from sparsity.sat import loss, memory
 from sparsity.sat.fsdp import configure_fsdp, local, shard_teacher
 from sparsity.sat.low_rank import add_low_rank
@@ -203,7 +204,7 @@ def main() -> None:
     for name, run in tqdm([(name, run) for name, runs in CASES.items() for run in runs], disable=None):
         sizes = dict(zip((*SIZES, "vocab_size"), MODELS[name], strict=True))
         config = LlamaConfig(**sizes, use_cache=False)
-        peaks, estimated = simulate(config, run), memory.total_gib(memory.model_shapes(config), run)
+        peaks, estimated = simulate(config, run), memory.total_gib(empty_model(config), run)
         changed = {key: value for key, value in asdict(run).items() if value != asdict(Settings())[key]}
         rows.append({"model": name, "run": changed, "simulated_gib": peaks, "estimated_gib": estimated})
         tqdm.write(f"{name}, {changed}: simulated {max(peaks.values()):.2f} GiB, estimated {estimated:.2f} GiB")

@@ -7,27 +7,28 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from sparsity.sat.memory import Settings, estimate, model_shapes, total_gib
+from sparsity.models import empty_model
+from sparsity.sat.memory import Settings, estimate, total_gib
 
 
 @pytest.fixture(scope="module")
-def shapes():
+def model():
     """Of Llama-2-7B."""
-    return model_shapes(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000))
+    return empty_model(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000))
 
 
+PARAMETERS, PRUNED = 6_738_415_616, 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 RUN = Settings(processes=8)
 LOW_RANK = Settings(lora_rank=64)
 
 
-def test_parts_of_full_training(shapes):
-    parts = estimate(shapes, RUN)
-    assert shapes.parameters == 6_738_415_616
-    trained = shapes.parameters - 32000 * 4096  # all but the embeddings
-    assert parts["weights"] == 4 * shapes.parameters / 8 and parts["masks"] == shapes.pruned / 8
+def test_parts_of_full_training(model):
+    parts = estimate(model, RUN)
+    trained = PARAMETERS - 32000 * 4096  # all but the embeddings
+    assert parts["weights"] == 4 * PARAMETERS / 8 and parts["masks"] == PRUNED / 8
     assert parts["gradients"] == 4 * trained / 8 and parts["optimizer"] == 8 * trained / 8
-    assert estimate(shapes, replace(RUN, distill=True))["teacher"] == 2 * shapes.parameters / 8
-    assert estimate(shapes, replace(RUN, distill=True, teacher_offload=True))["teacher"] == 0
+    assert estimate(model, replace(RUN, distill=True))["teacher"] == 2 * PARAMETERS / 8
+    assert estimate(model, replace(RUN, distill=True, teacher_offload=True))["teacher"] == 0
 
 
 # GiB that torch's memory tracker counts in a simulated step (benchmarks/results/scale.json).
@@ -44,12 +45,12 @@ SIMULATED = [
 
 
 @pytest.mark.parametrize(("run", "simulated"), SIMULATED)
-def test_estimate_is_within_15_percent_of_the_simulation(shapes, run, simulated):
-    assert total_gib(shapes, run) == pytest.approx(simulated, rel=0.15)
+def test_estimate_is_within_15_percent_of_the_simulation(model, run, simulated):
+    assert total_gib(model, run) == pytest.approx(simulated, rel=0.15)
 
 
-def test_low_rank_training_keeps_no_masks_and_little_optimizer_state(shapes):
-    parts = estimate(shapes, LOW_RANK)
+def test_low_rank_training_keeps_no_masks_and_little_optimizer_state(model):
+    parts = estimate(model, LOW_RANK)
     factors = 64 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert parts["optimizer"] == 8 * factors and parts["masks"] == 0
-    assert parts["weights"] == 2 * shapes.parameters + 4 * factors
+    assert parts["weights"] == 2 * PARAMETERS + 4 * factors
