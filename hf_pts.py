@@ -173,7 +173,7 @@ def main() -> None:
         files.prepare_output_dir(args.activations_dir)
     model = load_dense(args, recipe, calibration, process)
     if args.dry_run:
-        process.print(report.estimate(model, recipe, args.ignore, calibration, device, args.trust_remote_code))
+        process.print(report.estimate(model, recipe, args.ignore, calibration, device))
         return
     if process.is_main_process:
         files.lock_output_dir(output_dir)

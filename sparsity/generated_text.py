@@ -191,14 +191,6 @@ def _cache_bytes(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int
     return 2 * length * config.num_hidden_layers * num_kv_heads * width * dtype.itemsize
 
 
-def writing_bytes(model: PreTrainedModel, length: int) -> int:
-    """Peak bytes of a model that writes text: weights, the cache, and the logits in three copies of 32-bit floats."""
-    rows = sequences_at_once(model, length, model.dtype)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    logits = rows * model.config.get_text_config().vocab_size
-    return weights + rows * _cache_bytes(model, length, model.dtype) + 12 * logits
-
-
 def _key(model: PreTrainedModel, settings: list, dtype: torch.dtype) -> str:
     """Hash of what decides the text: a few values of every weight as in `dtype`, all shapes, and the settings."""
     digest = hashlib.sha256(repr(settings).encode())

@@ -56,13 +56,6 @@ def at_once(cols: int) -> int:
     return max(1, HESSIAN_BYTES // (4 * cols**2))
 
 
-def likely_shape(model: PreTrainedModel, name: str) -> tuple[int, int, int]:
-    """Experts, rows and columns of a weight of experts, by what its module says of its layout; nothing is run."""
-    weight, module = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
-    count, rows, cols = weight.shape
-    return (count, cols, rows) if getattr(module, "is_transposed", False) else (count, rows, cols)
-
-
 @contextmanager
 def one_by_one(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, experts are computed one after the other, not in grouped products."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil, prod
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sparsity.devices import bf16_is_faster, peak_memory_mib
 from sparsity.errors import few
-from sparsity.generated_text import sequences_at_once, writing_bytes, writing_dtype
-from sparsity.models import decoder_layers, empty_model
+from sparsity.generated_text import sequences_at_once, writing_dtype
+from sparsity.models import decoder_layers
 from sparsity.pts.calibration import CalibrationSet
-from sparsity.pts.experts import at_once, likely_shape
+from sparsity.pts.experts import at_once
 from sparsity.pts.layer_store import MatrixLog
 from sparsity.pts.recipe import Recipe
 from sparsity.pts.structure import choose_weights, observe
@@ -87,55 +87,39 @@ def working_bytes(rows: int, cols: int) -> int:
 
 
 def estimate(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    ignore: list[str],
-    calibration: CalibrationSet,
-    device: torch.device,
-    trust_remote_code: bool = False,
+    model: PreTrainedModel, recipe: Recipe, ignore: list[str], calibration: CalibrationSet, device: torch.device
 ) -> str:
     """Layers, shapes and a computed estimate of time and peak device memory; nothing is run but a few tokens.
 
     Memory on the device is the largest decoder layer, what its largest group needs at once (`working_bytes`), and one
     batch of activations. On the CPU all of it belongs to one process, with the libraries that this process has loaded.
-    Masks of finished layers stay on disk until the state is written.
     """
     if not calibration.sources:
         return "pruning without text reads each weight once: no calibration text, no forward pass"
-    kind, length = device.type, calibration.length
+    kind, length, tokens = device.type, calibration.length, calibration.size * calibration.length
     prefix, layers = decoder_layers(model)
     chosen, left_dense = choose_weights(model, recipe.pattern, ignore)
-    stacked = {name: likely_shape(model, name) for name, _ in model.named_parameters() if name in chosen}  # of experts
+    stacked = {name: tuple(weight.shape) for name, weight in model.named_parameters() if name in chosen}  # of experts
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen - stacked.keys()}
     groups, _ = observe(model, chosen)
-    # Each group as [names, rows of all, columns].
-    sizes = [
-        [(group, sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in layer] for layer in groups
-    ]
-    flops = sum(flops_of(rows, cols, calibration.size * length, recipe) for layer in sizes for _, rows, cols in layer)
-    batch_bytes = 2 * calibration.batch_size * length * 4
-    working = max(working_bytes(rows, cols) + batch_bytes * cols for layer in sizes for _, rows, cols in layer)
-    for count, rows, cols in stacked.values():
-        flops += count * flops_of(rows, cols, calibration.size * length // count, recipe)
-        working = max(working, 4 * cols**2 * min(count, at_once(cols)) + working_bytes(rows, cols))
-    layer = max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Count, rows of all and columns of weights that share a Hessian; experts have one each.
+    sizes = [(1, sum(shapes[name][0] for name in group), shapes[group[0]][1]) for layer in groups for group in layer]
+    sizes += stacked.values()
+    flops = sum(count * flops_of(rows, cols, tokens // count, recipe) for count, rows, cols in sizes)
+    batch_bytes, widest = 2 * calibration.batch_size * length * 4, max(cols for _, _, cols in sizes)
+    hessians = max(4 * cols**2 * min(count, at_once(cols)) for count, _, cols in stacked.values()) if stacked else 0
+    working = hessians + max(working_bytes(rows, cols) + batch_bytes * cols for _, rows, cols in sizes)
+    layer, weights = max(map(size_of, layers)), size_of(model)
     in_bf16 = kind == "cpu" and model.dtype == torch.float32 and bf16_is_faster(device)
     width, element = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
-    widest = max(layer[-1][2] for layer in sizes if layer)  # inputs of a layer's last linear, kept for one layer
     fitted = recipe.asymmetric * (2 * width + widest) * (2 if in_bf16 else element)  # of the dense model
-    kept = 2 if stacked and not recipe.needs_pruned else 1  # experts need the pruned model's hidden states
-    streams = calibration.size * length * (kept * width * element + fitted)
-    counts = zip(calibration.sources, shares(calibration.sources, calibration.size), strict=True)
-    written = sum(count for source, count in counts if source.spec == SELF)
-    writer = empty_model(model.config, writing_dtype(device), trust_remote_code) if written else None
-    speed = FLOPS[kind] * (BF16_GAIN if in_bf16 else 1)
+    streams = tokens * (width * element + fitted)
     lines = [
         f"each of {len(layers)} decoder layers ({layer / MIB:.0f} MiB), groups that share a Hessian:",
         *(
-            f"  input of {cols:>6} columns: "
+            f"  input of {shapes[group[0]][1]:>6} columns: "
             + ", ".join(f"{name.removeprefix(prefix + '.0.')} {shapes[name]}" for name in group)
-            for group, _, cols in sizes[0]
+            for group in groups[0]
         ),
         *(
             f"  {count} experts, {min(count, at_once(cols))} at a time: {name} ({rows}, {cols})"
@@ -145,19 +129,28 @@ def estimate(
         f"{len(shapes)} linear layers are pruned to {recipe.pattern}, {len(left_dense)} others stay dense",
         f"calibration: {calibration.size} sequences of {length} tokens, {calibration.batch_size} at a time",
         f"computed peak memory on the {kind} device: {(layer + working) / MIB:,.0f} MiB",
-        f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB activations "
-        f"+ {sum(map(prod, [*shapes.values(), *stacked.values()])) / MIB:,.0f} MiB masks",
+        f"computed host memory: {weights / MIB:,.0f} MiB weights + {streams / MIB:,.0f} MiB activations",
     ]
     if kind == "cpu":
-        peak = max(weights + streams + layer + working, writing_bytes(writer, length) if writer is not None else 0)
-        libraries = peak_memory_mib(device)
+        peak = (weights + streams + layer + working) / MIB + peak_memory_mib(device)
+        lines.append(f"computed peak memory of the process: {peak:,.0f} MiB")
+    seconds = flops / FLOPS[kind] / (BF16_GAIN if in_bf16 else 1)
+    lines.append(f"computed time: about {seconds:,.0f} s")
+    counts = zip(calibration.sources, shares(calibration.sources, calibration.size), strict=True)
+    if written := sum(count for source, count in counts if source.spec == SELF):
+        at_a_time = sequences_at_once(model, length, writing_dtype(device))
+        parameters = weights / element
+        step = 4 * parameters / BANDWIDTH[kind] + parameters * at_a_time / (2 * FLOPS[kind])  # reads all weights once
         lines.append(
-            f"computed peak memory of the process: {peak / MIB + libraries:,.0f} MiB ({libraries:,.0f} libraries)"
+            f"self-generated text: {written} sequences of {length} tokens, about "
+            f"{ceil(written / at_a_time) * length * step:,.0f} s more where no earlier run has left it in the cache"
         )
-    lines.append(f"computed time: about {flops / speed:,.0f} s ({flops:.1e} operations, {speed:.1e} a second)")
-    if writer is not None:
-        lines.append(writing_estimate(writer, written, length, kind))
     return "\n".join(lines)
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def flops_of(rows: int, cols: int, tokens: int, recipe: Recipe) -> float:
@@ -166,18 +159,6 @@ def flops_of(rows: int, cols: int, tokens: int, recipe: Recipe) -> float:
     passes += 1.3 * recipe.asymmetric  # the pruned model's: up to the attention's output, then all of the layer
     search = 2 * rows * cols * cols * (2 + recipe.refit_iterations)
     return 2 * tokens * rows * cols * passes + 2 * tokens * cols * cols + search + cols**3
-
-
-def writing_estimate(model: PreTrainedModel, sequences: int, length: int, kind: str) -> str:
-    """A line with the computed time in which the model writes text; each step reads all weights once."""
-    size = sequences_at_once(model, length, model.dtype)
-    weights = sum(p.numel() for p in model.parameters())
-    step = 2 * weights * 2 / BANDWIDTH[kind] + 2 * weights * size / (4 * FLOPS[kind])
-    seconds = ceil(sequences / size) * length * step
-    return (
-        f"self-generated text: {sequences} sequences of {length} tokens, {size} at a time; "
-        f"computed time: about {seconds:,.0f} s, none where an earlier run has left it in the cache"
-    )
 
 
 def describe_plan(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> str:
