@@ -121,7 +121,7 @@ def simulate(config: LlamaConfig, run: Settings) -> dict[str, float]:
         if run.distill:
             teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
             layer = type(teacher.model.layers[0]).__name__
-            teacher = shard_teacher(teacher.requires_grad_(False), layer, torch.bfloat16, cpu_offload=False, mesh=mesh)
+            teacher = shard_teacher(teacher.requires_grad_(False), layer, torch.bfloat16, mesh)
         return step(prepared.train(), student, teacher, run)
 
 

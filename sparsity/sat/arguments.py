@@ -168,7 +168,6 @@ class DistillationArguments:
     distill_kl_answers: Kept[Fraction[float | None]] = option(
         "the same for the answers of records; by default --distill_kl. 0: cross entropy only", default=None
     )
-    teacher_offload: bool = option("keep the teacher's weights in CPU memory (FSDP only)", default=False)
 
 
 @dataclass
@@ -445,6 +444,5 @@ def check_arguments(args: SatArguments) -> None:
     unsharded = not (training.sharded or training.dry_run or training.check_only)
     if unsharded and "shard" in training.given["fsdp"]:
         warn(f"--fsdp {training.given['fsdp']} has no effect in one process; `accelerate launch --cpu` starts only one")
-    offload = training.cpu_offload or args.distillation.teacher_offload
-    if offload and unsharded:
-        raise UserError("--cpu_offload and --teacher_offload need FSDP, that is several processes; drop them")
+    if training.cpu_offload and unsharded:
+        raise UserError("--cpu_offload needs FSDP, that is several processes; drop it")

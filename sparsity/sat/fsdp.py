@@ -74,18 +74,16 @@ def assert_sharded(model: nn.Module) -> int:
 
 
 def shard_teacher(
-    teacher: PreTrainedModel, layer_class: str, dtype: torch.dtype, cpu_offload: bool, mesh: DeviceMesh | None = None
+    teacher: PreTrainedModel, layer_class: str, dtype: torch.dtype, mesh: DeviceMesh | None = None
 ) -> PreTrainedModel:
     """Shard the frozen teacher like the student: each decoder layer, the embeddings and the head; computes in `dtype`.
 
     Args:
         mesh: one-dimensional; by default all processes.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
-    if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for module in teacher.modules():
         if type(module).__name__ == layer_class:
             fully_shard(module, **options)

@@ -36,7 +36,6 @@ class Settings:
     checkpointing: bool = True
     distill: bool = False
     cpu_offload: bool = False
-    teacher_offload: bool = False
     freeze_embeddings: bool = True
     lora_rank: int = 0
     accumulates: bool = False  # gradients over several micro-batches
@@ -44,7 +43,7 @@ class Settings:
 
 def settings_of(args: SatArguments) -> Settings:
     """The settings of a run; with --dry_run those that it would have on --world_size GPUs, whatever this machine is."""
-    training, distillation = args.training, args.distillation
+    training = args.training
     on_gpu = training.dry_run and training.requested_precision == "auto"
     return Settings(
         processes=training.world_size_of_dry_run or training.processes,
@@ -53,9 +52,8 @@ def settings_of(args: SatArguments) -> Settings:
         compute_bytes=2 if on_gpu else training.compute_dtype.itemsize,
         optimizer_bytes=OPTIMIZER_BYTES.get(OptimizerNames(training.optim).value, ADAM_BYTES),
         checkpointing=training.recompute,
-        distill=distillation.distill,
+        distill=args.distillation.distill,
         cpu_offload=training.cpu_offload,
-        teacher_offload=distillation.teacher_offload,
         freeze_embeddings=training.freeze_embeddings,
         lora_rank=training.lora_rank,
         accumulates=training.gradient_accumulation_steps > 1,
@@ -89,7 +87,7 @@ def estimate(model: PreTrainedModel, run: Settings) -> dict[str, float]:
     always = {
         "weights": weights * divided,
         "masks": masks / run.processes,
-        "teacher": size * parameters / run.processes * (run.distill and not run.teacher_offload),
+        "teacher": size * parameters / run.processes * run.distill,
         "optimizer": run.optimizer_bytes * trained * divided,
     }
     layer = tokens * (size * (8 * hidden + 4 * max(map(max, pruned))) + 8 * hidden)

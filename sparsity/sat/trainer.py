@@ -84,14 +84,14 @@ class SparseTrainer(Trainer):
         if self.args.load_best and self.state.best_model_checkpoint:
             checkpoints.load_weights(Path(self.state.best_model_checkpoint), self.model, self.checkpoints.trained_only)
 
-    def place_teacher(self, layer_class: str, dtype: torch.dtype, cpu_offload: bool) -> None:
+    def place_teacher(self, layer_class: str, dtype: torch.dtype) -> None:
         """Move the teacher to the student's devices: sharded like it, or complete on this process's device."""
         if self.teacher is None:
             return
         self.teacher.requires_grad_(False)
         if self.args.sharded:
             weights = self.teacher.state_dict() if self.accelerator.is_main_process else {}
-            self.teacher = shard_teacher(self.teacher, layer_class, dtype, cpu_offload)
+            self.teacher = shard_teacher(self.teacher, layer_class, dtype)
             send_from_main(self.teacher, weights)
         else:
             self.teacher = self.teacher.to(self.args.device)
@@ -221,7 +221,7 @@ def build_trainer(
         kl=(kl, kl if distillation.distill_kl_answers is None else distillation.distill_kl_answers),
         tensors=student.tensors if training.sharded else {},
     )
-    trainer.place_teacher(layer, training.compute_dtype, distillation.teacher_offload)
+    trainer.place_teacher(layer, training.compute_dtype)
     return trainer
 
 

@@ -37,7 +37,7 @@ def training(**options) -> SparseTrainingArguments:
         ("training", {"save_total_limit": 0}, "--save_total_limit must be greater than 0"),
         ("training", {"max_grad_norm": -1.0}, "--max_grad_norm must not be negative"),
         ("training", {"optim": "schedule_free_adamw"}, "--optim schedule_free_adamw is not supported"),
-        ("training", {"cpu_offload": True}, "--cpu_offload and --teacher_offload need FSDP"),
+        ("training", {"cpu_offload": True}, "--cpu_offload needs FSDP"),
     ],
 )
 def test_values_that_cannot_work_are_refused_under_their_short_names(part, options, message):

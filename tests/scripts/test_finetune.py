@@ -395,12 +395,11 @@ def test_checkpoints_of_low_rank_training_hold_no_frozen_weights_and_resume(low_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--teacher_offload"]], ids=["on the device", "offloaded"])
-def test_a_sharded_teacher_gives_the_loss_of_one_process(run_here, model_dir, state_path, data_dir, tmp_path, more):
+def test_a_sharded_teacher_gives_the_loss_of_one_process(run_here, model_dir, state_path, data_dir, tmp_path):
     options = ["--distill", "--distill_kl", 0.5, "--max_steps", 3, "--lr", 1e-2, "--mixed_precision", "no"]
     options += ["--max_length", 400, "--logging_steps", 1]
     run_here(*options, "--train_bs", 2)
-    arguments = command(model_dir, state_path, data_dir, tmp_path / "two", *options, *more, "--train_bs", 1)
+    arguments = command(model_dir, state_path, data_dir, tmp_path / "two", *options, "--train_bs", 1)
     run_on_two_processes(arguments)
     logs = [read_log(tmp_path / name / "train_log.jsonl") for name in ("out", "two")]
     one, two = ([line["loss"] for line in log if "loss" in line] for log in logs)
