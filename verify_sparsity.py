@@ -59,7 +59,6 @@ def print_summary(reports: list[MatrixReport]) -> None:
 
     elements, zeros = zero_totals(reports)
     count = sum(report.fits for report in reports)
-    under = sum(report.under_mask for report in reports)
     negative = sum(report.negative_zeros for report in reports)
     pattern = reports[0].pattern
     zero_line = f"{zeros / elements:.2%} of their {elements:,} weights are zero"
@@ -68,8 +67,6 @@ def print_summary(reports: list[MatrixReport]) -> None:
         dense, _ = zero_totals(report for report in reports if not report.fits)
         print(f"not {pattern}: {dense / elements:.0%} of the weights")
     print(f"{negative} zeros are -0.0")
-    if under:
-        print(f"{under} weights under masks are stored non-zero; the table shows them as restoring does, zero")
 
 
 def main() -> None:

@@ -43,7 +43,6 @@ class MatrixReport:
     pattern: str  # that it was compared with
     fits: bool  # it has the zeros of the pattern
     negative_zeros: int  # elements that are -0.0
-    under_mask: int  # elements that a mask prunes but are stored non-zero; 0 without a mask
 
 
 def inspect_matrix(
@@ -51,11 +50,9 @@ def inspect_matrix(
 ) -> MatrixReport:
     """Report on a matrix [rows, columns] or on those of experts; with a bool mask, on what the mask leaves of it."""
     stored = weight.dtype
-    under_mask = 0
     if weight.element_size() == 1 and weight.is_floating_point():
         weight = weight.float()  # torch compares no 8-bit floats
     if mask is not None:
-        under_mask = int((weight[~mask] != 0).sum())
         weight = weight.masked_fill(~mask, 0)
     zeros = weight == 0
     return MatrixReport(
@@ -66,7 +63,6 @@ def inspect_matrix(
         pattern=str(pattern),
         fits=pattern.fits(weight),
         negative_zeros=int((zeros & torch.signbit(weight)).sum()),
-        under_mask=under_mask,
     )
 
 

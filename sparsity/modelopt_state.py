@@ -72,14 +72,18 @@ def sparse_masks(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, T
             yield weight_name(name), state_dict[weight_name(name)], mask
 
 
+def not_plus_zero(weight: Tensor) -> Tensor:
+    """Where a tensor of any dtype is stored as anything but +0, bit by bit; bool."""
+    return weight.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]) != 0
+
+
 def pruned_errors(weight: Tensor, mask: Tensor) -> int:
     """Number of pruned elements of a weight [out, in] of any dtype that are not stored as +0, bit by bit.
 
     Args:
         mask: bool [out, in]; False where pruned.
     """
-    bits = weight.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize])
-    return int((bits.ne(0) & ~mask).sum())
+    return int((not_plus_zero(weight) & ~mask).sum())
 
 
 def load_state(path: str | Path) -> dict[str, Any]:

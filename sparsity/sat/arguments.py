@@ -239,7 +239,6 @@ class SparseTrainingArguments(TrainingArguments):
         "use the checkpoint with the lowest evaluation loss as the result", default=False, aliases=["--load_best"]
     )
     logging_steps: Positive[float] = option("steps between log lines", default=10)
-    logging_nan_inf_filter: bool = option("hide non-finite losses in the log", default=False)
     report_to: None | str | list[str] = option(
         "tensorboard, wandb, … or none; by default tensorboard if it is installed", default=None
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -20,7 +21,7 @@ from sparsity.distributed import any_process
 from sparsity.files import append_jsonl, is_whole_number, read_jsonl, save_jsonl, seal
 from sparsity.sat import checkpoints
 from sparsity.sat.data import EpochSampler
-from sparsity.sat.fsdp import assert_sharded, fill
+from sparsity.sat.fsdp import fill
 from sparsity.sat.masking import ELEMENTWISE, mask_weights
 
 SCHEDULER = "scheduler.pt"  # in the folder of a checkpoint, transformers' own name
@@ -112,7 +113,9 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if args.sharded:
-            count = assert_sharded(model)
+            count = sum(isinstance(weight, DTensor) for weight in model.parameters())
+            if not count:
+                raise RuntimeError("FSDP is not active: no weight is sharded")
             if state.is_world_process_zero:
                 print(f"{count} weights are sharded over {args.world_size} processes")
         self.tokens, self.since = 0, time.perf_counter()

@@ -60,19 +60,6 @@ def force_fsdp(accelerator: Accelerator) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def assert_sharded(model: nn.Module) -> int:
-    """Number of sharded parameters.
-
-    Raises:
-        RuntimeError: a parameter is not sharded.
-    """
-    parameters = dict(model.named_parameters())
-    whole = [name for name, weight in parameters.items() if not isinstance(weight, DTensor)]
-    if whole:
-        raise RuntimeError(f"FSDP is not active: {len(whole)} parameters are not sharded, the first is {whole[0]}")
-    return len(parameters)
-
-
 def shard_teacher(
     teacher: PreTrainedModel, layer_class: str, dtype: torch.dtype, mesh: DeviceMesh | None = None
 ) -> PreTrainedModel:

@@ -21,28 +21,24 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity.errors import UserError
-from sparsity.modelopt_state import sparse_masks, without_expert_masks
+from sparsity.modelopt_state import not_plus_zero, sparse_masks, without_expert_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integer dtype of as many bytes
-
 
 def mark_pruned(weight: torch.Tensor, mask: torch.Tensor) -> None:
-    """Store the bool mask (True is retained) in the weight, in place: +0.0 is pruned, a retained zero becomes -0.0."""
+    """Store the bool mask (True is retained) in the weight, in place: +0.0 is pruned, a retained zero becomes -0.0.
+
+    `not_plus_zero` reads it.
+    """
     weight.masked_fill_(mask & (weight == 0), -0.0).masked_fill_(~mask, 0.0)
-
-
-def marked_kept(weight: torch.Tensor) -> torch.Tensor:
-    """The bool mask (True is retained) of a weight that `mark_pruned` has prepared."""
-    return weight.view(BITS[weight.itemsize]) != 0
 
 
 def masked_sum(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """W_eff [out, in] in the dtype of `weight`, which carries its mask; A is [rank, in], B is [out, rank]."""
     total = torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
-    return total.mul_(marked_kept(weight))  # several times as fast as masked_fill_ on a CPU
+    return total.mul_(not_plus_zero(weight))  # several times as fast as masked_fill_ on a CPU
 
 
 class MaskedLowRankProduct(torch.autograd.Function):
@@ -70,7 +66,7 @@ class MaskedLowRankProduct(torch.autograd.Function):
             grad_x = (gradient @ masked_sum(weight, A, B, ctx.scale)).to(ctx.input_dtype)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             G = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-            G.mul_(marked_kept(weight))
+            G.mul_(not_plus_zero(weight))
             grad_A = ((B.to(G.dtype).T @ G) * ctx.scale).to(A.dtype)
             grad_B = ((G @ A.to(G.dtype).T) * ctx.scale).to(B.dtype)
         return grad_x, None, grad_A, grad_B, None

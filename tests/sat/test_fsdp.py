@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsity.modelopt_state import load_state, sparse_masks
+from sparsity.modelopt_state import load_state, not_plus_zero, sparse_masks
 from sparsity.models import load_model, model_without_weights
 from sparsity.sat.fsdp import allocate, fill, local
 
@@ -30,7 +30,7 @@ def student_on(rank: int, port: int, lora_rank: int, paths: dict[str, str], resu
     from sparsity.models import load_tokenizer
     from sparsity.sat import arguments
     from sparsity.sat.fsdp import fill, full_state, local, masked_weights, rows_of
-    from sparsity.sat.low_rank import LowRankLinear, marked_kept
+    from sparsity.sat.low_rank import LowRankLinear
     from sparsity.sat.masking import mask_weights
     from sparsity.sat.model import load_student, load_teacher
     from sparsity.sat.trainer import build_trainer
@@ -60,7 +60,7 @@ def student_on(rank: int, port: int, lora_rank: int, paths: dict[str, str], resu
     masks = {name: mask.clone() for name, _, mask in masked_weights(model)}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
-            masks[f"{name}.weight"] = marked_kept(local(module.weight.data))
+            masks[f"{name}.weight"] = not_plus_zero(local(module.weight.data))
     dense = load_model(paths["model"]).state_dict()
     same = all(
         torch.equal(weight.to_local(), rows_of(dense[name], weight))
