@@ -32,7 +32,6 @@ from benchmarks.commands import ROOT, run_command, run_for_figures
 from benchmarks.machine import add_output_option, check_output, save_figures
 from sparsity.attention import use_blocked_attention
 from sparsity.devices import resolve_device
-from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file, save_json
 from sparsity.metrics import ROUGE_TYPES, read_metrics
 from sparsity.modelopt_state import load_for_inference
@@ -132,7 +131,7 @@ def perplexities(model_name: str, blocks: dict[str, torch.Tensor], state: Path |
     model = load_for_inference(model_name, "fp32", state).to(device)
     use_blocked_attention(model, device)
     with torch.autocast(device.type, torch.bfloat16):
-        return {kind: perplexity(model, windows, device) for kind, windows in blocks.items()}
+        return texts.perplexities(model, blocks, device)
 
 
 def rouge(args: argparse.Namespace, state: Path | None, folder: Path) -> dict[str, float]:

@@ -40,7 +40,6 @@ from benchmarks.reference_sparsegpt import prune_llama
 from sparsity.attention import use_blocked_attention
 from sparsity.devices import bf16_is_faster
 from sparsity.errors import UserError
-from sparsity.evaluation.perplexity import perplexity
 from sparsity.files import require_file
 from sparsity.generated_text import generate_text
 from sparsity.models import load_model, load_tokenizer
@@ -189,7 +188,7 @@ def perplexities(
     blocks = texts.held_out(tokenizer, args.data / "heldout.jsonl", args.texts, args.length, args.eval_size)
     use_blocked_attention(model, CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_faster(CPU)):
-        return {kind: perplexity(model, found, CPU) for kind, found in blocks.items()}
+        return texts.perplexities(model, blocks, CPU)
 
 
 # --------------------------------------------------------------------------------------------------------- all arms

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING
 
 from sparsity.demo_data import python_manual
 from sparsity.errors import UserError
+from sparsity.evaluation.perplexity import measure
 from sparsity.files import atomic_path, prepare_output_dir, require_file
 from sparsity.text import read_texts, sample_blocks, token_blocks
 from utils import Parser, run_cli
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 KINDS = ("papers", "manual", "code", "jargon", "novel")  # calibration and training use the first
@@ -97,6 +99,11 @@ def require_texts(folder: Path) -> None:
     """
     for name in PACKAGES:
         require_file(folder / f"{name}.txt", "text of `python -m benchmarks.texts`")
+
+
+def perplexities(model: nn.Module, blocks: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """Perplexity on the blocks [N, T] of each text."""
+    return {kind: measure(model, found, device, 4, found.shape[1])["perplexity"] for kind, found in blocks.items()}
 
 
 def main() -> None:

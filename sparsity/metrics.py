@@ -30,16 +30,12 @@ def read_metrics(path: str | Path) -> dict[str, Any]:
         content = {**content, PERPLEXITIES: {"": content}}
     numbers: list[Any] = []
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # of another shape
-        has_rouge = not content.keys().isdisjoint(ROUGE_TYPES)
-        intervals = content.get(INTERVALS, {}).values() if has_rouge else ()
-        numbers = [
-            *(content[name] for name in ROUGE_TYPES if has_rouge),
-            *(end for low, high in intervals for end in (low, high)),
-            *(
-                result["perplexity"] if name.isprintable() else None
-                for name, result in content.get(PERPLEXITIES, {}).items()
-            ),
-        ]
+        texts = content.get(PERPLEXITIES, {}).items()
+        found = [result["perplexity"] if name.isprintable() else None for name, result in texts]
+        if not content.keys().isdisjoint(ROUGE_TYPES):
+            found += [content[name] for name in ROUGE_TYPES]
+            found += [end for low, high in content.get(INTERVALS, {}).values() for end in (low, high)]
+        numbers = found
     if not numbers or not all(isinstance(n, float) or (isinstance(n, int) and abs(n) < 1e300) for n in numbers):
         raise UserError(
             f"result file {path} has no ROUGE or perplexity; give an --output_json of eval.py or eval_ppl.py"

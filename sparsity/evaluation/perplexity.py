@@ -115,11 +115,6 @@ def measure(
     }
 
 
-def perplexity(model: nn.Module, blocks: torch.Tensor, device: torch.device) -> float:
-    """Exp of the mean next-token negative log-likelihood of blocks of token ids, int64 [N, T]."""
-    return measure(model, blocks, device, 4, blocks.shape[1])["perplexity"]
-
-
 def total_loss(
     model: nn.Module, blocks: torch.Tensor, device: torch.device, batch_size: int, stride: int
 ) -> tuple[float, int]:
