@@ -134,8 +134,7 @@ def estimate(
     if kind == "cpu":
         peak = (weights + streams + layer + working) / MIB + peak_memory_mib(device)
         lines.append(f"computed peak memory of the process: {peak:,.0f} MiB")
-    seconds = flops / FLOPS[kind] / (BF16_GAIN if in_bf16 else 1)
-    lines.append(f"computed time: about {seconds:,.0f} s")
+    lines.append(f"computed time: about {flops / FLOPS[kind] / (BF16_GAIN if in_bf16 else 1):,.0f} s")
     counts = zip(calibration.sources, shares(calibration.sources, calibration.size), strict=True)
     if written := sum(count for source, count in counts if source.spec == SELF):
         at_a_time = sequences_at_once(model, length, writing_dtype(device))

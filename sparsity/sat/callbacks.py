@@ -108,8 +108,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, path: Path, sampler: EpochSampler):
-        self.path, self.sampler = path, sampler
-        self.tokens, self.since = 0, time.perf_counter()
+        self.path, self.sampler = path, sampler  # `tokens` and `since` are set when training begins
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if args.sharded:
