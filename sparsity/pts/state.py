@@ -78,7 +78,8 @@ def verify(model: PreTrainedModel, path: Path, pattern: Pattern, input_ids: Tens
     if difference > ROUNDINGS * torch.finfo(expected.dtype).eps * expected.abs().max():
         raise UserError(f"{path} does not restore to the pruned model: logits differ by {difference:.3g}")
     for name, weight, mask in sparse_masks(load_state(path)["model_state_dict"]):
-        if not pattern.fits(mask):
+        layouts = (mask, mask.transpose(-1, -2)) if mask.dim() > 2 else (mask,)
+        if pattern.m and not any((each.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all() for each in layouts):
             raise UserError(f"{path}: the mask of {name} is not {pattern}")
         if pruned_errors(weight, mask):
             raise UserError(f"{path}: {name} has pruned weights that are not 0")
