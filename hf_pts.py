@@ -174,6 +174,8 @@ def main() -> None:
     model = load_dense(args, recipe, calibration, process)
     if args.dry_run:
         process.print(report.estimate(model, recipe, args.ignore, calibration, device))
+        if args.keep_dense:
+            process.print("not counted: --keep_dense first runs the whole model forward and backward on the device")
         return
     if process.is_main_process:
         files.lock_output_dir(output_dir)

@@ -181,7 +181,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a 
         sys.exit(1)
     except KeyboardInterrupt:
         _close_bars()
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        print("interrupted; the same command resumes, finetune.py with --resume", file=sys.stderr)
         sys.exit(130)
     finally:
         release_locks()

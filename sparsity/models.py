@@ -101,7 +101,6 @@ def load_model(
             finite, or a quantized model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     config = load_config(model, trust_remote_code)
     if quantized and (algorithm := quantization_algorithm(config, model)):
@@ -118,11 +117,25 @@ def load_model(
     errors = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError)
     pickled = f"'{model}' has a .bin file with code in it, which is not run; save the model with save_pretrained"
     with reported_as(f"cannot load the weights of '{model}'", *errors), reported_as(pickled, pickle.UnpicklingError):
-        loaded, report = with_downloads(AutoModelForCausalLM.from_pretrained, model, config=config, **options)
+        loaded, report = with_downloads(_from_pretrained, model, config=config, **options)
     check_complete(loaded, model, report)
     if not placing:
         check_finite(loaded, model)
     return loaded.eval()
+
+
+def _from_pretrained(model: str, **options: Any) -> Any:
+    """Load with a hub's own answer where it refuses the only weight file, which transformers reports as missing."""
+    from huggingface_hub import hf_hub_download
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, **options)
+    except OSError as error:
+        if Path(model).is_dir() or "does not appear to have a file" not in str(error):
+            raise
+    hf_hub_download(model, "model.safetensors")  # raises what the server answers
+    return AutoModelForCausalLM.from_pretrained(model, **options)
 
 
 def _without_report(record: logging.LogRecord) -> bool:

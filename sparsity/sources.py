@@ -252,7 +252,8 @@ def _dataset_texts(
 ) -> Iterator[str]:
     """Texts that are not blank, of a file, folder or hub data set; see `read_source`."""
     characters = 0
-    hint = "" if path_exists(_parts(spec)[0]) else "; check the name and the network, or give a local file or folder"
+    advice = "; check the name, your access (hf auth login) and the network, or give a local file or folder"
+    hint = "" if path_exists(_parts(spec)[0]) else advice
     # datasets and the network stack below it raise errors of a dozen unrelated classes.
     with reported_as(f"cannot read the data set '{spec}'{hint}", Exception):
         parts = with_downloads(_registered, spec) or [with_downloads(_open_dataset, spec, split)]

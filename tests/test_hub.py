@@ -57,7 +57,9 @@ def repositories(tmp_path_factory, tokenizer):
     write_card(wiki, "wikitext-2-raw-v1", {"test": "wikitext-2-raw-v1/test-*"})
     sets = {"abisee/cnn_dailymail": news, "allenai/c4": web, "Salesforce/wikitext": wiki}
     sets["codeparrot/codeparrot-clean-train"] = code
-    return {f"models/{MODEL}": root / "model", **{f"datasets/{name}": folder for name, folder in sets.items()}}
+    tiny_llama().save_pretrained(root / "whole")
+    models = {f"models/{MODEL}": root / "model", "models/one/file": root / "whole"}
+    return {**models, **{f"datasets/{name}": folder for name, folder in sets.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +155,18 @@ def test_a_model_that_the_server_refuses_is_named_with_the_answer(worker, faulty
     assert_clear_error(result, "other/model", needle)
 
 
+def test_the_only_weight_file_that_the_server_refuses_is_named(worker, faulty, tmp_path):
+    faulty(lambda path: 403 if path.endswith("model.safetensors") else None)
+    words = ["--sparsity_fmt", "sparse_magnitude", "--output_dir", tmp_path / "pts"]
+    result = worker.run("hf_pts.py", "--model_name_or_path", "one/file", *words)
+    assert_clear_error(result, "one/file", "403", "model.safetensors")
+
+
 def test_unknown_repositories_are_named(worker, tmp_path):
     words = ["--sparsity_fmt", "sparse_magnitude", "--output_dir", tmp_path / "pts"]
     assert_clear_error(worker.run("hf_pts.py", "--model_name_or_path", "no/such", *words), "no/such")
     words = ["--model_name_or_path", MODEL, "--calib_data", "no/such-set", "--output_dir", tmp_path / "pts"]
-    assert_clear_error(worker.run("hf_pts.py", *words), "no/such-set", "check the name and the network")
+    assert_clear_error(worker.run("hf_pts.py", *words), "no/such-set", "check the name, your access")
 
 
 @pytest.mark.slow

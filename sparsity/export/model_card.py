@@ -57,7 +57,7 @@ def write_model_card(
         title, tags = f"{name}, {pattern} sparse", f"tags:\n- sparse\n- {pattern}\n"
         weights = (
             f"The weights of {name}, pruned to {pattern} in {len(reports)} matrices ({zeros / elements:.2%} of their\n"
-            f"{elements:,} weights; embeddings and output head are dense)."
+            f"{elements:,} weights; all others are dense)."
         )
     text = f"""---
 library_name: transformers

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from sparsity.distributed import hide_bar
+from sparsity.errors import UserError
 from sparsity.pattern import Pattern
 from sparsity.pts.recipe import score_mask, wanda
 from sparsity.pts.structure import choose_weights
@@ -46,6 +47,9 @@ def choose_dense(
     costs = pruning_costs(model.to(device), firsts[:: -(-len(firsts) // SEQUENCES)], linears, pattern)
     model.to("cpu")
     kept, room = [], fraction * total
+    least = min((linear.weight.numel() for linear in linears.values()), default=total)
+    if least > room:
+        raise UserError(f"--keep_dense {fraction} keeps nothing; the smallest layer has a share of {least / total:.2g}")
     for name in sorted(linears, key=lambda name: costs[name] / linears[name].weight.numel(), reverse=True):
         if (size := linears[name].weight.numel()) <= room:
             kept.append(name)

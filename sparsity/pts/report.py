@@ -72,7 +72,7 @@ def sparsity_line(masks: dict[str, Tensor], model: nn.Module) -> str:
     return (
         f"{zeros:,} of {pruned:,} weights in {len(masks) - len(stacked)} linear layers{experts} are zero "
         f"({zeros / pruned:.2%}); "
-        f"{zeros / total:.2%} of all weights (embeddings, norms and the output head stay dense)"
+        f"{zeros / total:.2%} of all weights (all other layers stay dense)"
     )
 
 

@@ -98,7 +98,7 @@ class DataArguments:
     data_path: str = option("folder with cnn_train.json and cnn_eval.json", default="data")
     train_datapath: str | None = option("training records, in place of DATA_PATH/cnn_train.json", default=None)
     val_datapath: str | None = option("evaluation records, in place of DATA_PATH/cnn_eval.json", default=None)
-    model_max_length: Kept[Positive[int]] = option(
+    model_max_length: Kept[Annotated[int, Limits("be at least 2", least=2)]] = option(
         "tokens of prompt and answer; a longer article loses its end, then the answer",
         default=1024,
         aliases=["--max_length"],
@@ -310,8 +310,10 @@ class SparseTrainingArguments(TrainingArguments):
     def _set_precision(self) -> None:
         import torch
 
-        if self.given["tf32"] is None and is_torch_tf32_available():
-            self.tf32 = True
+        if self.given["tf32"] and not is_torch_tf32_available():
+            warn("--tf32 is ignored: it needs an NVIDIA GPU of the Ampere generation or newer")
+        if self.given["tf32"] is not False:
+            self.tf32 = is_torch_tf32_available() or None
         self.requested_precision = self.mixed_precision
         explicit = "bf16" if self.given["bf16"] else "fp16" if self.given["fp16"] else None
         precision = explicit or choose_precision(self.mixed_precision)

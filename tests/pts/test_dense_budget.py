@@ -11,6 +11,7 @@ from conftest import tiny_llama
 from pruning import calibration
 from torch.nn import functional
 
+from sparsity.errors import UserError
 from sparsity.pattern import Pattern
 from sparsity.pts.dense_budget import choose_dense, pruning_costs
 from sparsity.pts.recipe import score_mask, wanda
@@ -46,6 +47,11 @@ def test_costs_rank_layers_as_the_rise_of_the_divergence_does():
     ranks = torch.tensor([[values[name] for name in linears] for values in (costs, measured)]).argsort(1).argsort(1)
     assert torch.corrcoef(ranks.float())[0, 1] > 0.9
     assert sum(costs.values()) == pytest.approx(sum(measured.values()), rel=0.3)
+
+
+def test_a_budget_below_the_smallest_layer_is_refused():
+    with pytest.raises(UserError, match="--keep_dense 0.001 keeps nothing; the smallest layer has a share of 0.0"):
+        choose_dense(tiny_llama(), calibration(), Pattern(2, 4), [], 0.001, CPU)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])

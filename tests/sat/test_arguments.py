@@ -25,7 +25,7 @@ def training(**options) -> SparseTrainingArguments:
 @pytest.mark.parametrize(
     ("part", "options", "message"),
     [
-        ("data", {"model_max_length": 0}, "--max_length must be greater than 0, got 0"),
+        ("data", {"model_max_length": 0}, "--max_length must be at least 2, got 0"),
         ("data", {"text_ratio": 1.5}, "--text_ratio must be between 0 and 1, got 1.5"),
         ("data", {"text_path": ["/nowhere.txt"]}, "text file not found: /nowhere.txt"),
         ("distillation", {"distill_kl": -0.5}, "--distill_kl must be between 0 and 1, got -0.5"),

@@ -105,6 +105,7 @@ ROWS = [
     ("hf_pts.py", "no such pattern", "--pattern 3:3", ["--pattern", "3:3"]),
     ("hf_pts.py", "text shorter than one sequence", "--model_max_length 100000", ["less than one block of 100000"]),
     ("hf_pts.py", "layers that are not there", "--ignore *.no_such", ["--ignore", "*.no_such"]),
+    ("finetune.py", "no room for a token", "--max_length 1", ["--max_length", "at least 2"]),
     ("hf_pts.py", "all kept dense", "--keep_dense 1", ["--keep_dense", "less than 1", "1.0"]),
     ("hf_pts.py", "negative damping", "--percdamp -1", ["--percdamp", "-1"]),
     ("hf_pts.py", "damping of another method", "--percdamp 0.1 --sparsity_fmt wanda", ["--percdamp", "wanda"]),
