@@ -110,7 +110,8 @@ def load_model(
     if Path(model).is_dir() and not quantization_settings(config):
         stored_tensors(model)  # names what is wrong with a file
     report_log = logging.getLogger("transformers.modeling_utils")
-    report_log.setLevel(logging.WARNING)  # the filter must see the report, whatever is shown
+    # The filter must see the report, whatever is shown. At WARNING itself, transformers warns of what is not sharded.
+    report_log.setLevel(logging.WARNING - 1)
     report_log.addFilter(_without_report)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "low_cpu_mem_usage": True, **(placing or {})}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are in the report
