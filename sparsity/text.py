@@ -97,6 +97,8 @@ def row_text(row: Any, column: str | None, where: str, tokenizer: PreTrainedToke
     turns = [dict(turn) if isinstance(turn, Mapping) else {} for turn in row[chats[0]]]
     for turn in turns:
         content = turn.get("content", turn.get("value"))
+        if isinstance(content, list):  # of text, images, …
+            content = "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and part.get("text"))
         turn["content"] = "" if content is None and "tool_calls" in turn else content
         turn["role"] = turn.get("role") or SHAREGPT_ROLES.get(str(turn.get("from")), "system")
     if not all(isinstance(turn["content"], str) for turn in turns):

@@ -149,6 +149,13 @@ def test_every_name_of_modelopt_s_registry_gives_text(monkeypatch, tokenizer):
     assert len(read_source(Source("nemotron-post-training-dataset-v2"), None, None)) == 4 * 3
 
 
+def test_of_a_chat_with_images_and_calls_the_text_is_read(tmp_path):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Why?"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [{"name": "see"}]}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [*chat, {"role": "assistant", "content": "So."}]}))
+    assert read_source(Source(str(tmp_path / "chats.jsonl")), None, None) == ["Why?\n\nSo."]
+
+
 @pytest.mark.parametrize(("chat", "words"), [([{"role": "user"}], "holds no chat"), (["Hello"], "holds no chat")])
 def test_a_chat_without_content_is_named(tmp_path, chat, words):
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
