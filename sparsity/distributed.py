@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -39,17 +40,17 @@ def have_joined() -> bool:
 
 
 def leave_group() -> None:
-    """Leave the process group, if any, and end this process at once, with success.
+    """Leave the process group, if any, run the exit handlers, and end this process with success.
 
-    Device meshes keep the group alive in torch, with threads that may release a tensor while Python exits. That would
-    abort the process.
+    Device meshes keep the group alive in torch, with threads that may release a tensor while Python is finalized. That
+    would abort the process.
     """
     if have_joined():
         import torch.distributed as dist
 
         dist.destroy_process_group()
+        atexit._run_exitfuncs()  # of wandb, for example
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
 
 
