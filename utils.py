@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparsity.devices import INFERENCE_DTYPES
-from sparsity.distributed import have_joined, is_first_report, leave_group
+from sparsity.distributed import have_joined, is_first_report, leave_group_and_exit
 from sparsity.errors import UserError, first_line, memory_shortage
 from sparsity.files import release_locks
 
@@ -185,7 +185,7 @@ def run_cli(main: Callable[[], None], memory_advice: str = "free some, or use a 
         sys.exit(130)
     finally:
         release_locks()
-    leave_group()
+    leave_group_and_exit()
 
 
 def _explain(error: Exception, memory_advice: str) -> str | None:

@@ -39,8 +39,8 @@ def have_joined() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
-def leave_group() -> None:
-    """Leave the process group, if any, run the exit handlers, and end this process with success.
+def leave_group_and_exit() -> None:
+    """End this process with success if it has joined a group: leave that, run the exit handlers, and exit.
 
     Device meshes keep the group alive in torch, with threads that may release a tensor while Python is finalized. That
     would abort the process.

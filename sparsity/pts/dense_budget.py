@@ -43,13 +43,13 @@ def choose_dense(
     chosen, _ = choose_weights(model, pattern, ignore)
     linears = {name: module for name, module in model.named_modules() if name in chosen}
     total = sum(p.numel() for n, p in model.named_parameters() if n in chosen or n.removesuffix(".weight") in linears)
-    firsts = [batch["input_ids"][:1] for batch in batches]
-    costs = pruning_costs(model.to(device), firsts[:: -(-len(firsts) // SEQUENCES)], linears, pattern)
-    model.to("cpu")
     kept, room = [], fraction * total
     least = min((linear.weight.numel() for linear in linears.values()), default=total)
     if least > room:
         raise UserError(f"--keep_dense {fraction} keeps nothing; the smallest layer has a share of {least / total:.2g}")
+    firsts = [batch["input_ids"][:1] for batch in batches]
+    costs = pruning_costs(model.to(device), firsts[:: -(-len(firsts) // SEQUENCES)], linears, pattern)
+    model.to("cpu")
     for name in sorted(linears, key=lambda name: costs[name] / linears[name].weight.numel(), reverse=True):
         if (size := linears[name].weight.numel()) <= room:
             kept.append(name)

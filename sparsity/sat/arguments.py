@@ -310,10 +310,10 @@ class SparseTrainingArguments(TrainingArguments):
     def _set_precision(self) -> None:
         import torch
 
-        if self.given["tf32"] and not is_torch_tf32_available():
-            warn("--tf32 is ignored: it needs an NVIDIA GPU of the Ampere generation or newer")
         if self.given["tf32"] is not False:
             self.tf32 = is_torch_tf32_available() or None
+            if self.given["tf32"] and not self.tf32:
+                warn("--tf32 is ignored: it needs an NVIDIA GPU of the Ampere generation or newer")
         self.requested_precision = self.mixed_precision
         explicit = "bf16" if self.given["bf16"] else "fp16" if self.given["fp16"] else None
         precision = explicit or choose_precision(self.mixed_precision)

@@ -112,11 +112,11 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if args.sharded:
-            count = sum(isinstance(weight, DTensor) for weight in model.parameters())
-            if not count:
-                raise RuntimeError("FSDP is not active: no weight is sharded")
+            weights = list(model.parameters())
+            if whole := sum(not isinstance(weight, DTensor) for weight in weights):
+                raise RuntimeError(f"FSDP is not active: {whole} of {len(weights)} weights are not sharded")
             if state.is_world_process_zero:
-                print(f"{count} weights are sharded over {args.world_size} processes")
+                print(f"{len(weights)} weights are sharded over {args.world_size} processes")
         self.tokens, self.since = 0, time.perf_counter()
         if state.is_world_process_zero:
             # A resumed run repeats the steps after its checkpoint.
